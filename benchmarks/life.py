@@ -1,0 +1,182 @@
+"""One engine life: a child process that runs vLLM's AsyncLLM and times requests at the client.
+
+``python life.py PLAN OUT``: PLAN is JSON ``{"engine": {...}, "prompts": {id: [tokens]}, "ops": [...]}``;
+OUT becomes JSON ``{"ready_s", "ops": [result per op]}``. Times are seconds. Ops:
+
+- ``generate``: ``prompts`` one after the other; per prompt TTFT, token times, tokens, logprobs.
+- ``load``: the same, ``concurrency`` at a time, plus wall time and CPU seconds of the process tree.
+- ``reset``: drop the HBM prefix cache, leave the connector's tiers alone.
+- ``settle``: let background stores finish: until the process tree stopped writing to disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+Json = dict[str, Any]
+QUIET_S = 1.0  # no disk writes for this long means that write-behind is done
+
+
+class Tree:
+    """CPU and disk counters of this process, its descendants and a side server."""
+
+    def __init__(self, extra_pids: list[int]) -> None:
+        self._roots = [psutil.Process(), *(psutil.Process(pid) for pid in extra_pids)]
+
+    def _all(self) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+        for root in self._roots:
+            with suppress(psutil.NoSuchProcess):
+                found += [root, *root.children(recursive=True)]
+        return found
+
+    def cpu_s(self) -> float:
+        """User and system seconds so far."""
+        total = 0.0
+        for process in self._all():
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def written(self) -> int:
+        """Bytes handed to block devices so far (page-cache writes count when dirtied)."""
+        total = 0
+        for process in self._all():
+            with suppress(psutil.Error):
+                total += process.io_counters().write_bytes
+        return total
+
+
+class Life:
+    """The engine and the requests of one life. Event-loop thread only."""
+
+    def __init__(self, plan: Json) -> None:
+        self._plan = plan
+        self._prompts: dict[str, list[int]] = plan["prompts"]
+        self._tree = Tree(plan.get("extra_pids", []))
+        self._count = 0
+
+    async def _stream(self, tokens: list[int], op: Json) -> AsyncIterator[Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._count += 1
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=op.get("max_tokens", 8),
+            logprobs=1,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        name = f"kvbench{self._count}"
+        async for out in self._engine.generate({"prompt_token_ids": tokens}, params, name):
+            yield name, out
+
+    async def _one(self, prompt: str, op: Json) -> Json:
+        times: list[float] = []
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        name, cached, start = "", None, time.perf_counter()
+        async for name, out in self._stream(self._prompts[prompt], op):
+            now = time.perf_counter() - start
+            step = out.outputs[0]
+            times += [now] * len(step.token_ids)
+            for token, table in zip(step.token_ids, step.logprobs or [], strict=True):
+                logprobs.append(table[token].logprob)
+            tokens += step.token_ids
+            if out.num_cached_tokens is not None:
+                cached = out.num_cached_tokens
+        return {
+            "prompt": prompt,
+            "request": name,
+            "ttft": times[0],
+            "times": times,
+            "tokens": tokens,
+            "logprobs": logprobs,
+            "cached": cached,
+        }
+
+    async def _generate(self, op: Json) -> Json:
+        results = []
+        for prompt in op["prompts"]:
+            results.append(await self._one(prompt, op))
+            await asyncio.sleep(op.get("gap_s", 0.0))
+        return {"requests": results}
+
+    async def _load(self, op: Json) -> Json:
+        queue = list(reversed(op["prompts"]))
+        results: list[Json] = []
+
+        async def client() -> None:
+            while queue:
+                results.append(await self._one(queue.pop(), op))
+
+        cpu, start = self._tree.cpu_s(), time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(op["concurrency"])))
+        wall = time.perf_counter() - start
+        return {"requests": results, "wall_s": wall, "cpu_s": self._tree.cpu_s() - cpu}
+
+    async def _reset(self, op: Json) -> Json:
+        for _ in range(50):  # refused while finished requests still hold blocks
+            if await self._engine.reset_prefix_cache():
+                return {"ok": True}
+            await asyncio.sleep(0.1)
+        return {"ok": False}
+
+    async def _settle(self, op: Json) -> Json:
+        """A short unrelated request makes the engine step; then wait for quiet disks."""
+        start, limit = time.perf_counter(), op.get("timeout_s", 30.0)
+        await self._one(op["prompt"], {"max_tokens": 1})
+        if not op.get("disk", False):
+            await asyncio.sleep(op.get("sleep_s", 0.5))
+            await self._one(op["prompt"], {"max_tokens": 1})
+            return {"waited_s": time.perf_counter() - start}
+        want, seen, since = op.get("bytes", 0), -1, start
+        while time.perf_counter() - start < limit:
+            written, now = self._tree.written(), time.perf_counter()
+            if written != seen:
+                seen, since = written, now
+            elif now - since >= QUIET_S and written >= want:
+                break
+            await asyncio.sleep(0.1)
+        waited = time.perf_counter() - start
+        return {"waited_s": waited, "written": seen, "complete": seen >= want}
+
+    async def run(self) -> Json:
+        """Start the engine, do all ops in order, shut it down."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        start = time.perf_counter()
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._plan["engine"]))
+        ready = time.perf_counter() - start
+        done: list[Json] = []
+        try:
+            for op in self._plan["ops"]:
+                done.append(await getattr(self, "_" + op["op"])(op))
+        finally:
+            start = time.perf_counter()
+            self._engine.shutdown()
+        return {"ready_s": ready, "ops": done, "shutdown_s": time.perf_counter() - start}
+
+
+def main() -> None:
+    """Entry point of the child process."""
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    result = asyncio.run(Life(plan).run())
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Runs engine lives in child processes and reads back what they and the probe saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import BENCH, Json, Skip, engine_lock, log_tail, stop_group
+from systems import Budget, running
+
+# The same for every system: eager fp32, one sequence of chunks big enough for a whole prompt.
+ENGINE: Json = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "disable_log_stats": True,
+    "seed": 0,
+}
+
+
+class LifeFailed(Exception):
+    """The child ended without a result; the message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all lives of one run share."""
+
+    scratch: Path
+    model: Path
+    engine: Json
+    budget: Budget
+    hbm_gib: int = 1
+    lock: str | None = None
+    timeout_s: float = 900.0
+    keep_logs: Path | None = None
+
+    def describe(self) -> Json:
+        """What a result's ``config`` says about the engines."""
+        engine = ENGINE | self.engine
+        budget = {"hbm_gib": self.hbm_gib, "dram_gib": self.budget.dram_gib}
+        return {"engine": engine, "nvme_gib": self.budget.nvme_gib} | budget
+
+
+@dataclass
+class LifeResult:
+    """Ops' results plus the probe's events: loads by request id, ns per step."""
+
+    ready_s: float
+    ops: list[Json]
+    loads: dict[str, list[Json]] = field(default_factory=dict)
+    step_ns: list[int] = field(default_factory=list)
+    probed: bool = False
+
+    def load_of(self, request: str) -> Json | None:
+        """First load event of a client request; vLLM appends a suffix to the client's id."""
+        for name, events in self.loads.items():
+            if name == request or name.startswith(request + "-"):
+                return events[0]
+        return None
+
+
+def base_env(place: Workplace, probe: Path, system_env: dict[str, str]) -> dict[str, str]:
+    """Environment of an engine process: offline, quiet, probed."""
+    quiet = {
+        "VLLM_CPU_KVCACHE_SPACE": str(place.hbm_gib),
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "KVBENCH_PROBE": str(probe),
+    }
+    return dict(os.environ) | quiet | system_env
+
+
+def read_probe(folder: Path, into: LifeResult) -> None:
+    """Add all events below ``folder``."""
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            event = json.loads(line)
+            into.probed = True
+            if event["ev"] == "load":
+                into.loads.setdefault(event["req"], []).append(event)
+            elif event["ev"] == "steps":
+                into.step_ns += event["ns"]
+
+
+def _child(place: Workplace, python: str, env: dict[str, str], plan: Json, here: Path) -> Json:
+    (here / "plan.json").write_text(json.dumps(plan))
+    log, out = here / "engine.log", here / "out.json"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [python, str(BENCH / "life.py"), str(here / "plan.json"), str(out)],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+        try:
+            process.wait(place.timeout_s)
+        except subprocess.TimeoutExpired:
+            raise LifeFailed(f"no end after {place.timeout_s:.0f} s\n{log_tail(log)}") from None
+        finally:
+            stop_group(process)
+            if place.keep_logs is not None:
+                place.keep_logs.mkdir(parents=True, exist_ok=True)
+                (place.keep_logs / f"{here.name}.log").write_bytes(log.read_bytes())
+    if not out.exists():
+        raise LifeFailed(f"exit status {process.returncode}\n{log_tail(log)}")
+    return dict(json.loads(out.read_text()))
+
+
+def run_life(
+    place: Workplace,
+    system: str,
+    ops: list[Json],
+    prompts: dict[str, list[int]],
+    storage: Path | None,
+) -> LifeResult:
+    """One engine life of ``system``. Raises Skip (cannot run here) or LifeFailed."""
+    here = place.scratch / f"{system}-{uuid.uuid4().hex[:8]}"
+    probe = here / "probe"
+    probe.mkdir(parents=True)
+    used = {name for op in ops for name in [*op.get("prompts", []), op.get("prompt")] if name}
+    with (
+        engine_lock(place.lock),
+        running(system, storage, place.budget, here) as side,
+    ):
+        engine: dict[str, Any] = ENGINE | {"model": str(place.model)} | place.engine
+        if side.transfer is not None:
+            engine["kv_transfer_config"] = side.transfer
+        plan: Json = {
+            "engine": engine,
+            "ops": ops,
+            "prompts": {name: prompts[name] for name in used},
+            "extra_pids": [side.server_pid] if side.server_pid else [],
+        }
+        raw = _child(place, side.python, base_env(place, probe, side.env), plan, here)
+    result = LifeResult(raw["ready_s"], raw["ops"])
+    read_probe(probe, result)
+    if system != "none" and not result.probed:
+        raise LifeFailed("the connector probe saw no connector in the engine process")
+    return result
+
+
+__all__ = ["LifeFailed", "LifeResult", "Skip", "Workplace", "read_probe", "run_life"]

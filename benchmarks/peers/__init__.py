@@ -1,0 +1,1 @@
+"""What is needed to run peers beside kvoffload on the same machine."""

@@ -1,0 +1,1 @@
+"""One module per routine: ``NAME``, ``add_options(parser)`` and ``run(context) -> dict``."""

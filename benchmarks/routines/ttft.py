@@ -1,0 +1,284 @@
+"""``ttft``: time to first token of a long prompt, cold and from every tier, system beside system.
+
+Per round and system two engine lives: the first takes every prompt cold, again from HBM, then from
+DRAM after the HBM prefix cache was reset, and waits for the write-behind; the second, after the page
+cache was dropped, takes the same prompts from NVMe. Systems alternate within a round. Every request
+streams 8 greedy tokens with logprobs, so that the very reload that was timed is also the one whose
+output is compared with the cold run without a connector.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import DirectFile, Json, drop_page_cache, quantile, summary
+from context import Context, skip_reason
+from lives import LifeResult, Workplace, run_life
+from systems import SYSTEMS
+
+NAME = "ttft"
+BLOCK = 128  # vLLM's block on CPU; aligned prompts end on a block
+PHASES = ("cold", "hbm", "dram", "nvme_restart")
+OUTPUT_TOKENS = 8
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this routine."""
+    parser.add_argument("--prompt-tokens", type=int, default=4096, help="rounded to a whole block")
+    parser.add_argument("--long-tokens", type=int, default=8064, help="second length, 0: none")
+    parser.add_argument("--unaligned", type=int, default=57, help="third length: N + this, 0: none")
+    parser.add_argument("--repeats", type=int, default=10, help="prompts per length and system")
+    parser.add_argument("--lives", type=int, default=2, help="rounds the prompts are spread over")
+
+
+@dataclass
+class Samples:
+    """What one system did at one length, over all rounds."""
+
+    ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    load_ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    loaded: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    cached: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    dlogprob: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    unequal: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    failed_loads: int = 0
+
+    def add(self, phase: str, request: Json, life: LifeResult, reference: Json | None) -> None:
+        """Take one request's figures; ``reference`` is the same prompt cold without a connector."""
+        self.ms[phase].append(request["ttft"] * 1e3)
+        self.cached[phase].append(request["cached"] or 0)
+        event = life.load_of(request["request"])
+        if event is not None:
+            self.failed_loads += bool(event.get("failed"))
+            self.load_ms[phase].append(event["ns"] / 1e6)
+            self.loaded[phase].append(event["tokens"])
+        else:
+            self.loaded[phase].append(0)
+        if reference is not None:
+            self.unequal[phase] += request["tokens"] != reference["tokens"]
+            for got, want in zip(request["logprobs"], reference["logprobs"], strict=True):
+                self.dlogprob[phase] = max(self.dlogprob[phase], abs(got - want))
+
+    def report(self) -> Json:
+        """The contract's keys."""
+        out: Json = {f"{p}_ms": summary(self.ms[p]) for p in PHASES}
+        tiers = ("dram", "nvme_restart")
+        out["load_only_ms"] = {p: summary(self.load_ms[p]) for p in tiers}
+        out["tokens_loaded"] = {p: _median_int(self.loaded[p]) for p in tiers}
+        out["cached_tokens"] = {p: _median_int(self.cached[p]) for p in PHASES}
+        out["outputs_equal"] = not any(self.unequal.values())
+        out["unequal_outputs"] = {p: self.unequal[p] for p in PHASES if self.ms[p]}
+        out["max_abs_dlogprob"] = max(self.dlogprob.values(), default=None)
+        out["failed_loads"] = self.failed_loads
+        return out
+
+
+def _median_int(values: list[int]) -> int | None:
+    return int(quantile(values, 0.5)) if values else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Prompts by id, and which ids each round takes."""
+
+    lengths: tuple[int, ...]
+    prompts: dict[str, list[int]]
+    rounds: tuple[tuple[str, ...], ...]
+    kv_bytes_per_token: int
+
+    def length_of(self, prompt: str) -> int:
+        return int(prompt.split("x")[0])
+
+    def bytes_of(self, prompts: tuple[str, ...]) -> int:
+        """KV bytes of whole blocks, i.e. what a system can store of these prompts."""
+        tokens = sum(self.length_of(p) // BLOCK * BLOCK for p in prompts)
+        return tokens * self.kv_bytes_per_token
+
+
+def _plan(context: Context, options: argparse.Namespace) -> Plan:
+    first = max(BLOCK, options.prompt_tokens // BLOCK * BLOCK)
+    lengths = [first]
+    if options.long_tokens:
+        lengths.append(options.long_tokens // BLOCK * BLOCK)
+    if options.unaligned:
+        lengths.append(first + options.unaligned)
+    rng = random.Random(options.seed)
+    prompts = {
+        f"{n}x{i}": [rng.randrange(3, context.shape.vocab) for _ in range(n)]
+        for n in lengths
+        for i in range(options.repeats)
+    }
+    lives = min(options.lives, options.repeats)
+    rounds = [[p for p in prompts if int(p.split("x")[1]) % lives == r] for r in range(lives)]
+    for round_ in rounds:
+        rng.shuffle(round_)
+    prompts["warm"] = [rng.randrange(3, context.shape.vocab) for _ in range(max(lengths))]
+    prompts["short"] = [rng.randrange(3, context.shape.vocab) for _ in range(BLOCK // 2)]
+    fixed = tuple(tuple(r) for r in rounds)
+    return Plan(tuple(lengths), prompts, fixed, context.shape.kv_bytes_per_token)
+
+
+def _generate(prompts: tuple[str, ...], gap_s: float = 0.05) -> Json:
+    return {"op": "generate", "prompts": list(prompts), "max_tokens": OUTPUT_TOKENS, "gap_s": gap_s}
+
+
+def _first_ops(plan: Plan, prompts: tuple[str, ...], disk: bool) -> tuple[list[Json], Json]:
+    """Ops of the first life and which of them hold which phase."""
+    settle = {"op": "settle", "prompt": "short"}
+    ops: list[Json] = [_generate(("short", "warm"))]
+    ops += [_generate(prompts), _generate(prompts), settle, {"op": "reset"}, _generate(prompts)]
+    if disk:
+        want = int(plan.bytes_of(prompts) * 0.95)
+        ops.append(settle | {"disk": True, "bytes": want, "timeout_s": 60.0})
+    return ops, {"cold": 1, "hbm": 2, "dram": 5}
+
+
+class Run:
+    """State of one routine call."""
+
+    def __init__(self, context: Context, options: argparse.Namespace) -> None:
+        self.context, self.options = context, options
+        self.plan = _plan(context, options)
+        self.samples: dict[str, dict[int, Samples]] = {}
+        self.skipped: dict[str, str] = {}
+        self.reference: dict[str, Json] = {}
+        self.notes: list[str] = []
+        largest = max(self.plan.bytes_of(r) for r in self.plan.rounds)
+        self.place: Workplace = context.workplace(
+            {
+                "max_model_len": max(self.plan.lengths) + 2 * BLOCK,
+                "max_num_batched_tokens": 8192,
+                "max_num_seqs": 4,
+            },
+            hbm_gib=max(1, math.ceil(largest * 1.5 / 2**30)),
+            dram_gib=max(1.0, math.ceil(largest * 1.5 / 2**30)),
+        )
+
+    def _take(self, system: str, phase: str, requests: list[Json], life: LifeResult) -> None:
+        for request in requests:
+            prompt = request["prompt"]
+            if system == "none" and phase == "cold":
+                self.reference[prompt] = request
+            sample = self.samples.setdefault(system, {})
+            length = sample.setdefault(self.plan.length_of(prompt), Samples())
+            length.add(phase, request, life, self.reference.get(prompt))
+
+    def _life(self, system: str, ops: list[Json], storage: Path | None) -> LifeResult:
+        return run_life(self.place, system, ops, self.plan.prompts, storage)
+
+    def system_round(self, system: str, number: int) -> None:
+        """Both lives of one system in one round. Raises Skip or LifeFailed."""
+        prompts = self.plan.rounds[number]
+        storage = None if system == "none" else self.place.scratch / f"{system}-tier-{number}"
+        ops, phases = _first_ops(self.plan, prompts, storage is not None)
+        self.context.progress(f"{system}: life {number + 1}a (cold, HBM, DRAM)")
+        life = self._life(system, ops, storage)
+        for phase, at in phases.items():
+            self._take(system, phase, life.ops[at]["requests"], life)
+        if storage is None:
+            return
+        if not life.ops[-1]["complete"]:
+            self.notes.append(f"{system} round {number}: wrote {life.ops[-1]['written']} bytes only")
+        self.context.page_cache = drop_page_cache(storage)
+        order = list(prompts)
+        random.Random(number + 1).shuffle(order)
+        self.context.progress(f"{system}: life {number + 1}b (NVMe after restart)")
+        life = self._life(system, [_generate(("short", "warm")), _generate(tuple(order))], storage)
+        self._take(system, "nvme_restart", life.ops[1]["requests"], life)
+
+    def read_limit(self, tokens: int) -> Json:
+        """Raw O_DIRECT reads of one prompt's KV bytes, page cache dropped before each."""
+        nbytes = tokens // BLOCK * BLOCK * self.plan.kv_bytes_per_token
+        file = DirectFile(self.place.scratch / "limit.bin", nbytes)
+        try:
+            file.transfer(write=True, depth=8)
+            rates = []
+            for _ in range(max(5, self.options.repeats)):
+                drop_page_cache(file.path)
+                rates.append(file.transfer(write=False, depth=8)[0])
+        finally:
+            file.close()
+        median = quantile(rates, 0.5)
+        out = {"read_gbps": round(median, 3), "spread_gbps": summary(rates)}
+        return out | {"bytes": file.nbytes, "read_ms": round(file.nbytes / median / 1e6, 3)}
+
+
+def _ratios(report: Json, cold_ms: float | None, limit: Json) -> Json:
+    """Ratios of medians, the figures to quote."""
+    out: Json = {}
+    for phase in ("hbm", "dram", "nvme_restart"):
+        own = report[f"{phase}_ms"]
+        if own and cold_ms:
+            out[f"{phase}_speedup"] = round(cold_ms / own["median"], 2)
+    load = report["load_only_ms"]["nvme_restart"]
+    if load:
+        out["nvme_load_vs_limit"] = round(limit["read_ms"] / load["median"], 3)
+    return out
+
+
+def _case(run: Run, length: int) -> Json:
+    limit = run.read_limit(length)
+    systems: Json = {}
+    none = run.samples.get("none", {}).get(length)
+    cold = quantile(none.ms["cold"], 0.5) if none else None
+    for system in run.context.systems:
+        if system in run.skipped:
+            systems[system] = {"skipped": run.skipped[system]}
+            continue
+        systems[system] = run.samples[system][length].report()
+        systems[system]["ratios"] = _ratios(systems[system], cold, limit)
+    return {"prompt_tokens": length, "systems": systems, "limit": limit}
+
+
+def run(context: Context, options: argparse.Namespace) -> Json:
+    """Run all rounds; the first length's case is also the top level of the result."""
+    if options.quick:
+        options.prompt_tokens = min(options.prompt_tokens, 1024)
+        options.long_tokens = options.unaligned = 0
+        options.repeats, options.lives = 2, 1
+    run_ = Run(context, options)
+    rounds = len(run_.plan.rounds)
+    # `none` goes first: its cold outputs are the reference that the others are compared with.
+    ordered = sorted(context.systems, key=lambda s: (s != "none", SYSTEMS.index(s)))
+    for number in range(rounds):
+        for system in ordered:
+            if system in run_.skipped:
+                continue
+            with skip_reason(run_.skipped, system):
+                run_.system_round(system, number)
+    cases = [_case(run_, length) for length in run_.plan.lengths]
+    return {
+        "config": run_.place.describe() | {"output_tokens": OUTPUT_TOKENS, "rounds": rounds},
+        "prompt_tokens": run_.plan.lengths[0],
+        "systems": cases[0]["systems"],
+        "limit": cases[0]["limit"],
+        "cases": cases,
+        "notes": run_.notes,
+    }
+
+
+def table(result: Json) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the final table."""
+    rows = []
+    for case in result["cases"]:
+        for system, figures in case["systems"].items():
+            if "skipped" in figures:
+                rows.append([str(case["prompt_tokens"]), system, figures["skipped"][:60]])
+                continue
+            cells = [_cell(figures[f"{p}_ms"]) for p in PHASES]
+            loads = [_cell(figures["load_only_ms"][p]) for p in ("dram", "nvme_restart")]
+            same = "yes" if figures["outputs_equal"] else "NO"
+            delta = figures["max_abs_dlogprob"]
+            last = [same, "-" if delta is None else f"{delta:.1e}"]
+            rows.append([str(case["prompt_tokens"]), system, *cells, *loads, *last])
+    head = ["tokens", "system", "cold", "HBM", "DRAM", "NVMe", "load DRAM", "load NVMe"]
+    return [*head, "equal", "dlogp"], rows
+
+
+def _cell(value: Json | None) -> str:
+    return "-" if value is None else f"{value['median']:.1f}"

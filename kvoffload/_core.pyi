@@ -1,0 +1,240 @@
+"""Native core: shared arena and slot table, checksums, CPU block copies, NVMe segment store.
+
+Thread rules: every method may be called from any Python thread. Methods that can block
+(``wait*``, ``flush``, ``close``, ``SegmentStore.__init__``, ``verify``) release the GIL. All other
+methods are O(items passed) and never do I/O. Work submitted as a *job* runs on native threads that
+never take the GIL; its outcome is collected with ``poll()``.
+
+Byte rules: a *key* is 16 bytes; several keys are passed as one ``bytes`` of 16*n. The checksum
+*seed* of a key is ``u64le(key[0:8]) ^ u64le(key[8:16])``. A payload's checksum is two-level XXH3-64:
+the payload is cut into leaves of ``LEAF_BYTES`` (the last may be shorter),
+``leaf[i] = XXH3_64(leaf bytes, seed)`` and ``root = XXH3_64(concatenated little-endian leaf hashes, seed)``.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+LEAF_BYTES: int  # 16384
+
+# Slot states (also tiers of kvoffload.types.SlotState).
+FREE: int  # 0
+FILLING: int  # 1
+READY: int  # 2
+FAILED: int  # 3
+
+def checksum(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8], key: bytes) -> int:
+    """Two-level XXH3-64 root of ``data`` seeded with ``key`` (16 bytes)."""
+
+def leaf_checksums(
+    data: bytes | bytearray | memoryview | npt.NDArray[np.uint8], key: bytes
+) -> npt.NDArray[np.uint64]: ...
+def cpu_features() -> list[str]:
+    """What the running CPU offers of what the core can use, e.g. ["avx512f", "avx2"]."""
+
+class Arena:
+    """One memfd: [4 KiB header | slot table | leaf hashes | data, 2 MiB aligned].
+
+    The creator is the Manager's process; workers attach by ``path`` (``/proc/<pid>/fd/<n>``) and
+    ``inode``. Nothing is visible in /dev/shm and the kernel frees it when the last process that maps
+    it is gone, SIGKILL included. Offsets are bytes from the start of the data area.
+    """
+
+    path: str
+    inode: int
+    data_bytes: int
+    max_slots: int
+    n_ranks: int
+    hugepages: bool  # MADV_HUGEPAGE was accepted
+    data_ptr: int  # address of the data area in this process
+
+    @staticmethod
+    def create(data_bytes: int, max_slots: int, n_ranks: int, hugepages: bool = True) -> Arena:
+        """Raises OSError (ENOMEM, ...). ``data_bytes`` is rounded down to 2 MiB."""
+    @staticmethod
+    def attach(path: str, inode: int) -> Arena:
+        """Raises OSError when the path cannot be opened, the inode differs, or the header is not ours."""
+    def prefault_start(self, threads: int = 1) -> None:
+        """Touch all data pages from background native threads (nice 19, MADV_POPULATE_WRITE in 64 MiB steps)."""
+    def prefaulted_bytes(self) -> int: ...
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Writable view of data bytes (for tests, tools). Raises ValueError out of range."""
+    def leaf_hashes(self, offset: int, nbytes: int) -> npt.NDArray[np.uint64]:
+        """Copy of the leaf hashes that cover [offset, offset+nbytes); offset is a multiple of LEAF_BYTES."""
+    # -- ranks and the weights epoch
+    def set_attached(self, rank: int) -> None: ...
+    def attached_mask(self) -> int: ...
+    def epoch(self) -> int:
+        """Shared counter that workers bump when weights change in place; starts at 0."""
+    def bump_epoch(self) -> int: ...
+    # -- slot table. All operations are atomic on shared memory; wake-ups by futex across processes.
+    def begin_fill(self, slot: int, need_mask: int) -> int:
+        """Any state -> FILLING, generation += 1, done mask cleared. Returns the new generation (never 0)."""
+    def rank_done(self, slot: int, generation: int, rank: int) -> bool:
+        """Set the rank's bit; when all of need_mask are set -> READY and wake waiters. False if stale or not FILLING."""
+    def fill_done(self, slot: int, generation: int) -> bool:
+        """All bits at once (the filler was a tier, not ranks)."""
+    def fail(self, slot: int, generation: int) -> bool:
+        """FILLING or READY of that generation -> FAILED, wake waiters. False if stale."""
+    def set_free(self, slot: int) -> None: ...
+    def state(self, slot: int) -> int: ...
+    def generation(self, slot: int) -> int: ...
+    def done_mask(self, slot: int) -> int: ...
+    def states(
+        self, slots: npt.NDArray[np.uint32], generations: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.uint8]:
+        """State per slot; FREE where the generation differs."""
+    def wait_ready(self, slot: int, generation: int, timeout_ms: int) -> int:
+        """Block until the slot leaves FILLING (or its generation changes: FREE). Returns the state; FILLING on timeout."""
+    def check(self) -> None:
+        """Raise AssertionError naming the first broken invariant."""
+    def close(self) -> None: ...
+
+class CopyDone(NamedTuple):
+    job: int
+    kind: int  # 0 store, 1 load
+    status: int  # 0 ok, 1 failed, 2 cancelled, 3 deadline
+    failed_item: int  # -1, or the lowest item that did not complete; all items below it did
+    reason: int  # 0 none, 1 slot FAILED or reused, 2 checksum mismatch, 3 deadline, 4 cancelled, 5 injected
+    nbytes: int
+    wait_ns: int  # longest time an item waited for READY
+    copy_ns: int  # wall time from first copy to last
+
+class CpuCopyPool:
+    """Copies between arena slots and paged KV blocks in this process's memory, on native threads.
+
+    A *group* is the list of fragments that make up one block: ``(base, stride, nbytes)`` means block
+    ``b`` has ``nbytes`` at address ``base + b * stride``. In a slot, a rank's shard holds block 0 of
+    the chunk (its fragments in list order), then block 1, ...; the rest up to ``shard_bytes`` (a
+    multiple of LEAF_BYTES) is zero. Loads are served before stores. 
+    """
+
+    def __init__(self, arena: Arena, rank: int, threads: int = 2, nt_stores: bool = True) -> None: ...
+    def add_group(
+        self, fragments: Sequence[tuple[int, int, int]], num_blocks: int, shard_bytes: int
+    ) -> int:
+        """Returns the group's number. Raises ValueError on fragments that overlap or do not fit."""
+    def submit_store(
+        self,
+        job: int,
+        group: int,
+        slots: npt.NDArray[np.uint32],
+        generations: npt.NDArray[np.uint64],
+        offsets: npt.NDArray[np.uint64],
+        keys: bytes,
+        block_ids: npt.NDArray[np.int32],
+    ) -> None:
+        """One item per slot: gather ``block_ids[i]`` (2-D, items x blocks per chunk, all >= 0) into the
+        data bytes [offsets[i], offsets[i]+shard_bytes), write the leaf hashes (seeded with the item's
+        key), then ``rank_done(slot, generation, rank)``. A failed item calls ``fail``."""
+    def submit_load(
+        self,
+        job: int,
+        group: int,
+        slots: npt.NDArray[np.uint32],
+        generations: npt.NDArray[np.uint64],
+        offsets: npt.NDArray[np.uint64],
+        keys: bytes,
+        block_ids: npt.NDArray[np.int32],
+        deadline_ms: int,
+        verify: bool = True,
+    ) -> None:
+        """One item per slot: wait until READY with that generation (at most ``deadline_ms`` from now),
+        verify the leaves that cover the wanted blocks, scatter blocks with id >= 0 (-1: leave alone),
+        re-check the generation. Bytes of a leaf that fails verification are never written to a block.
+        The first failure stops items not yet started; the job is done when nothing of it runs."""
+    def cancel(self, job: int) -> None:
+        """Drop items not yet started; running ones finish. The job is then reported as cancelled (or ok)."""
+    def poll(self) -> list[CopyDone]:
+        """Each finished job exactly once."""
+    def wait(self, job: int, timeout_ms: int) -> bool:
+        """True when the job is done (its CopyDone is still returned by poll). False on timeout; True if unknown."""
+    def pending(self) -> int: ...
+    def inject(self, fail_every: int) -> None:
+        """Test hook: every n-th load item fails with reason 5; 0 turns it off."""
+    def check(self) -> None: ...
+    def close(self) -> None: ...
+
+class StoreDone(NamedTuple):
+    job: int
+    kind: int  # 0 put, 1 get
+    results: bytes  # one byte per key: see kvoffload.types.StoreResult (0 ok, 1 miss, 2 corrupt, 3 io error, 4 no space, 5 dropped)
+    nbytes: int  # payload bytes that made it
+    ns: int  # submit to done, wall
+
+class SegmentStore:
+    """Log-structured chunk store in one directory; format and protocol: docs/format.md."""
+
+    path: str
+    writer_dir: str  # ".../w<id>"
+
+    def __init__(
+        self,
+        path: str,
+        max_bytes: int,
+        segment_bytes: int = 0,
+        threads: int = 4,
+        queue_bytes: int = 268435456,
+        direct: bool = True,
+        read_only: bool = False,
+    ) -> None:
+        """Open or create. ``segment_bytes`` 0: 256 MiB, less where ``max_bytes`` is small.
+        Raises OSError whose message is one clear line naming the path (wrong owner or mode, foreign or
+        newer format, symlink, read-only file system, no space)."""
+    # -- arena slots (the connector's path): no staging copy; the slot is the I/O buffer
+    def put_slots(
+        self,
+        job: int,
+        arena: Arena,
+        keys: bytes,
+        slots: npt.NDArray[np.uint32],
+        generations: npt.NDArray[np.uint64],
+        offsets: npt.NDArray[np.uint64],
+        nbytes: int,
+        namespace: int,
+        depths: npt.NDArray[np.uint32],
+    ) -> None:
+        """Write READY slots (the caller keeps them leased until the job is done). The record's checksum is
+        the root over the arena's leaf hashes. Dropped at once (result 5) when the queue is over queue_bytes."""
+    def get_slots(
+        self,
+        job: int,
+        arena: Arena,
+        keys: bytes,
+        slots: npt.NDArray[np.uint32],
+        generations: npt.NDArray[np.uint64],
+        offsets: npt.NDArray[np.uint64],
+        nbytes: int,
+    ) -> None:
+        """Read into FILLING slots: read, verify, write leaf hashes, ``fill_done``; else ``fail``. A corrupt
+        entry is dropped from the index and counted."""
+    # -- plain buffers (kvoffload.open_store)
+    def put(self, job: int, keys: bytes, buffers: Sequence[object], namespace: int = 0) -> None: ...
+    def get(self, job: int, keys: bytes, buffers: Sequence[object]) -> None:
+        """Writable buffers of exactly the stored length, else result 1 for that key."""
+    # -- common
+    def poll(self) -> list[StoreDone]: ...
+    def wait(self, job: int, timeout_ms: int) -> bool: ...
+    def contains(self, keys: bytes) -> bytes:
+        """One byte per key, 1 if held. No I/O."""
+    def length(self, key: bytes) -> int:
+        """Payload bytes held under the key, -1 if none."""
+    def delete(self, keys: bytes) -> int: ...
+    def queued_bytes(self) -> int: ...
+    def flush(self, timeout_ms: int) -> bool:
+        """All puts so far are written and journalled. False on timeout."""
+    def stats(self) -> dict[str, int | float]:
+        """entries, bytes_used, bytes_max, segments, puts, gets, hits, misses, corrupt, io_errors, no_space,
+        dropped, bytes_written, bytes_read, recycled_segments, recovered_entries, recover_ms, queued_bytes"""
+    def ls(self, limit: int = 0) -> list[tuple[bytes, int, int, int, int, int]]:
+        """(key, namespace, depth, nbytes, segment, seq), newest first."""
+    def verify(self, repair: bool = False) -> dict[str, int | float]:
+        """Read every payload and check it: {checked, bad, bytes, seconds, dropped}."""
+    def inject(self, what: str, every: int) -> None:
+        """Test hook at the I/O seam: "read_eio", "write_eio", "enospc", "short_read", "slow_read_ms",
+        "hang_read" (until turned off with 0)."""
+    def check(self) -> None: ...
+    def close(self, timeout_ms: int = 5000) -> None:
+        """Flush (bounded), seal, unlock. Idempotent."""

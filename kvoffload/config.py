@@ -1,0 +1,313 @@
+"""Configuration: the keys of ``kv_connector_extra_config``, checked once, typed exactly.
+
+A leaf module (standard library and errors only). A ``Config`` cannot be built with a value that is not
+allowed, so nothing downstream re-checks. All sizes ``*_gib`` are GiB (2**30 bytes).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from kvoffload.errors import ConfigError
+
+GIB = 1 << 30
+DAY_S = 86400
+
+IoEngine = Literal["auto", "uring", "threads"]
+LoadMode = Literal["auto", "always", "never"]
+PolicyName = Literal["lru", "fifo"]
+
+_MAX_GIB = float(1 << 20)
+_MAX_CHUNK_TOKENS = 8192
+
+
+def _fail(key: str, value: object, allowed: str) -> ConfigError:
+    shown = repr(value)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    return ConfigError(f"kvoffload: {key}={shown} is not allowed: {allowed}")
+
+
+def _gib(key: str, value: Any) -> float:
+    allowed = f"give a number of GiB above 0 and at most {_MAX_GIB:.0f}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _fail(key, value, allowed)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _fail(key, value, allowed)
+    if not 0 < value <= _MAX_GIB:
+        raise _fail(key, value, allowed)
+    return float(value)
+
+
+def _terabytes(key: str, value: Any) -> float:
+    allowed = "give a number of TB (10**12 bytes) per day above 0"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _fail(key, value, allowed)
+    if not (math.isfinite(value) and 0 < value <= 1e6):
+        raise _fail(key, value, allowed)
+    return float(value)
+
+
+def _whole(low: int, high: int, unit: str) -> Callable[[str, Any], int]:
+    def rule(key: str, value: Any) -> int:
+        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        if not ok:
+            raise _fail(key, value, f"give a whole number of {unit} from {low} to {high}")
+        return int(value)
+
+    return rule
+
+
+def _one_of(names: tuple[str, ...]) -> Callable[[str, Any], str]:
+    def rule(key: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in names:
+            raise _fail(key, value, "choose one of " + ", ".join(names))
+        return value
+
+    return rule
+
+
+def _io_engine(key: str, value: Any) -> str:
+    name = _one_of(get_args(IoEngine))(key, value)
+    if name == "uring":
+        raise _fail(key, value, "not available in this version; choose auto or threads")
+    return name
+
+
+def _directory(key: str, value: Any) -> str:
+    allowed = "give one absolute directory path"
+    if isinstance(value, list | tuple):
+        if len(value) > 1:
+            raise _fail(key, list(value), "only one path is supported in this version; give one")
+        if not value:
+            raise _fail(key, list(value), allowed)
+        value = value[0]
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise _fail(key, value, allowed)
+    expanded = os.path.expanduser(value)
+    if not os.path.isabs(expanded):
+        raise _fail(key, value, allowed)
+    return os.path.normpath(expanded)
+
+
+def _unavailable(key: str, value: Any) -> Any:
+    if value is False and key == "server_autostart":
+        return False
+    raise _fail(key, value, "not available in this version; leave it out")
+
+
+def _zero(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != 0:
+        raise _fail(key, value, "not available in this version; only 0 is accepted")
+    return 0
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _fail(key, value, "give the path of a .json or .toml file")
+    return os.path.expanduser(value)
+
+
+_RULES: dict[str, Callable[[str, Any], Any]] = {
+    "dram_gib": _gib,
+    "nvme_path": _directory,
+    "nvme_gib": _gib,
+    "nvme_write_tb_per_day": _terabytes,
+    "io_engine": _io_engine,
+    "remote": _unavailable,
+    "server": _unavailable,
+    "server_autostart": _unavailable,
+    "chunk_tokens": _whole(1, _MAX_CHUNK_TOKENS, "tokens"),
+    "load": _one_of(get_args(LoadMode)),
+    "load_deadline_ms": _whole(10, 600_000, "milliseconds"),
+    "policy": _one_of(get_args(PolicyName)),
+    "verify_sample": _zero,
+    "config_file": _text,
+}
+_NONE_MEANS_DEFAULT = frozenset(
+    {
+        "dram_gib",
+        "nvme_path",
+        "nvme_gib",
+        "nvme_write_tb_per_day",
+        "remote",
+        "server",
+        "server_autostart",
+        "chunk_tokens",
+        "config_file",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings, checked on construction; raises ConfigError with one line naming the key.
+
+    ``None`` means the default that depends on the machine, the path or the model; see
+    ``dram_bytes``, ``nvme_bytes`` and ``nvme_write_bytes_per_s``.
+    """
+
+    dram_gib: float | None = None
+    nvme_path: str | None = None
+    nvme_gib: float | None = None
+    nvme_write_tb_per_day: float | None = None
+    io_engine: IoEngine = "auto"
+    remote: None = None
+    server: None = None
+    server_autostart: Literal[False] | None = None
+    chunk_tokens: int | None = None
+    load: LoadMode = "auto"
+    load_deadline_ms: int = 5000
+    policy: PolicyName = "lru"
+    verify_sample: int = 0
+    config_file: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name in _NONE_MEANS_DEFAULT:
+                continue
+            object.__setattr__(self, field.name, _RULES[field.name](field.name, value))
+        if self.nvme_path is None:
+            for key in ("nvme_gib", "nvme_write_tb_per_day"):
+                if getattr(self, key) is not None:
+                    raise _fail(key, getattr(self, key), "it needs nvme_path as well")
+
+    @classmethod
+    def from_extra_config(cls, extra: Mapping[str, Any]) -> Config:
+        """Build from ``kv_connector_extra_config``; keys given inline win over ``config_file``.
+
+        Raises ConfigError (one line: key, value, what is allowed) on an unknown key, a wrong type, a
+        value out of range, or a config file that cannot be read.
+        """
+        if not isinstance(extra, Mapping):
+            raise _fail("kv_connector_extra_config", extra, "give an object of keys and values")
+        _refuse_unknown(extra, "")
+        merged: dict[str, Any] = {}
+        if extra.get("config_file") is not None:
+            path = _text("config_file", extra["config_file"])
+            merged = _read_file(path)
+            _refuse_unknown(merged, f" in config_file {path!r}")
+            if "config_file" in merged:
+                raise _fail("config_file", merged["config_file"], f"{path!r} names another file")
+        merged.update(extra)
+        return cls(**merged)
+
+    def dram_bytes(self) -> int:
+        """Bytes of the DRAM tier: ``dram_gib``, or the default for this machine right now."""
+        gib = self.dram_gib if self.dram_gib is not None else default_dram_gib()
+        return int(gib * GIB)
+
+    def nvme_bytes(self, free_bytes: int) -> int:
+        """Bound of the NVMe path: ``nvme_gib``, or half of ``free_bytes`` (taken at first open)."""
+        return int(self.nvme_gib * GIB) if self.nvme_gib is not None else free_bytes // 2
+
+    def nvme_write_bytes_per_s(self, nvme_bytes: int) -> float:
+        """Write budget in bytes per second; by default ``nvme_bytes`` once a day."""
+        if self.nvme_write_tb_per_day is not None:
+            return self.nvme_write_tb_per_day * 1e12 / DAY_S
+        return nvme_bytes / DAY_S
+
+    def check_host(self) -> None:
+        """Refuse what this machine cannot hold. Raises ConfigError (one line)."""
+        total = host_memory().total
+        if self.dram_gib is not None and total and self.dram_gib * GIB > total:
+            limit = f"this machine (or container) has {total / GIB:.1f} GiB of memory"
+            raise _fail("dram_gib", self.dram_gib, limit)
+
+
+def _refuse_unknown(keys: Mapping[str, Any], where: str) -> None:
+    for key in keys:
+        if key in _RULES:
+            continue
+        close = difflib.get_close_matches(str(key), _RULES, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "known keys: " + ", ".join(_RULES)
+        raise ConfigError(f"kvoffload: unknown key {str(key)!r}{where}: {hint}")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"key {key!r} is given twice")
+        out[key] = value
+    return out
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    suffix = Path(path).suffix
+    if suffix not in (".json", ".toml"):
+        raise _fail("config_file", path, "give the path of a .json or .toml file")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if suffix == ".toml":
+            data: Any = tomllib.loads(text)
+        else:
+            data = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise _fail("config_file", path, " ".join(f"cannot be read: {why}".split())) from exc
+    if not isinstance(data, dict):
+        raise _fail("config_file", path, "the file must hold one object of keys and values")
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Bytes of memory this process may use: the machine's, or less inside a limited cgroup."""
+
+    total: int
+    available: int
+
+
+def host_memory(root: str = "/") -> HostMemory:
+    """Read /proc/meminfo and the cgroup v2 limits; 0 and 0 where neither can be read."""
+    values: dict[str, int] = {}
+    try:
+        for line in Path(root, "proc/meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            values[name] = int(rest.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return HostMemory(0, 0)
+    total = values.get("MemTotal", 0)
+    available = values.get("MemAvailable", total)
+    for limit, used in _cgroup_limits(root):
+        total = min(total, limit)
+        available = min(available, max(0, limit - used))
+    return HostMemory(total, available)
+
+
+def _cgroup_limits(root: str) -> list[tuple[int, int]]:
+    """(limit, used without page cache) of our cgroup and its parents that have a limit."""
+    try:
+        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    own = next((line[3:] for line in lines if line.startswith("0::")), "/").strip("/")
+    base = Path(root, "sys/fs/cgroup")
+    found = []
+    for folder in (base / own, *(base / own).parents):
+        try:
+            limit = int((folder / "memory.max").read_text())
+            used = int((folder / "memory.current").read_text())
+            stat = dict(s.split() for s in (folder / "memory.stat").read_text().splitlines())
+            found.append((limit, max(0, used - int(stat.get("inactive_file", 0)))))
+        except (OSError, ValueError):
+            pass  # no limit at this level ("max"), or no cgroup v2 here
+        if folder == base:
+            break
+    return found
+
+
+def default_dram_gib(memory: HostMemory | None = None) -> float:
+    """min(25 % of the available memory, 64), in GiB."""
+    available = (memory or host_memory()).available
+    return min(available * 0.25 / GIB, 64.0)

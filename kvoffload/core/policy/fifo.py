@@ -1,0 +1,15 @@
+"""First in, first out: the reference policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvoffload.core.policy.base import OrderedPolicy
+from kvoffload.types import ChunkKey
+
+
+class FifoPolicy(OrderedPolicy):
+    """Evicts in order of arrival. A parent waits for its children, because only leaves are offered."""
+
+    def touch(self, chain: Sequence[ChunkKey]) -> None:
+        """Use does not matter here."""

@@ -1,0 +1,134 @@
+"""From vLLM's KVCacheConfig to our CacheLayout, and from registered tensors to block fragments.
+
+Only ``compat`` and this module know the names of vLLM's spec classes; they are told apart by class
+name along the MRO so that no vLLM import is needed and unknown new kinds are refused, not guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvoffload.core.layout import choose_blocks_per_chunk
+from kvoffload.types import CacheLayout, GroupKind, GroupLayout
+
+_FULL = {"FullAttentionSpec"}
+_SLIDING = {"SlidingWindowSpec"}
+# Subclasses of the above whose pages cannot be served by a plain prefix store.
+_NOT_SERVED = {
+    "RSWASpec",
+    "HiddenStateCacheSpec",
+    "SinkFullAttentionSpec",
+    "CircularBufferSpec",
+    "ChunkedLocalAttentionSpec",
+    "MambaSpec",
+    "CrossAttentionSpec",
+    "EncoderOnlyAttentionSpec",
+    "HiSparseHotSpec",
+    "HiSparseResidentSpec",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SpecFacts:
+    """What we need to know of one group's KVCacheSpec."""
+
+    kind: GroupKind
+    block_tokens: int
+    window: int
+    replicated: bool  # every tensor-parallel rank holds the same bytes (MLA)
+    name: str
+
+
+def _leaf_specs(spec: Any) -> list[Any]:
+    inner = getattr(spec, "kv_cache_specs", None)
+    return list(inner.values()) if isinstance(inner, dict) else [spec]
+
+
+def spec_facts(spec: Any) -> SpecFacts:
+    """Classify a KVCacheSpec; UniformTypeKVCacheSpecs by its members, which must agree."""
+    facts = {_one_spec(s) for s in _leaf_specs(spec)}
+    if len(facts) == 1:
+        return facts.pop()
+    names = "+".join(sorted({f.name for f in facts}))
+    kinds = {f.kind for f in facts}
+    windows = {f.window for f in facts}
+    if len(kinds) == 1 and GroupKind.NONE not in kinds and len({f.block_tokens for f in facts}) == 1:
+        first = next(iter(facts))
+        return SpecFacts(
+            first.kind, first.block_tokens, max(windows), all(f.replicated for f in facts), names
+        )
+    return SpecFacts(GroupKind.NONE, int(spec.block_size), 0, False, names)
+
+
+def _one_spec(spec: Any) -> SpecFacts:
+    names = {c.__name__ for c in type(spec).__mro__}
+    name = type(spec).__name__
+    block = int(spec.block_size)
+    replicated = "MLAAttentionSpec" in names or "SlidingWindowMLASpec" in names
+    if names & _NOT_SERVED or getattr(spec, "bounded_replay", False):
+        return SpecFacts(GroupKind.NONE, block, 0, False, name)
+    if names & _SLIDING:
+        # The next token attends to the window-1 tokens before it.
+        window = int(spec.sliding_window) - 1 + int(getattr(spec, "extra_retained_tokens", 0))
+        return SpecFacts(GroupKind.SLIDING, block, window, replicated, name)
+    if names & _FULL:
+        return SpecFacts(GroupKind.FULL, block, 0, replicated, name)
+    return SpecFacts(GroupKind.NONE, block, 0, False, name)
+
+
+def group_block_bytes(group: Any) -> int:
+    """Bytes of one block of a KVCacheGroupSpec on one rank, all its layers, padding included."""
+    spec = group.kv_cache_spec
+    inner = getattr(spec, "kv_cache_specs", None)
+    if isinstance(inner, dict):
+        return sum(int(inner[name].page_size_bytes) for name in group.layer_names)
+    return int(spec.page_size_bytes) * len(group.layer_names)
+
+
+def transfer_groups(kv_cache_config: Any) -> list[tuple[int, Any]]:
+    """(index, KVCacheGroupSpec) of the groups that an external store may hold."""
+    return [
+        (i, g)
+        for i, g in enumerate(kv_cache_config.kv_cache_groups)
+        if getattr(g, "enable_kv_transfer", True) and not getattr(g, "host_resident", False)
+    ]
+
+
+def cache_layout(
+    kv_cache_config: Any,
+    *,
+    hash_tokens: int,
+    align_tokens: int,
+    world_size: int,
+    chunk_tokens: int | None,
+) -> CacheLayout:
+    """Layout of an engine. Raises ConfigError when ``chunk_tokens`` does not fit the blocks."""
+    groups = transfer_groups(kv_cache_config)
+    facts = [spec_facts(g.kv_cache_spec) for _, g in groups]
+    replicated = bool(facts) and all(f.replicated for f in facts)
+    shards = 1 if replicated else world_size
+    layouts = []
+    for (index, group), fact in zip(groups, facts, strict=True):
+        block_bytes = group_block_bytes(group)
+        n = choose_blocks_per_chunk(
+            block_bytes * shards, fact.block_tokens, fact.kind, chunk_tokens
+        )
+        layouts.append(
+            GroupLayout(
+                index, fact.kind, fact.block_tokens, n, block_bytes, shards, fact.window
+            )
+        )
+    return CacheLayout(tuple(layouts), hash_tokens, align_tokens, world_size)
+
+
+def why_not_served(kv_cache_config: Any) -> str | None:
+    """Name of the first KV group kind we cannot serve, None when all can be served."""
+    groups = transfer_groups(kv_cache_config)
+    if not groups:
+        return "no transferable KV cache group"
+    for _, group in groups:
+        fact = spec_facts(group.kv_cache_spec)
+        if fact.kind is GroupKind.NONE:
+            return fact.name
+    return None

@@ -1,0 +1,81 @@
+"""Guards around hook bodies: an exception of ours never reaches the engine.
+
+vLLM turns any exception in a connector hook into EngineDeadError for all requests. Each hook body
+therefore runs inside ``guarded``: the exception is logged once per hook and kind with its traceback,
+counted always, and the hook's fallback answers instead. Fallbacks must be safe on their own: see the
+table in docs/request-lifecycle.md.
+
+Tests plant exceptions with the environment variable ``KVOFFLOAD_TEST_FAULTS`` (JSON:
+``{"hook": n}`` raises on the first n calls of the hook, -1 on every call).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+logger = logging.getLogger("vllm.kvoffload")
+T = TypeVar("T")
+
+
+class InjectedFault(RuntimeError):
+    """Raised on purpose by a test."""
+
+
+class HookGuard:
+    """Counts and logs hook failures of one connector role. Used by the owning thread only."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.errors: dict[str, int] = {}
+        self._logged: set[tuple[str, str]] = set()
+        planted = os.environ.get("KVOFFLOAD_TEST_FAULTS")
+        self._faults: dict[str, int] = json.loads(planted) if planted else {}
+
+    def maybe_fault(self, hook: str) -> None:
+        """Raise a planted fault, if one is due."""
+        left = self._faults.get(f"{self.role}.{hook}", 0)
+        if left:
+            if left > 0:
+                self._faults[f"{self.role}.{hook}"] = left - 1
+            raise InjectedFault(f"planted in {self.role}.{hook}")
+
+    def record(self, hook: str, exc: BaseException) -> None:
+        """Count an exception; log it the first time this hook fails with this kind."""
+        self.errors[hook] = self.errors.get(hook, 0) + 1
+        mark = (hook, type(exc).__name__)
+        if mark not in self._logged:
+            self._logged.add(mark)
+            logger.error(
+                "kvoffload: %s hook %s failed and was skipped (%s: %s); requests go on without "
+                "the cache. Further failures of this kind are only counted.",
+                self.role, hook, type(exc).__name__, exc, exc_info=exc,
+            )  # fmt: skip
+
+
+def guarded(fallback: Callable[..., Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Run a method under its object's ``guard``; on an exception answer ``fallback(self, *args)``."""
+
+    def wrap(body: Callable[..., T]) -> Callable[..., T]:
+        name = body.__name__
+
+        @functools.wraps(body)
+        def run(self: Any, *args: Any, **kwargs: Any) -> T:
+            try:
+                self.guard.maybe_fault(name)
+                return body(self, *args, **kwargs)
+            except Exception as exc:  # the engine must survive anything of ours
+                self.guard.record(name, exc)
+            try:
+                return fallback(self, *args, **kwargs)  # type: ignore[no-any-return]
+            except Exception as exc:
+                self.guard.record(name + ".fallback", exc)
+                raise
+
+        return run
+
+    return wrap

@@ -1,0 +1,124 @@
+"""What the scheduler half tells the workers each step, and what they answer. Plain picklable data.
+
+Block ids and slots travel as numpy arrays: metadata is broadcast to every rank each step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvoffload.types import LoadFailure
+
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+I32 = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class ChunkCopies:
+    """Chunks of one KV group to copy: row i of ``block_ids`` belongs to slot i; -1 leaves a block alone."""
+
+    group: int
+    slots: U32
+    generations: U64
+    offsets: U64
+    keys: bytes
+    block_ids: I32  # (n, blocks_per_chunk)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+@dataclass(slots=True)
+class LoadOrder:
+    """Arena -> KV blocks for one request. ``deadline_ms`` counts from when the worker sees it."""
+
+    attempt: int
+    request_id: str
+    deadline_ms: int
+    copies: list[ChunkCopies]
+
+
+@dataclass(slots=True)
+class StoreOrder:
+    """KV blocks -> arena, after this step's forward."""
+
+    store: int
+    copies: list[ChunkCopies]
+
+
+@dataclass(slots=True)
+class FailOrder:
+    """Answer this attempt as failed now. ``block_ids`` are all blocks it was to fill."""
+
+    attempt: int
+    request_id: str
+    block_ids: list[int]
+
+
+@dataclass(slots=True)
+class ArenaAddress:
+    """Where the Manager's arena can be attached."""
+
+    path: str
+    inode: int
+
+
+@dataclass(slots=True)
+class StepOrders:
+    """All of one step. ``idle``: the step runs no forward. ``low_water``: see LoadTable."""
+
+    arena: ArenaAddress | None = None
+    idle: bool = False
+    low_water: int = 0
+    fence: list[int] = field(default_factory=list)
+    loads: list[LoadOrder] = field(default_factory=list)
+    stores: list[StoreOrder] = field(default_factory=list)
+    fails: list[FailOrder] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class BadChunk:
+    """A slot whose bytes could not be used."""
+
+    attempt: int
+    slot: int
+    generation: int
+    reason: LoadFailure
+
+
+@dataclass(slots=True)
+class WorkerReport:
+    """One or more ranks' account of a step."""
+
+    bad: list[BadChunk] = field(default_factory=list)
+    failed_attempts: dict[int, LoadFailure] = field(default_factory=dict)
+    load_bytes: int = 0
+    load_copy_s: list[float] = field(default_factory=list)
+    load_wait_s: list[float] = field(default_factory=list)
+    store_bytes: int = 0
+    store_copy_s: list[float] = field(default_factory=list)
+    hook_errors: dict[str, int] = field(default_factory=dict)
+    attach_error: str = ""
+
+    def is_empty(self) -> bool:
+        """Nothing worth sending."""
+        return self == WorkerReport()
+
+    def merge(self, other: WorkerReport) -> WorkerReport:
+        """Fold another rank's account into this one."""
+        self.bad += other.bad
+        for attempt, reason in other.failed_attempts.items():
+            self.failed_attempts.setdefault(attempt, reason)
+        self.load_bytes += other.load_bytes
+        self.load_copy_s += other.load_copy_s
+        self.load_wait_s += other.load_wait_s
+        self.store_bytes += other.store_bytes
+        self.store_copy_s += other.store_copy_s
+        for hook, count in other.hook_errors.items():
+            self.hook_errors[hook] = self.hook_errors.get(hook, 0) + count
+        self.attach_error = self.attach_error or other.attach_error
+        return self

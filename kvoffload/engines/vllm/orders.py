@@ -1,0 +1,126 @@
+"""Pure helpers that turn leases and store items into copy orders, and the block-reuse fence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvoffload.core.manager import Lease, LeaseItem, StoreItem
+from kvoffload.engines.vllm.meta import ChunkCopies, LoadOrder, StoreOrder
+from kvoffload.types import CacheLayout, GroupLayout, SlotState
+
+BlockTables = Sequence[Sequence[int]]
+
+
+def _copies(
+    group: GroupLayout, items: Sequence[LeaseItem] | Sequence[StoreItem], rows: list[list[int]]
+) -> ChunkCopies:
+    return ChunkCopies(
+        group=group.group,
+        slots=np.asarray([i.ref.slot for i in items], np.uint32),
+        generations=np.asarray([i.ref.generation for i in items], np.uint64),
+        offsets=np.asarray([i.ref.offset for i in items], np.uint64),
+        keys=b"".join(i.key for i in items),
+        block_ids=np.asarray(rows, np.int32).reshape(len(items), group.blocks_per_chunk),
+    )
+
+
+def load_copies(
+    layout: CacheLayout, lease: Lease, tables: BlockTables, start: int, end: int
+) -> list[ChunkCopies]:
+    """Blocks of [start, end) by group. A block that HBM already has (below ``start``), that lies
+    beyond ``end`` or that vLLM gave no room (null block 0: left the window) is -1: never written."""
+    out = []
+    for group in layout.groups:
+        items = [i for i in lease.items if i.group == group.group]
+        rows, used = [], []
+        for item in items:
+            row = []
+            for b in range(group.blocks_per_chunk):
+                block = item.chunk * group.blocks_per_chunk + b
+                token = block * group.block_tokens
+                wanted = token >= start and token + group.block_tokens <= end
+                table = tables[group.group]
+                block_id = int(table[block]) if wanted and block < len(table) else 0
+                row.append(block_id if block_id > 0 else -1)
+            if any(b >= 0 for b in row):
+                rows.append(row)
+                used.append(item)
+        if used:
+            out.append(_copies(group, used, rows))
+    return out
+
+
+def store_copies(
+    layout: CacheLayout, items: Sequence[StoreItem], tables: BlockTables
+) -> list[ChunkCopies]:
+    """All blocks of the given complete chunks, by group."""
+    out = []
+    for group in layout.groups:
+        mine = [i for i in items if i.group == group.group]
+        if mine:
+            n = group.blocks_per_chunk
+            rows = [
+                [int(b) for b in tables[group.group][i.chunk * n : (i.chunk + 1) * n]] for i in mine
+            ]
+            out.append(_copies(group, mine, rows))
+    return out
+
+
+class Fence:
+    """Remembers which blocks are the source of a store still being copied.
+
+    A block that vLLM hands to somebody else while its copy is out must not be overwritten before the
+    copy is done: the step that reuses it carries the store's number, and the worker waits for that
+    store (milliseconds at most) before anything of the step runs. Nothing is held back from vLLM.
+    """
+
+    def __init__(self, arena: Any) -> None:
+        self._arena = arena
+        self._pending: dict[int, tuple[frozenset[int], Any, Any]] = {}
+
+    def add(self, order: StoreOrder) -> None:
+        """Enter a store that the workers will run in this step."""
+        blocks = frozenset(int(b) for c in order.copies for b in c.block_ids.ravel())
+        slots = np.concatenate([c.slots for c in order.copies])
+        generations = np.concatenate([c.generations for c in order.copies])
+        self._pending[order.store] = (blocks, slots, generations)
+        if len(self._pending) > 64:
+            self._prune()
+
+    def due(self, output: Any, loads: Iterable[LoadOrder]) -> list[int]:
+        """Stores whose source blocks are written by this step (new allocations and loads)."""
+        if not self._pending:
+            return []
+        fresh = new_blocks(output)
+        for order in loads:
+            for copies in order.copies:
+                fresh.update(int(b) for b in copies.block_ids.ravel() if b >= 0)
+        if not fresh:
+            return []
+        self._prune()
+        return [n for n, (blocks, _, _) in self._pending.items() if not blocks.isdisjoint(fresh)]
+
+    def all_pending(self) -> list[int]:
+        """Every store that may still be copying."""
+        return list(self._pending)
+
+    def _prune(self) -> None:
+        for number, (_, slots, generations) in list(self._pending.items()):
+            states = self._arena.states(slots, generations)
+            if not (states == int(SlotState.FILLING)).any():
+                del self._pending[number]
+
+
+def new_blocks(output: Any) -> set[int]:
+    """Block ids that vLLM allocated for this step (prefix-hit blocks of new requests included)."""
+    fresh: set[int] = set()
+    for new in output.scheduled_new_reqs:
+        for ids in new.block_ids:
+            fresh.update(ids)
+    for tables in output.scheduled_cached_reqs.new_block_ids:
+        for ids in tables or ():
+            fresh.update(ids)
+    return fresh

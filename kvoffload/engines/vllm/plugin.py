@@ -1,0 +1,321 @@
+"""Entry point of ``vllm.general_plugins``: runs once in every vLLM process, before any model is loaded.
+
+It registers the connector, checks our keys in the front end (before an engine process starts), sets
+``kv_load_failure_policy`` and notices in-place weight updates in workers. It never breaks a vLLM that
+does not use kvoffload: everything is guarded, and nothing happens unless the connector is named.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from kvoffload.config import Config
+from kvoffload.errors import ConfigError, OffloadError, UnsupportedError
+
+CONNECTOR = "KVOffloadConnector"
+CONNECTOR_MODULE = "kvoffload.engines.vllm.connector"
+_WRAPPED = "_kvoffload_wrapped"
+_POST_INIT = "_post_init_kv_transfer_config"
+
+#: Methods of a vLLM worker or model runner that change weights in place (0.30..0.33).
+WEIGHT_METHODS = (
+    "reload_weights",
+    "start_weight_update",
+    "start_draft_weight_update",
+    "update_weights",
+    "finish_weight_update",
+)
+_MODEL_RUNNERS = (
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
+)
+
+# A child of vllm's logger: vLLM configures only its own tree, so a line under "kvoffload" at INFO
+# would not be seen by anyone.
+logger = logging.getLogger("vllm.kvoffload")
+
+_lock = threading.Lock()
+_listeners: list[Callable[[], None]] = []
+_said: set[str] = set()
+_loaded_after_ns: int | None = None
+
+
+class StartupError(OffloadError):
+    """A configuration that is refused before the engine starts; the message is one line.
+
+    Not a ValueError on purpose: pydantic would wrap that in a report of several lines that ends with
+    a link and buries the reason.
+    """
+
+
+# -- registration ------------------------------------------------------------------------------------
+
+
+def register() -> None:
+    """Register the connector and wrap the start-up check. Idempotent, thread-safe, never raises."""
+    global _loaded_after_ns
+    with _lock:
+        if _loaded_after_ns is None:
+            _loaded_after_ns = time.time_ns()
+        for step in (_register_connector, _wrap_config):
+            try:
+                step()
+            except Exception:
+                logger.exception("kvoffload: %s failed; kvoffload may be unavailable", step.__name__)
+
+
+def loaded_after_ns() -> int:
+    """Wall clock in ns before which this process cannot have opened a weight file."""
+    return _loaded_after_ns if _loaded_after_ns is not None else time.time_ns()
+
+
+def _register_connector() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
+
+
+def _wrap_config() -> None:
+    from vllm.config import VllmConfig
+
+    original = getattr(VllmConfig, _POST_INIT, None)
+    if original is None:
+        logger.warning(
+            "kvoffload: this vLLM has no VllmConfig.%s; settings are checked when the engine starts",
+            _POST_INIT,
+        )
+        return
+    if getattr(original, _WRAPPED, False):
+        return
+
+    @functools.wraps(original)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        prepare(self)
+        return result
+
+    setattr(checked, _WRAPPED, True)
+    setattr(VllmConfig, _POST_INIT, checked)
+
+
+# -- the start-up check ------------------------------------------------------------------------------
+
+
+def our_configs(kv_transfer_config: Any) -> Iterator[Mapping[str, Any]]:
+    """The extra configs of every KVOffloadConnector: named directly or as a child of MultiConnector."""
+    name = getattr(kv_transfer_config, "kv_connector", None)
+    extra = getattr(kv_transfer_config, "kv_connector_extra_config", None) or {}
+    yield from _our_children({"kv_connector": name, "kv_connector_extra_config": extra})
+
+
+def _our_children(child: Any) -> Iterator[Mapping[str, Any]]:
+    if not isinstance(child, Mapping):
+        return
+    extra = child.get("kv_connector_extra_config") or {}
+    if child.get("kv_connector") == CONNECTOR:
+        yield extra
+    elif child.get("kv_connector") == "MultiConnector" and isinstance(extra, Mapping):
+        for inner in extra.get("connectors") or ():
+            yield from _our_children(inner)
+
+
+def prepare(vllm_config: Any) -> None:
+    """Check and complete a VllmConfig that names our connector; does nothing for any other.
+
+    Raises StartupError (one line). An error of this function itself is logged, never raised.
+    """
+    try:
+        transfer = getattr(vllm_config, "kv_transfer_config", None)
+        if transfer is None or not (extras := list(our_configs(transfer))):
+            return
+        _check_all(vllm_config, transfer, extras)
+        _set_failure_policy(transfer)
+    except (ConfigError, UnsupportedError) as exc:
+        raise StartupError(str(exc)) from None
+    except Exception:
+        logger.exception("kvoffload: the start-up check failed; the engine checks again at start")
+
+
+def _check_all(vllm_config: Any, transfer: Any, extras: list[Mapping[str, Any]]) -> None:
+    for extra in extras:
+        Config.from_extra_config(extra).check_host()
+    if len(extras) > 1:
+        raise UnsupportedError(
+            f"kvoffload: {CONNECTOR} is given {len(extras)} times; two caches of the same blocks "
+            "only cost memory; keep one"
+        )
+    role = getattr(transfer, "kv_role", None)
+    if role != "kv_both":
+        raise UnsupportedError(
+            f"kvoffload: kv_role={role!r} is not supported: an offload cache both stores and loads; "
+            'set "kv_role": "kv_both"'
+        )
+    check_supported(vllm_config)
+
+
+def check_supported(vllm_config: Any) -> None:
+    """Refuse engine settings kvoffload cannot serve. Raises UnsupportedError: what, why, what to do."""
+    parallel = getattr(vllm_config, "parallel_config", None)
+    for field, option, why in (
+        ("pipeline_parallel_size", "--pipeline-parallel-size", "chunks hold all layers of a block"),
+        (
+            "decode_context_parallel_size",
+            "--decode-context-parallel-size",
+            "ranks hold interleaved tokens",
+        ),
+        (
+            "prefill_context_parallel_size",
+            "--prefill-context-parallel-size",
+            "ranks hold parts of a prompt",
+        ),
+    ):
+        size = getattr(parallel, field, 1)
+        if isinstance(size, int) and size > 1:
+            raise UnsupportedError(
+                f"kvoffload: {option} {size} is not supported: {why}; "
+                f"set it to 1 or start vLLM without {CONNECTOR}"
+            )
+    if _nodes_of_one_engine(parallel) > 1:
+        raise UnsupportedError(
+            "kvoffload: tensor parallel over several nodes is not supported: the DRAM arena is shared "
+            f"memory of one machine; keep an engine on one node or start vLLM without {CONNECTOR}"
+        )
+    model = getattr(vllm_config, "model_config", None)
+    if getattr(model, "is_encoder_decoder", False) is True:
+        raise UnsupportedError(
+            "kvoffload: encoder-decoder models are not supported: vLLM has no KV connector for "
+            f"cross-attention blocks; start vLLM without {CONNECTOR}"
+        )
+
+
+def _nodes_of_one_engine(parallel: Any) -> int:
+    nodes = getattr(parallel, "nnodes_within_dp", None)
+    if not isinstance(nodes, int):
+        nodes = getattr(parallel, "nnodes", 1)
+    return nodes if isinstance(nodes, int) else 1
+
+
+def _set_failure_policy(transfer: Any) -> None:
+    if getattr(transfer, "kv_load_failure_policy", "recompute") == "recompute":
+        return
+    transfer.kv_load_failure_policy = "recompute"
+    _say_once('kvoffload: kv_load_failure_policy set to "recompute": a failed load is recomputed')
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        logger.info(line)
+
+
+# -- weights that change in place --------------------------------------------------------------------
+
+
+def add_weights_listener(fn: Callable[[], None]) -> None:
+    """Call ``fn`` whenever this worker's weights change in place; also wraps the worker classes.
+
+    Call it from the worker process once its worker class is imported (the worker-role connector is
+    built after that). ``fn`` runs on the thread that changes the weights, before and after the
+    change: before, so that nothing is looked up or stored under the old name while both exist;
+    after (also when it failed), because what was stored in between is of neither. Must not block.
+    """
+    with _lock:
+        if fn not in _listeners:
+            _listeners.append(fn)
+    wrap_weight_methods()
+
+
+def remove_weights_listener(fn: Callable[[], None]) -> None:
+    """Undo add_weights_listener; unknown functions are ignored."""
+    with _lock:
+        if fn in _listeners:
+            _listeners.remove(fn)
+
+
+def on_weights_changed() -> None:
+    """Tell every listener. A listener that raises is logged and does not stop the others."""
+    with _lock:
+        listeners = list(_listeners)
+    for fn in listeners:
+        try:
+            fn()
+        except Exception:
+            logger.exception("kvoffload: a weights listener failed; restart before trusting hits")
+
+
+def wrap_weight_methods() -> list[str]:
+    """Wrap the weight-changing methods of all imported worker and runner classes. Idempotent.
+
+    Returns the names wrapped by this call, as ``Class.method``.
+    """
+    done: list[str] = []
+    for cls in _weight_classes():
+        for name in sorted(vars(cls)):
+            if not _changes_weights(cls, name):
+                continue
+            original = vars(cls)[name]
+            if not callable(original) or getattr(original, _WRAPPED, False):
+                continue
+            only_in_place = name == "add_lora"
+            try:
+                setattr(cls, name, _notifying(original, only_in_place))
+                done.append(f"{cls.__name__}.{name}")
+            except (AttributeError, TypeError):
+                logger.warning("kvoffload: cannot watch %s.%s", cls.__name__, name)
+    return done
+
+
+def _changes_weights(cls: type, name: str) -> bool:
+    if name in WEIGHT_METHODS or name == "add_lora":
+        return True
+    # A worker extension (--worker-extension-cls) names its own methods; a false alarm only costs
+    # a cold cache.
+    foreign = not cls.__module__.startswith("vllm.")
+    return foreign and not name.startswith("_") and re.search("weight", name) is not None
+
+
+def _weight_classes() -> list[type]:
+    found: dict[type, None] = {}
+    base_module = sys.modules.get("vllm.v1.worker.worker_base")
+    stack = [getattr(base_module, "WorkerBase", None)]
+    while stack:
+        cls = stack.pop()
+        if not isinstance(cls, type):
+            continue
+        for part in cls.__mro__:
+            if part is not object:
+                found.setdefault(part)
+        stack.extend(cls.__subclasses__())
+    for module, name in _MODEL_RUNNERS:
+        cls = getattr(sys.modules.get(module), name, None)
+        if isinstance(cls, type):
+            found.setdefault(cls)
+    return list(found)
+
+
+def _notifying(original: Callable[..., Any], only_in_place: bool) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if only_in_place and not _is_in_place(args, kwargs):
+            return original(*args, **kwargs)
+        on_weights_changed()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            on_weights_changed()
+
+    setattr(wrapped, _WRAPPED, True)
+    return wrapped
+
+
+def _is_in_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    request = kwargs.get("lora_request", args[1] if len(args) > 1 else None)
+    return bool(getattr(request, "load_inplace", False))

@@ -1,0 +1,43 @@
+"""What the scheduler half remembers of each live request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.manager import Lease
+from kvoffload.types import Tier
+
+LEASE_S = 5.0
+"""A provisional lease (between lookup and allocation) lives this long, then its pins are dropped and
+the next query looks up again: a request stuck behind a full HBM must not starve the arena."""
+
+
+@dataclass(slots=True)
+class ProvisionalLease:
+    """A lease taken at lookup, waiting for vLLM to allocate blocks."""
+
+    lease: Lease
+    start: int
+    end: int
+    expires: float
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One live request. ``stored`` counts the leading tokens whose chunks have been planned."""
+
+    request: Any
+    chain: Chain | None = None
+    stored: int = 0
+    provisional: ProvisionalLease | None = None
+    hit_sources: dict[Tier, int] | None = None
+    looked_up: bool = False
+    tainted: bool = False  # its KV was (partly) computed before the last reset: never store it
+    unsupported: bool = False  # resumable sessions rewrite their tokens: no load, no store
+
+    @property
+    def request_id(self) -> str:
+        """vLLM's request id."""
+        return str(self.request.request_id)

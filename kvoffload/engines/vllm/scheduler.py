@@ -1,0 +1,522 @@
+"""Scheduler half: looks up, leases, orders loads and stores. Runs on the EngineCore thread.
+
+Every call is O(chunks of the request) and does no I/O. vLLM objects are used by attribute only, so
+the step harness in tests/support can drive this class without vLLM. Rules of the hooks, their order
+and traps: docs/request-lifecycle.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+from kvoffload.config import Config
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.loads import Attempt, LoadTable
+from kvoffload.core.manager import Manager
+from kvoffload.engines.vllm.guard import HookGuard, guarded
+from kvoffload.engines.vllm.meta import (
+    ArenaAddress,
+    FailOrder,
+    LoadOrder,
+    StepOrders,
+    StoreOrder,
+    WorkerReport,
+)
+from kvoffload.engines.vllm.orders import Fence, load_copies, store_copies
+from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, RequestState
+from kvoffload.metrics import Recorder
+from kvoffload.types import CacheLayout, GroupKind, LoadFailure, Tier
+
+logger = logging.getLogger("vllm.kvoffload")
+
+ATTACH_S = 30.0
+"""How long an idle engine keeps stepping for its workers to attach to the arena."""
+
+
+class Namespaces(Protocol):
+    """Where chunk keys get their namespace from; see engines/vllm/namespace.py."""
+
+    def namespace(self) -> bytes | None:
+        """16 bytes, or None while the weights are still being digested."""
+
+    def adapter(self, request: Any) -> bytes | None:
+        """Digest of the request's LoRA adapter, b"" without one, None while not known."""
+
+    def on_first_request(self) -> None:
+        """Compute the hash canary (vLLM's hash seed is initialised by now)."""
+
+    def new_epoch(self) -> None:
+        """Hide everything stored so far behind a random epoch."""
+
+
+class SchedulerHalf:
+    """One per engine. ``serve`` False: the engine's KV cannot be served; every lookup is a miss."""
+
+    def __init__(
+        self,
+        config: Config,
+        layout: CacheLayout,
+        manager: Manager,
+        arena: Any,
+        namespaces: Namespaces,
+        *,
+        serve: bool = True,
+        eagle: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.guard = HookGuard("scheduler")
+        self.config = config
+        self.layout = layout
+        self.manager = manager
+        self.arena = arena
+        self.namespaces = namespaces
+        self.metrics = Recorder()
+        self._serve = serve
+        self._eagle = eagle
+        self._clock = clock
+        self._loads = LoadTable()
+        self._load_blocks: dict[int, list[int]] = {}
+        self._unsent: list[LoadOrder] = []
+        self._states: dict[str, RequestState] = {}
+        self._fence = Fence(arena)
+        self._store_no = 0
+        self._started = clock()
+        self._attached = False
+        self._attach_warned = False
+        self._said_unsupported = False
+        self._weights_epoch = arena.epoch()
+        self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
+        self._grid = min((g.chunk_tokens for g in layout.groups), default=1)
+        self._last_step: float | None = None
+
+    # ---------------------------------------------------------------- arrival and lookup
+
+    @guarded(lambda self, request: None)
+    def on_new_request(self, request: Any) -> None:
+        """At arrival: compute the chain and start moving what sits on NVMe towards DRAM."""
+        self.namespaces.on_first_request()
+        state = self._state(request)
+        chain = self._chain(state)
+        if chain is not None and self._ready() and not self._skips_cache(request):
+            self.manager.prefetch(state.request_id, chain, 0, request.num_tokens)
+
+    @guarded(lambda self, request, num_computed: (0, False))
+    def get_num_new_matched_tokens(self, request: Any, num_computed: int) -> tuple[int, bool]:
+        """Tokens beyond ``num_computed`` that will be loaded asynchronously; (0, False) for none."""
+        state = self._state(request)
+        if not self._ready() or self._loads.is_banned(state.request_id):
+            return 0, False
+        if self._skips_cache(request) or state.tainted:
+            return 0, False
+        chain = self._chain(state)
+        if chain is None:
+            self.metrics.miss("namespace_unknown")
+            return 0, False
+        held = state.provisional
+        now = self._clock()
+        if held is not None and held.start == num_computed:
+            held.expires = now + LEASE_S
+            return held.end - held.start, True
+        self._drop_provisional(state)
+        end = self._plan(state, chain, num_computed)
+        if end <= num_computed:
+            return 0, False
+        lease = self.manager.acquire(state.request_id, chain, num_computed, end)
+        if lease is None:
+            self.metrics.miss("lease_refused")
+            return 0, False
+        state.provisional = ProvisionalLease(lease, num_computed, end, now + LEASE_S)
+        return end - num_computed, True
+
+    def _plan(self, state: RequestState, chain: Chain, start: int) -> int:
+        request = state.request
+        # A full-prompt hit is trimmed by vLLM to all but one token, after it dropped the blocks that
+        # a sliding window of the full prompt no longer needs: such engines stop one token short.
+        limit = request.num_tokens - (1 if self._sliding else 0)
+        first = not state.looked_up
+        state.looked_up = True
+        hit = self.manager.lookup(chain, start, limit)
+        end = hit.end
+        if self._eagle and end > start:
+            # The drafter needs the hidden states of the last block: vLLM recomputes it on a local
+            # hit, so must we.
+            end -= self.layout.align_tokens
+        end = self.manager.plan(hit, start, end)
+        if first:
+            self.metrics.lookup(queried=max(0, limit - start), hit=max(0, end - start))
+        return max(end, start)
+
+    def _drop_provisional(self, state: RequestState) -> None:
+        if state.provisional is not None:
+            self.manager.release(state.provisional.lease.id)
+            state.provisional = None
+
+    # ---------------------------------------------------------------- allocation -> load order
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external: int) -> None:
+        """Turn the provisional lease into a load order. Never raises; never leaves vLLM waiting."""
+        try:
+            self.guard.maybe_fault("update_state_after_alloc")
+            self._commit(request, blocks.get_block_ids(), num_external)
+        except Exception as exc:
+            self.guard.record("update_state_after_alloc", exc)
+            self._commit_failed(request, blocks, num_external)
+
+    def _commit(self, request: Any, block_ids: Any, num_external: int) -> None:
+        state = self._state(request)
+        held = state.provisional
+        if num_external <= 0:
+            # Not chosen, nothing to load, or the second call after an async load.
+            if self._loads.get(state.request_id) is None:
+                self._drop_provisional(state)
+            return
+        state.provisional = None
+        if held is None:
+            raise RuntimeError(f"load of {num_external} tokens without a lease")
+        end = min(held.end, held.start + num_external)
+        now = self._clock()
+        attempt = self._loads.open(
+            state.request_id,
+            held.lease,
+            held.start,
+            end,
+            now,
+            self.config.load_deadline_ms / 1000.0,
+        )
+        copies = load_copies(self.layout, held.lease, block_ids, held.start, end)
+        self._load_blocks[attempt.attempt] = [
+            int(b) for c in copies for b in c.block_ids.ravel() if b >= 0
+        ]
+        order = LoadOrder(
+            attempt.attempt, state.request_id, self.config.load_deadline_ms, copies
+        )
+        state.hit_sources = self._sources(held, end)
+        self.metrics.hit({t: n for t, n in state.hit_sources.items() if n})
+        self._unsent.append(order)
+
+    def _sources(self, held: ProvisionalLease, end: int) -> dict[Tier, int]:
+        total = end - held.start
+        nvme = min(total, held.lease.tokens_by_tier.get(Tier.NVME, 0))
+        return {Tier.DRAM: total - nvme, Tier.NVME: nvme}
+
+    def _commit_failed(self, request: Any, blocks: Any, num_external: int) -> None:
+        """vLLM will park the request: make sure that an attempt exists and is failed at once."""
+        if num_external <= 0:
+            return
+        request_id = str(request.request_id)
+        state = self._states.get(request_id)
+        attempt = self._loads.get(request_id)
+        if attempt is None:
+            from kvoffload.core.manager import Lease
+
+            lease = Lease.empty(request_id)
+            if state is not None and state.provisional is not None:
+                lease, state.provisional = state.provisional.lease, None
+            start = int(getattr(request, "num_computed_tokens", 0))
+            attempt = self._loads.open(
+                request_id, lease, start, start + num_external, self._clock(), 0.0
+            )
+        self._unsent = [o for o in self._unsent if o.attempt != attempt.attempt]
+        if attempt.attempt not in self._load_blocks:
+            try:
+                ids = blocks.get_block_ids()
+                self._load_blocks[attempt.attempt] = [int(b) for g in ids for b in g if b > 0]
+            except Exception as exc:
+                self.guard.record("update_state_after_alloc.blocks", exc)
+                self._load_blocks[attempt.attempt] = []
+        attempt.next_order = 0.0
+
+    def hit_sources(self, request: Any, num_external: int) -> dict[Tier, int] | None:
+        """Tokens by tier of the load just ordered, None when they do not add up."""
+        state = self._states.get(str(request.request_id))
+        sources = state.hit_sources if state is not None else None
+        if not sources or sum(sources.values()) != num_external:
+            return None
+        return {t: n for t, n in sources.items() if n}
+
+    # ---------------------------------------------------------------- step orders
+
+    def build_connector_meta(self, output: Any) -> StepOrders:
+        """Orders of this step. Never raises; on a failure all new loads are failed, stores skipped."""
+        try:
+            self.guard.maybe_fault("build_connector_meta")
+            return self._build(output)
+        except Exception as exc:
+            self.guard.record("build_connector_meta", exc)
+        for order in self._unsent:
+            attempt = self._loads.get(order.request_id)
+            if attempt is not None:
+                attempt.next_order = 0.0
+        self._unsent.clear()
+        return StepOrders(
+            arena=self._address(),
+            idle=False,
+            low_water=self._loads.low_water(),
+            fence=self._fence.all_pending(),
+            fails=[self._fail_order(a) for a in self._loads.due(self._clock())],
+        )
+
+    def _build(self, output: Any) -> StepOrders:
+        began = time.perf_counter()
+        now = self._clock()
+        self._check_epoch()
+        self._expire_leases(now)
+        orders = StepOrders(
+            arena=self._address(),
+            idle=not output.num_scheduled_tokens,
+            low_water=self._loads.low_water(),
+            loads=self._unsent,
+        )
+        self._unsent = []
+        for order in orders.loads:
+            attempt = self._loads.get(order.request_id)
+            if attempt is not None:
+                attempt.sent = True
+        orders.fails = [self._fail_order(a) for a in self._loads.due(now)]
+        failing = {f.attempt for f in orders.fails}
+        orders.loads = [o for o in orders.loads if o.attempt not in failing]
+        orders.fence = self._fence.due(output, orders.loads)
+        if self._ready():
+            orders.stores = self._store_orders(output)
+        if orders.loads or orders.stores or orders.fails or self._tick_due(now):
+            self.manager.tick(busy=not orders.idle)
+        self.metrics.scheduler_step(time.perf_counter() - began)
+        return orders
+
+    def _tick_due(self, now: float) -> bool:
+        due = self._last_step is None or now - self._last_step >= 0.05
+        if due:
+            self._last_step = now
+        return due
+
+    def _address(self) -> ArenaAddress | None:
+        return None if self._attached else ArenaAddress(self.arena.path, self.arena.inode)
+
+    def _fail_order(self, attempt: Attempt) -> FailOrder:
+        return FailOrder(
+            attempt.attempt, attempt.request_id, self._load_blocks.get(attempt.attempt, [])
+        )
+
+    def _expire_leases(self, now: float) -> None:
+        for state in self._states.values():
+            if state.provisional is not None and state.provisional.expires <= now:
+                self._drop_provisional(state)
+
+    def _store_orders(self, output: Any) -> list[StoreOrder]:
+        block_state = output.kv_connector_block_state
+        orders: list[StoreOrder] = []
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            state = self._states.get(request_id)
+            if state is None or state.tainted or state.unsupported:
+                continue
+            end = self._storable(state, scheduled)
+            if end // self._grid <= state.stored // self._grid:
+                continue
+            chain = self._chain(state)
+            if chain is None:
+                continue
+            tables = block_state.get_block_ids(request_id) if block_state is not None else None
+            if tables is None:
+                continue
+            order = self._store(chain, tables, state.stored, end)
+            state.stored = end
+            if order is not None:
+                orders.append(order)
+        return orders
+
+    def _storable(self, state: RequestState, scheduled: int) -> int:
+        """Tokens whose KV is final after this step: computed, and hashed (so not speculative)."""
+        request = state.request
+        hashed = len(request.block_hashes) * self.layout.hash_tokens
+        end = min(int(request.num_computed_tokens) + scheduled, hashed)
+        if self._eagle:
+            # A drafter's KV of the last block changes once the next token is known.
+            end -= self.layout.align_tokens
+        return max(end, 0)
+
+    def _store(self, chain: Chain, tables: Any, start: int, end: int) -> StoreOrder | None:
+        def present(group: int, chunk: int) -> bool:
+            g = self._group(group)
+            first = chunk * g.blocks_per_chunk
+            ids = tables[group][first : first + g.blocks_per_chunk]
+            return len(ids) == g.blocks_per_chunk and all(b > 0 for b in ids)
+
+        items = self.manager.begin_store(chain, start, end, present)
+        if not items:
+            return None
+        self._store_no += 1
+        order = StoreOrder(self._store_no, store_copies(self.layout, items, tables))
+        self._fence.add(order)
+        return order
+
+    def _group(self, group: int) -> Any:
+        return next(g for g in self.layout.groups if g.group == group)
+
+    # ---------------------------------------------------------------- answers
+
+    @guarded(lambda self, output, report=None: self._answer_blindly(output))
+    def update_connector_output(self, output: Any, report: WorkerReport | None = None) -> None:
+        """Take the ranks' answers: finish attempts, drop bad chunks, feed the rates."""
+        if report is not None:
+            self._take_report(report)
+        self._answer(output)
+
+    def _answer_blindly(self, output: Any) -> None:
+        for request_id in output.finished_recving or ():
+            attempt = self._loads.answer(request_id, failed=True)
+            if attempt is not None:
+                self._finish(attempt)
+
+    def _answer(self, output: Any) -> None:
+        failed_requests = set(output.failed_recving or ())
+        invalid = set(output.invalid_block_ids or ())
+        for attempt in self._loads:
+            # With several ranks one may report its failure steps before the last one answers.
+            if not invalid.isdisjoint(self._load_blocks.get(attempt.attempt, ())):
+                attempt.failed = True
+        for request_id in output.finished_recving or ():
+            answered = self._loads.answer(request_id, failed=request_id in failed_requests)
+            if answered is not None:
+                self._finish(answered)
+
+    def _finish(self, attempt: Attempt) -> None:
+        self._load_blocks.pop(attempt.attempt, None)
+        self.manager.release(attempt.lease.id)
+        seconds = self._clock() - attempt.opened
+        if attempt.failed:
+            self.metrics.load_failed_request()
+        else:
+            self.manager.note_load(attempt.lease, seconds)
+            self.metrics.load_done(seconds, attempt.end - attempt.start)
+
+    def _take_report(self, report: WorkerReport) -> None:
+        self.metrics.worker(report)
+        for attempt_id in report.failed_attempts:
+            attempt = self._loads.find(attempt_id)
+            if attempt is not None:
+                attempt.failed = True
+        for bad in report.bad:
+            if bad.reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST):
+                self.manager.slot_failed(bad.slot, bad.generation, bad.reason)
+
+    @guarded(lambda self, request, *rest: None)
+    def request_finished(self, request: Any, *_: Any) -> None:
+        """Forget the request; an outstanding load stays in the table until the ranks answered."""
+        state = self._states.pop(str(request.request_id), None)
+        if state is not None:
+            self._drop_provisional(state)
+        self.manager.cancel_prefetch(str(request.request_id))
+        self._loads.forget(str(request.request_id))
+
+    # ---------------------------------------------------------------- engine state
+
+    @guarded(lambda self: False)
+    def has_pending_push_work(self) -> bool:
+        """Keep an idle engine stepping: workers attaching, or HBM->arena copies out. Never for disk."""
+        if not self._serve:
+            return False
+        if not self._all_attached():
+            return self._clock() - self._started < ATTACH_S
+        return self.manager.store_inflight() > 0
+
+    @guarded(lambda self: False)
+    def reset_cache(self) -> bool:
+        """Hide DRAM and NVMe behind a new epoch and fail outstanding loads."""
+        self._reset("the cache was reset")
+        return True
+
+    def _check_epoch(self) -> None:
+        epoch = self.arena.epoch()
+        if epoch != self._weights_epoch:
+            self._weights_epoch = epoch
+            self._reset("the model's weights changed in place")
+
+    def _reset(self, why: str) -> None:
+        logger.info("kvoffload: %s; everything stored so far is now a miss.", why)
+        self.namespaces.new_epoch()
+        for state in self._states.values():
+            self._drop_provisional(state)
+            self.manager.cancel_prefetch(state.request_id)
+            state.chain = None
+            state.stored = 0
+            if int(state.request.num_computed_tokens) > 0:
+                state.tainted = True
+        self._loads.fail_all(self._clock())
+        self.manager.reset()
+        self.metrics.reset_epoch()
+
+    def shutdown(self, flush_s: float) -> None:
+        """Bounded flush of what was not yet written, then close the Manager."""
+        try:
+            self.manager.drain(flush_s)
+        finally:
+            self.manager.close()
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant."""
+        self._loads.check()
+        self.manager.check()
+        for attempt in self._loads:
+            assert attempt.attempt in self._load_blocks, "attempt without its blocks"
+
+    # ---------------------------------------------------------------- small helpers
+
+    def _state(self, request: Any) -> RequestState:
+        request_id = str(request.request_id)
+        state = self._states.get(request_id)
+        if state is None:
+            state = RequestState(request)
+            if getattr(request, "resumable", False):
+                state.unsupported = True
+                if not self._said_unsupported:
+                    self._said_unsupported = True
+                    logger.info(
+                        "kvoffload: streaming-input sessions are neither loaded nor stored."
+                    )
+            self._states[request_id] = state
+        return state
+
+    def _chain(self, state: RequestState) -> Chain | None:
+        if state.unsupported or not self._serve:
+            return None
+        if state.chain is None:
+            namespace = self.namespaces.namespace()
+            adapter = self.namespaces.adapter(state.request)
+            if namespace is None or adapter is None:
+                return None
+            state.chain = Chain(namespace, adapter, self.layout)
+        state.chain.extend(state.request.block_hashes)
+        return state.chain
+
+    def _skips_cache(self, request: Any) -> bool:
+        return bool(getattr(request, "skip_reading_prefix_cache", False))
+
+    def _ready(self) -> bool:
+        self._check_epoch()
+        return self._serve and self._all_attached()
+
+    def _all_attached(self) -> bool:
+        if not self._attached:
+            need = (1 << self.layout.world_size) - 1
+            self._attached = self.arena.attached_mask() & need == need
+            late = self._clock() - self._started > ATTACH_S
+            if not self._attached and late and not self._attach_warned:
+                self._attach_warned = True
+                missing = [
+                    r
+                    for r in range(self.layout.world_size)
+                    if not self.arena.attached_mask() >> r & 1
+                ]
+                logger.warning(
+                    "kvoffload: ranks %s have not attached to the DRAM arena after %d s; nothing is "
+                    "loaded or stored until they do. See their logs for the reason.",
+                    missing,
+                    int(ATTACH_S),
+                )
+        return self._attached
+
+

@@ -1,0 +1,23 @@
+"""Errors raised by kvoffload's own surface. A tier failure is never one of these: it is a miss and a counter."""
+
+from __future__ import annotations
+
+
+class OffloadError(Exception):
+    """Base of all errors raised on purpose by kvoffload."""
+
+
+class ConfigError(OffloadError, ValueError):
+    """A configuration key is unknown or its value is not allowed. One line: key, value, what is allowed."""
+
+
+class UnsupportedError(OffloadError):
+    """The engine is configured with something kvoffload refuses by name at start."""
+
+
+class StoreError(OffloadError, OSError):
+    """The chunk store's directory cannot be opened or used. One line naming the path."""
+
+
+class ClosedError(OffloadError):
+    """The object was closed."""

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Show kvoffload on this machine: a real vLLM server, long prompts, time to first token cold, on an HBM
+# hit, reloaded from DRAM, and reloaded from NVMe after a restart. About 5 minutes on two cores after
+# the downloads.
+#
+#   scripts/demo.sh [--prompts N] [--tokens N] [--system kvoffload|none] ...   (scripts/demo.py --help)
+#
+# Everything stays inside this folder: .venv, .cache (packages, model) and demo-out (store, logs, result).
+set -uo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT" || exit 1
+OUT=$ROOT/demo-out
+CHILD=
+SHORT_TMP=
+
+kill_server() { # the server has a process group of its own; its leader is written down by demo.py
+    local group
+    group=$(cat "$OUT/server.pid" 2>/dev/null) || return 0
+    kill -KILL -- "-$group" 2>/dev/null
+    rm -f "$OUT/server.pid"
+}
+
+cleanup() {
+    trap - INT TERM HUP EXIT
+    if [[ -n $CHILD ]] && kill -0 "$CHILD" 2>/dev/null; then
+        kill -TERM "$CHILD" 2>/dev/null
+        wait "$CHILD" 2>/dev/null
+    fi
+    kill_server
+    [[ -n $SHORT_TMP ]] && rm -rf "$SHORT_TMP"
+    rm -rf "$OUT/tmp" "$OUT/home"
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+# Background + wait: bash runs a trap during `wait`, but only after a foreground command has ended.
+step() { "$@" <&0 & CHILD=$!; wait "$CHILD"; local rc=$?; CHILD=; return "$rc"; }
+
+mkdir -p "$OUT/tmp" "$OUT/home" .cache || exit 1
+kill_server # left over when an earlier run was killed with SIGKILL
+export PIP_CACHE_DIR=$ROOT/.cache/pip UV_CACHE_DIR=$ROOT/.cache/uv
+export TMPDIR=$OUT/tmp
+step bash scripts/setup.sh || exit 1
+MODEL=$(.venv/bin/python scripts/fetch_demo_model.py) || exit 1
+
+# vLLM's unix sockets live in TMPDIR and a socket path has 107 characters at most.
+if ((${#TMPDIR} > 60)); then
+    SHORT_TMP=$(TMPDIR=/tmp mktemp -d -t kvo-demo.XXXXXX) || exit 1
+    export TMPDIR=$SHORT_TMP
+fi
+export HOME=$OUT/home XDG_CACHE_HOME=$ROOT/.cache/xdg XDG_CONFIG_HOME=$OUT/home/config
+export VLLM_CACHE_ROOT=$ROOT/.cache/vllm VLLM_CONFIG_ROOT=$OUT/home/vllm
+export TORCHINDUCTOR_CACHE_DIR=$ROOT/.cache/inductor TRITON_CACHE_DIR=$ROOT/.cache/triton
+export NUMBA_CACHE_DIR=$ROOT/.cache/numba HF_HOME=$ROOT/.cache/hf
+export PYTHONDONTWRITEBYTECODE=1
+step .venv/bin/python scripts/demo.py --out "$OUT" --model "$MODEL" "$@"
