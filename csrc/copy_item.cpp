@@ -16,17 +16,19 @@ bool overlap(const Fragment &a, const Fragment &b, uint64_t blocks) {
   const uint64_t a_end = a.base + (blocks - 1) * a.stride + a.nbytes;
   const uint64_t b_end = b.base + (blocks - 1) * b.stride + b.nbytes;
   if (a_end <= b.base || b_end <= a.base) return false;
+  if (blocks == 1) return true;  // and the strides may be 0
   // Interleaved extents: for each block of a, the two blocks of b that can reach it. With equal
   // strides the picture repeats, except that the first and last blocks of b have no neighbour.
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t lo = a.base + i * a.stride, hi = lo + a.nbytes;
     if (hi <= b.base || lo >= b_end) continue;
-    uint64_t first = lo <= b.base ? 0 : (lo - b.base) / b.stride;  // last block that starts at or before lo
+    // The last block of b that starts at or before lo.
+    const uint64_t first = lo <= b.base ? 0 : (lo - b.base) / b.stride;
     for (uint64_t k = first; k < std::min(blocks, first + 2); ++k) {
       const uint64_t at = b.base + k * b.stride;
       if (at < hi && lo < at + b.nbytes) return true;
     }
-    if (a.stride == b.stride && i > 0 && first > 0 && first + 2 < blocks) break;  // a full period was clean
+    if (a.stride == b.stride && first > 0 && first + 2 < blocks) break;  // a full period was clean
   }
   return false;
 }

@@ -42,11 +42,12 @@ bool File::drop_direct() {
 FilePtr open_file(int dirfd, const char *name, int flags, bool direct, int &err) {
   flags |= O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK;  // NONBLOCK: a FIFO with our name must not hang us
   int fd = direct ? ::openat(dirfd, name, flags | O_DIRECT, 0600) : -1;
-  // EINVAL: no O_DIRECT here. EEXIST: O_EXCL made the file before it refused the flag; not ours then.
   bool got = fd >= 0;
-  if (!direct || (fd < 0 && errno == EINVAL)) fd = ::openat(dirfd, name, flags, 0600);
-  if (!got && fd < 0 && direct && errno == EEXIST && (flags & O_EXCL))
-    fd = ::openat(dirfd, name, flags & ~(O_EXCL | O_CREAT));
+  if (!got && (!direct || errno == EINVAL)) {
+    // A file system without O_DIRECT may make the file before it refuses the flag: not "exists" then.
+    if (direct) flags &= ~O_EXCL;
+    fd = ::openat(dirfd, name, flags, 0600);
+  }
   if (fd < 0) {
     err = errno;
     return nullptr;

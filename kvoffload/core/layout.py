@@ -113,9 +113,9 @@ def fragments(
 def merge(runs: Iterable[Run]) -> list[Run]:
     """Drop runs given twice (aliased tensors) and join runs that touch inside a block.
 
-    Only runs of one block stride are joined, and never beyond the stride; separate allocations are
-    therefore never joined by the accident of being neighbours (their gap is a multiple of blocks). A
-    joined run stands where its first member stood, so the order does not depend on addresses.
+    Only runs of one block stride are joined, and never beyond the stride. With two blocks or more
+    that cannot join separate allocations that happen to be neighbours: the first one's later blocks
+    lie in between. A joined run stands where its first member stood, so order is free of addresses.
     """
     unique = list(dict.fromkeys(runs))
     by_start = {(r.stride, r.base): r for r in unique}

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,8 +96,8 @@ class EngineLife:
     ``kv_transfer_config``: dict as for ``--kv-transfer-config``, or None for plain vLLM.
     ``engine_args``: fields of vLLM's AsyncEngineArgs, over defaults made for the tiny test models.
     ``env``: added to the child's environment; a value of None removes the variable.
-    ``workdir``: holds the log and the child's temporary files (default: a new temporary directory,
-    kept only when the life fails).
+    ``workdir``: holds the log, and is the child's working directory (default: a new temporary directory,
+    removed at the end unless something failed).
     """
 
     def __init__(
@@ -112,9 +113,10 @@ class EngineLife:
         if kv_transfer_config is not None:
             args["kv_transfer_config"] = kv_transfer_config
         self.args = args
-        self.info: dict[str, Any] = {}  # after start: startup_s, block_size, num_gpu_blocks, engine_pids
-        self._temp = None if workdir else tempfile.TemporaryDirectory(prefix="kvo-engine-")
-        self.workdir = workdir or Path(str(self._temp and self._temp.name))
+        # After start: startup_s, block_size, num_gpu_blocks, engine_pids.
+        self.info: dict[str, Any] = {}
+        self._keep = workdir is not None
+        self.workdir = workdir or Path(tempfile.mkdtemp(prefix="kvo-engine-"))
         self.workdir.mkdir(parents=True, exist_ok=True)
         self.log_path = self.workdir / f"engine-{os.getpid()}-{next(_SERIAL)}.log"
         self._env = _environment(env or {})
@@ -125,15 +127,19 @@ class EngineLife:
         self._proc: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
 
-    # -- life ------------------------------------------------------------------------------------------
+    # -- life ----------------------------------------------------------------
 
     def __enter__(self) -> EngineLife:
         return self.start()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         if error is not None:
+            self._keep = True
             print(self.tail(80), file=sys.stderr)
         self.stop()
 
@@ -173,8 +179,8 @@ class EngineLife:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 proc.wait(timeout)
         self.kill9()
-        if self._temp is not None:
-            self._temp.cleanup()
+        if not self._keep:
+            shutil.rmtree(self.workdir, ignore_errors=True)
         return proc.returncode
 
     def kill9(self) -> None:
@@ -192,7 +198,7 @@ class EngineLife:
         """True while the front-end process runs."""
         return self._proc is not None and self._proc.poll() is None
 
-    # -- requests --------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------
 
     def submit(
         self,
@@ -245,7 +251,7 @@ class EngineLife:
         """Run a worker method (such as ``reload_weights``) on all ranks; JSON arguments only."""
         return self.call("rpc", method=method, args=args, kwargs=kwargs)["value"]
 
-    # -- plumbing --------------------------------------------------------------------------------------
+    # -- plumbing ----------------------------------------------------------------
 
     def call(self, op: str, timeout: float = 120.0, **fields: Any) -> dict[str, Any]:
         """One operation of the child, answered. Raises EngineError."""
@@ -266,7 +272,7 @@ class EngineLife:
     def tail(self, lines: int = 40) -> str:
         """The last lines of the engine's log."""
         text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
-        return "\n--- engine log ---\n" + "\n".join(text.splitlines()[-lines:])
+        return f"\n--- end of {self.log_path} ---\n" + "\n".join(text.splitlines()[-lines:])
 
     def _post(
         self, number: int, op: str, fields: dict[str, Any]
@@ -331,7 +337,7 @@ def _environment(changes: dict[str, str | None]) -> dict[str, str]:
     return env
 
 
-# -- oracles -------------------------------------------------------------------------------------------
+# -- oracles ----------------------------------------------------------------
 
 
 def max_dlogprob(a: Output, b: Output) -> float:

@@ -112,9 +112,7 @@ class Child:
         values: dict[str, float] = {}
         for family in get_prometheus_registry().collect():
             for sample in family.samples:
-                labels = {
-                    k: v for k, v in sorted(sample.labels.items()) if k not in _DULL_LABELS
-                }
+                labels = {k: v for k, v in sorted(sample.labels.items()) if k not in _DULL_LABELS}
                 text = ",".join(f'{k}="{v}"' for k, v in labels.items())
                 name = f"{sample.name}{{{text}}}" if text else sample.name
                 values[name] = values.get(name, 0.0) + sample.value

@@ -85,7 +85,7 @@ def lora(base: Path, count: int = 2, rank: int = 8) -> list[Path]:
     return [_adapter(base, config, seed, rank) for seed in range(1, count + 1)]
 
 
-# -- recipes -----------------------------------------------------------------------------------------
+# -- recipes ----------------------------------------------------------------
 
 
 def _dense_config(architecture: str, model_type: str, layers: int) -> dict[str, Any]:
@@ -189,11 +189,16 @@ def _adapter(base: Path, config: dict[str, Any], seed: int, rank: int) -> Path:
         return tensors
 
     return _cached(
-        f"{base.name}-lora{seed}", adapter, 1000 + seed, make, "adapter_config.json", "adapter_model"
+        f"{base.name}-lora{seed}",
+        adapter,
+        1000 + seed,
+        make,
+        "adapter_config.json",
+        "adapter_model",
     )
 
 
-# -- cache -------------------------------------------------------------------------------------------
+# -- cache ----------------------------------------------------------------
 
 
 @contextmanager

@@ -194,7 +194,11 @@ def test_memory_without_a_limit(tmp_path: Path) -> None:
 
 
 def test_memory_in_a_limited_container(tmp_path: Path) -> None:
-    limits = {"memory.max": "1000\n", "memory.current": "600\n", "memory.stat": "inactive_file 100\n"}
+    limits = {
+        "memory.max": "1000\n",
+        "memory.current": "600\n",
+        "memory.stat": "inactive_file 100\n",
+    }
     assert host_memory(_fake_root(tmp_path, limits)) == HostMemory(1000, 500)
 
 

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvoffload.engines.vllm import build, compat, plugin
 from kvoffload.engines.vllm.meta import StepOrders, WorkerReport
-from kvoffload.engines.vllm.stats import OffloadPromMetrics, OffloadStats
+from kvoffload.engines.vllm.stats import KVOffloadPromMetrics, KVOffloadStats
 
 if TYPE_CHECKING:
     import torch
@@ -76,9 +76,9 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         return False
 
     @classmethod
-    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> OffloadStats | None:
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVOffloadStats | None:
         """Stats object around a payload that crossed a process border."""
-        return OffloadStats(data=data) if data is not None else OffloadStats()
+        return KVOffloadStats(data=data) if data is not None else KVOffloadStats()
 
     @classmethod
     def build_prom_metrics(
@@ -87,9 +87,9 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         metric_types: dict[Any, Any],
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
-    ) -> OffloadPromMetrics:
+    ) -> KVOffloadPromMetrics:
         """Our metrics in vLLM's /metrics."""
-        return OffloadPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        return KVOffloadPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ------------------------------------------------------------ scheduler role
 
@@ -221,7 +221,7 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
 
     # ------------------------------------------------------------ both
 
-    def get_kv_connector_stats(self) -> OffloadStats | None:
+    def get_kv_connector_stats(self) -> KVOffloadStats | None:
         """Counters since the last call (scheduler role; ranks report through worker metadata)."""
         if self._scheduler is None:
             return None

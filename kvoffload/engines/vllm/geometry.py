@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvoffload.core.layout import choose_blocks_per_chunk
+from kvoffload.core.layout import Run, TensorSpec, block_runs, choose_blocks_per_chunk
 from kvoffload.types import CacheLayout, GroupKind, GroupLayout
 
 _FULL = {"FullAttentionSpec"}
@@ -86,13 +86,12 @@ def group_block_bytes(group: Any) -> int:
     return int(spec.page_size_bytes) * len(group.layer_names)
 
 
-def transfer_groups(kv_cache_config: Any) -> list[tuple[int, Any]]:
-    """(index, KVCacheGroupSpec) of the groups that an external store may hold."""
-    return [
-        (i, g)
-        for i, g in enumerate(kv_cache_config.kv_cache_groups)
-        if getattr(g, "enable_kv_transfer", True) and not getattr(g, "host_resident", False)
-    ]
+def group_facts(group: Any) -> SpecFacts:
+    """Facts of a KVCacheGroupSpec; groups that vLLM keeps from external stores are of kind NONE."""
+    facts = spec_facts(group.kv_cache_spec)
+    if not getattr(group, "enable_kv_transfer", True) or getattr(group, "host_resident", False):
+        return SpecFacts(GroupKind.NONE, facts.block_tokens, 0, False, facts.name + " (local only)")
+    return facts
 
 
 def cache_layout(
@@ -104,31 +103,40 @@ def cache_layout(
     chunk_tokens: int | None,
 ) -> CacheLayout:
     """Layout of an engine. Raises ConfigError when ``chunk_tokens`` does not fit the blocks."""
-    groups = transfer_groups(kv_cache_config)
-    facts = [spec_facts(g.kv_cache_spec) for _, g in groups]
+    groups = kv_cache_config.kv_cache_groups
+    facts = [group_facts(g) for g in groups]
     replicated = bool(facts) and all(f.replicated for f in facts)
     shards = 1 if replicated else world_size
     layouts = []
-    for (index, group), fact in zip(groups, facts, strict=True):
+    for index, (group, fact) in enumerate(zip(groups, facts, strict=True)):
         block_bytes = group_block_bytes(group)
         n = choose_blocks_per_chunk(
             block_bytes * shards, fact.block_tokens, fact.kind, chunk_tokens
         )
         layouts.append(
-            GroupLayout(
-                index, fact.kind, fact.block_tokens, n, block_bytes, shards, fact.window
-            )
+            GroupLayout(index, fact.kind, fact.block_tokens, n, block_bytes, shards, fact.window)
         )
     return CacheLayout(tuple(layouts), hash_tokens, align_tokens, world_size)
 
 
 def why_not_served(kv_cache_config: Any) -> str | None:
     """Name of the first KV group kind we cannot serve, None when all can be served."""
-    groups = transfer_groups(kv_cache_config)
-    if not groups:
-        return "no transferable KV cache group"
-    for _, group in groups:
-        fact = spec_facts(group.kv_cache_spec)
-        if fact.kind is GroupKind.NONE:
-            return fact.name
+    if not kv_cache_config.kv_cache_groups:
+        return "no KV cache group"
+    for group in kv_cache_config.kv_cache_groups:
+        facts = group_facts(group)
+        if facts.kind is GroupKind.NONE:
+            return facts.name
     return None
+
+
+def tensor_spec(tensor: Any) -> TensorSpec:
+    """A registered KV tensor as plain integers."""
+    return TensorSpec(
+        tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size(), tensor.data_ptr()
+    )
+
+
+def group_runs(group: Any, kv_caches: dict[str, Any], num_blocks: int) -> list[Run]:
+    """Byte runs of one block of a group, all its layers in the group's order, as the rank has them."""
+    return block_runs([tensor_spec(kv_caches[name]) for name in group.layer_names], num_blocks)

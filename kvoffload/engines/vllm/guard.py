@@ -56,6 +56,11 @@ class HookGuard:
                 self.role, hook, type(exc).__name__, exc, exc_info=exc,
             )  # fmt: skip
 
+    def take_errors(self) -> dict[str, int]:
+        """Failures by hook since the last call."""
+        errors, self.errors = self.errors, {}
+        return errors
+
 
 def guarded(fallback: Callable[..., Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Run a method under its object's ``guard``; on an exception answer ``fallback(self, *args)``."""

@@ -1,14 +1,16 @@
-"""Entry point of ``vllm.general_plugins``: runs once in every vLLM process, before any model is loaded.
+"""Entry point of ``vllm.general_plugins``: runs once in every vLLM process, before a model is loaded.
 
-It registers the connector, checks our keys in the front end (before an engine process starts), sets
-``kv_load_failure_policy`` and notices in-place weight updates in workers. It never breaks a vLLM that
-does not use kvoffload: everything is guarded, and nothing happens unless the connector is named.
+It registers the connector, checks our keys in the front end (before an engine process starts),
+sets ``kv_load_failure_policy`` and notices in-place weight updates in workers. It never breaks a
+vLLM that does not use kvoffload: everything is guarded, and nothing happens unless the connector
+is named.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import sys
 import threading
@@ -50,12 +52,12 @@ _loaded_after_ns: int | None = None
 class StartupError(OffloadError):
     """A configuration that is refused before the engine starts; the message is one line.
 
-    Not a ValueError on purpose: pydantic would wrap that in a report of several lines that ends with
-    a link and buries the reason.
+    Not a ValueError on purpose: pydantic would wrap that in a report of several lines that ends
+    with a link and buries the reason.
     """
 
 
-# -- registration ------------------------------------------------------------------------------------
+# -- registration --------------------------------------------------------------------------------
 
 
 def register() -> None:
@@ -68,12 +70,26 @@ def register() -> None:
             try:
                 step()
             except Exception:
-                logger.exception("kvoffload: %s failed; kvoffload may be unavailable", step.__name__)
+                logger.exception(
+                    "kvoffload: %s failed; kvoffload may be unavailable", step.__name__
+                )
 
 
 def loaded_after_ns() -> int:
     """Wall clock in ns before which this process cannot have opened a weight file."""
-    return _loaded_after_ns if _loaded_after_ns is not None else time.time_ns()
+    return _loaded_after_ns if _loaded_after_ns is not None else _process_start_ns()
+
+
+def _process_start_ns() -> int:
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as f:
+            ticks = int(f.read().rpartition(")")[2].split()[19])
+        with open("/proc/uptime", encoding="ascii") as f:
+            uptime = float(f.read().split()[0])
+        age = uptime - ticks / os.sysconf("SC_CLK_TCK")
+        return time.time_ns() - int((age + 1.0) * 1e9)  # a second early: both clocks are coarse
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _register_connector() -> None:
@@ -89,7 +105,7 @@ def _wrap_config() -> None:
     original = getattr(VllmConfig, _POST_INIT, None)
     if original is None:
         logger.warning(
-            "kvoffload: this vLLM has no VllmConfig.%s; settings are checked when the engine starts",
+            "kvoffload: this vLLM has no VllmConfig.%s; settings are checked at engine start",
             _POST_INIT,
         )
         return
@@ -106,11 +122,11 @@ def _wrap_config() -> None:
     setattr(VllmConfig, _POST_INIT, checked)
 
 
-# -- the start-up check ------------------------------------------------------------------------------
+# -- the start-up check --------------------------------------------------------------------------
 
 
 def our_configs(kv_transfer_config: Any) -> Iterator[Mapping[str, Any]]:
-    """The extra configs of every KVOffloadConnector: named directly or as a child of MultiConnector."""
+    """The extra config of each KVOffloadConnector: named directly or a child of MultiConnector."""
     name = getattr(kv_transfer_config, "kv_connector", None)
     extra = getattr(kv_transfer_config, "kv_connector_extra_config", None) or {}
     yield from _our_children({"kv_connector": name, "kv_connector_extra_config": extra})
@@ -155,14 +171,14 @@ def _check_all(vllm_config: Any, transfer: Any, extras: list[Mapping[str, Any]])
     role = getattr(transfer, "kv_role", None)
     if role != "kv_both":
         raise UnsupportedError(
-            f"kvoffload: kv_role={role!r} is not supported: an offload cache both stores and loads; "
+            f"kvoffload: kv_role={role!r} is not supported: an offload cache stores and loads; "
             'set "kv_role": "kv_both"'
         )
     check_supported(vllm_config)
 
 
 def check_supported(vllm_config: Any) -> None:
-    """Refuse engine settings kvoffload cannot serve. Raises UnsupportedError: what, why, what to do."""
+    """Refuse engine settings we cannot serve. Raises UnsupportedError: what, why, what to do."""
     parallel = getattr(vllm_config, "parallel_config", None)
     for field, option, why in (
         ("pipeline_parallel_size", "--pipeline-parallel-size", "chunks hold all layers of a block"),
@@ -185,8 +201,8 @@ def check_supported(vllm_config: Any) -> None:
             )
     if _nodes_of_one_engine(parallel) > 1:
         raise UnsupportedError(
-            "kvoffload: tensor parallel over several nodes is not supported: the DRAM arena is shared "
-            f"memory of one machine; keep an engine on one node or start vLLM without {CONNECTOR}"
+            "kvoffload: tensor parallel over several nodes is not supported: the DRAM arena is "
+            f"shared memory of one machine; keep an engine on one node or start vLLM without {CONNECTOR}"
         )
     model = getattr(vllm_config, "model_config", None)
     if getattr(model, "is_encoder_decoder", False) is True:
@@ -216,7 +232,7 @@ def _say_once(line: str) -> None:
         logger.info(line)
 
 
-# -- weights that change in place --------------------------------------------------------------------
+# -- weights that change in place ----------------------------------------------------------------
 
 
 def add_weights_listener(fn: Callable[[], None]) -> None:

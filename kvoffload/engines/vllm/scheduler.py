@@ -28,11 +28,13 @@ from kvoffload.engines.vllm.meta import (
 )
 from kvoffload.engines.vllm.orders import Fence, load_copies, store_copies
 from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, RequestState
-from kvoffload.metrics import Recorder
+from kvoffload.metrics import Payload, Recorder, is_empty
 from kvoffload.types import CacheLayout, GroupKind, LoadFailure, Tier
 
 logger = logging.getLogger("vllm.kvoffload")
 
+STATS_S = 0.1
+"""Levels and totals are exported at most this often."""
 ATTACH_S = 30.0
 """How long an idle engine keeps stepping for its workers to attach to the arena."""
 
@@ -91,7 +93,9 @@ class SchedulerHalf:
         self._weights_epoch = arena.epoch()
         self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
         self._grid = min((g.chunk_tokens for g in layout.groups), default=1)
-        self._last_step: float | None = None
+        self._last_tick = float("-inf")
+        self._last_stats = float("-inf")
+        self._last_step = float("-inf")
 
     # ---------------------------------------------------------------- arrival and lookup
 
@@ -262,7 +266,7 @@ class SchedulerHalf:
 
     def _build(self, output: Any) -> StepOrders:
         began = time.perf_counter()
-        now = self._clock()
+        now = self._last_step = self._clock()
         self._check_epoch()
         self._expire_leases(now)
         orders = StepOrders(
@@ -288,10 +292,14 @@ class SchedulerHalf:
         return orders
 
     def _tick_due(self, now: float) -> bool:
-        due = self._last_step is None or now - self._last_step >= 0.05
+        due = now - self._last_tick >= 0.05
         if due:
-            self._last_step = now
+            self._last_tick = now
         return due
+
+    def stepped_within(self, seconds: float) -> bool:
+        """Whether a step was built in the last ``seconds`` (any thread)."""
+        return self._clock() - self._last_step < seconds
 
     def _address(self) -> ArenaAddress | None:
         return None if self._attached else ArenaAddress(self.arena.path, self.arena.inode)
@@ -403,9 +411,12 @@ class SchedulerHalf:
             if bad.reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST):
                 self.manager.slot_failed(bad.slot, bad.generation, bad.reason)
 
-    @guarded(lambda self, request, *rest: None)
-    def request_finished(self, request: Any, *_: Any) -> None:
+    @guarded(lambda self, request: self._forget(request))
+    def request_finished(self, request: Any) -> None:
         """Forget the request; an outstanding load stays in the table until the ranks answered."""
+        self._forget(request)
+
+    def _forget(self, request: Any) -> None:
         state = self._states.pop(str(request.request_id), None)
         if state is not None:
             self._drop_provisional(state)
@@ -448,6 +459,23 @@ class SchedulerHalf:
         self._loads.fail_all(self._clock())
         self.manager.reset()
         self.metrics.reset_epoch()
+
+    @guarded(lambda self: None)
+    def take_stats(self) -> Payload | None:
+        """Metrics since the last call, None when nothing happened."""
+        now = self._clock()
+        if now - self._last_stats >= STATS_S:
+            self._last_stats = now
+            self._levels()
+        for hook, count in self.guard.take_errors().items():
+            self.metrics.failure(f"hook_{hook}", count)
+        payload = self.metrics.take()
+        return None if is_empty(payload) else payload
+
+    def _levels(self) -> None:
+        use = self.manager.occupancy()
+        self.metrics.dram(use.dram_used, use.dram_total, use.dram_pinned, use.dram_entries)
+        self.metrics.manager(self.manager.counters.as_dict(), self.manager.store_stats())
 
     def shutdown(self, flush_s: float) -> None:
         """Bounded flush of what was not yet written, then close the Manager."""

@@ -365,8 +365,7 @@ class WorkerHalf:
     def take_report(self) -> WorkerReport | None:
         """This step's account for the scheduler half, None when there is nothing to say."""
         if self.guard.errors:
-            self._report.hook_errors = dict(self.guard.errors)
-            self.guard.errors.clear()
+            self._report.hook_errors = self.guard.take_errors()
         if self._report.is_empty():
             return None
         report, self._report = self._report, WorkerReport()

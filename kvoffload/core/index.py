@@ -1,0 +1,194 @@
+"""What is resident in DRAM: chunk key -> Entry, with pins and parent links.
+
+Not thread safe: the Manager's lock guards it. The index decides what may be evicted and keeps the
+policies told; it never touches the arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvoffload.core.policy.base import Policy
+from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One chunk in one slot. Outlives the index when it is dropped while something still uses the slot."""
+
+    key: ChunkKey
+    group: int
+    chunk: int  # place in the chain, 0 at the root
+    cls: int  # slot class of the allocator
+    nbytes: int
+    ref: SlotRef
+    source: Tier  # who fills the slot: DRAM = the workers (a store), NVME = a read
+    parent: ChunkKey | None  # FULL groups: the chunk before; None at the root and for SLIDING
+    namespace_id: int
+    started: float  # clock at begin_fill
+    state: SlotState = SlotState.FILLING  # as last seen in the slot table
+    pins: int = 0  # leases
+    io: int = 0  # chunk-store jobs that read or write the slot
+    dirty: bool = False  # READY and not known to be on NVMe
+    dropped: bool = False  # no longer in the index
+    hold_until: float = 0.0  # no reuse before this clock value (a late writer may exist)
+    attempts: int = 0  # failed write-behind attempts
+    owner: str | None = None  # prefetched for this owner and not used yet
+
+    def evictable_alone(self) -> bool:
+        """Nothing but a resident child could stand in the way of evicting it."""
+        return self.state is SlotState.READY and not self.pins and not self.io and not self.dropped
+
+    def busy(self, now: float) -> bool:
+        """Something may still read or write the slot, so it must not be reused."""
+        if self.pins or self.io or self.hold_until > now:
+            return True
+        return self.state is SlotState.FILLING and self.source is Tier.DRAM
+
+
+class Index:
+    """Resident entries by key and by slot, their children, and one policy per slot class."""
+
+    def __init__(self, policies: Sequence[Policy]) -> None:
+        self._policies = tuple(policies)
+        self._entries: dict[ChunkKey, Entry] = {}
+        self._by_slot: dict[int, Entry] = {}
+        # Keyed by the parent's key, resident or not: a parent that comes back finds its children.
+        self._children: dict[ChunkKey, set[ChunkKey]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def get(self, key: ChunkKey) -> Entry | None:
+        """The resident entry of ``key``."""
+        return self._entries.get(key)
+
+    def at_slot(self, slot: int) -> Entry | None:
+        """The resident entry in ``slot``."""
+        return self._by_slot.get(slot)
+
+    def children(self, key: ChunkKey) -> frozenset[ChunkKey]:
+        """Resident children of ``key``."""
+        return frozenset(self._children.get(key, ()))
+
+    def add(self, entry: Entry) -> None:
+        """Make ``entry`` resident. Raises ValueError when its key or slot already is."""
+        if entry.key in self._entries or entry.ref.slot in self._by_slot:
+            raise ValueError(f"chunk {entry.key.hex()} or slot {entry.ref.slot} is resident already")
+        self._entries[entry.key] = entry
+        self._by_slot[entry.ref.slot] = entry
+        self._policies[entry.cls].insert(entry.key, entry.parent)
+        if entry.parent is not None:
+            self._children.setdefault(entry.parent, set()).add(entry.key)
+            self._refresh_key(entry.parent)
+        self.refresh(entry)
+
+    def remove(self, entry: Entry) -> None:
+        """Take ``entry`` out; marks it dropped."""
+        entry.dropped = True
+        del self._entries[entry.key]
+        del self._by_slot[entry.ref.slot]
+        self._policies[entry.cls].remove(entry.key)
+        if entry.parent is not None:
+            siblings = self._children[entry.parent]
+            siblings.discard(entry.key)
+            if not siblings:
+                del self._children[entry.parent]
+            self._refresh_key(entry.parent)
+
+    def evictable(self, entry: Entry) -> bool:
+        """Resident, filled, unused, and without a resident child."""
+        return entry.evictable_alone() and entry.key not in self._children
+
+    def refresh(self, entry: Entry) -> None:
+        """Tell the policy whether ``entry`` may be evicted; call after changing its state or io."""
+        if entry.dropped:
+            return
+        policy = self._policies[entry.cls]
+        if self.evictable(entry):
+            policy.offer(entry.key)
+        else:
+            policy.withhold(entry.key)
+
+    def _refresh_key(self, key: ChunkKey) -> None:
+        entry = self._entries.get(key)
+        if entry is not None:
+            self.refresh(entry)
+
+    def pin(self, entry: Entry) -> None:
+        """Keep ``entry`` (and, through it, its resident ancestors) from eviction."""
+        entry.pins += 1
+        if entry.pins == 1:
+            self.refresh(entry)
+
+    def unpin(self, entry: Entry) -> None:
+        """Undo one pin. Raises ValueError when there is none."""
+        if entry.pins <= 0:
+            raise ValueError(f"chunk {entry.key.hex()} is not pinned")
+        entry.pins -= 1
+        if not entry.pins:
+            self.refresh(entry)
+
+    def touch(self, cls: int, chain: Sequence[ChunkKey]) -> None:
+        """Resident chunks of one chain, root first, were used."""
+        self._policies[cls].touch(chain)
+
+    def victim(self, cls: int) -> Entry | None:
+        """What the policy would evict next from class ``cls``."""
+        key = self._policies[cls].victim()
+        return None if key is None else self._entries[key]
+
+    def family(self, roots: Sequence[Entry]) -> list[Entry] | None:
+        """``roots`` and all their resident descendants, deepest first; None if any is in use."""
+        seen: dict[ChunkKey, Entry] = {}
+        stack = list(roots)
+        while stack:
+            entry = stack.pop()
+            if entry.key in seen:
+                continue
+            if not entry.evictable_alone():
+                return None
+            seen[entry.key] = entry
+            stack += [self._entries[k] for k in self._children.get(entry.key, ())]
+        return sorted(seen.values(), key=lambda e: -e.chunk)
+
+    def hottest_first(self) -> list[Entry]:
+        """All entries by descending heat, every entry after its resident ancestors."""
+        out: dict[ChunkKey, Entry] = {}
+        by_heat = sorted(self, key=lambda e: -self._policies[e.cls].heat(e.key))
+        for entry in by_heat:
+            line: list[Entry] = []
+            at: Entry | None = entry
+            while at is not None and at.key not in out:
+                line.append(at)
+                at = self._entries.get(at.parent) if at.parent is not None else None
+            out.update((e.key, e) for e in reversed(line))
+        return list(out.values())
+
+    def check(self) -> None:
+        """Raise AssertionError naming the first broken invariant."""
+        children: dict[ChunkKey, set[ChunkKey]] = {}
+        offered: list[set[ChunkKey]] = [set() for _ in self._policies]
+        resident: list[set[ChunkKey]] = [set() for _ in self._policies]
+        for key, entry in self._entries.items():
+            assert entry.key == key and not entry.dropped, "a dropped entry is resident"
+            assert self._by_slot.get(entry.ref.slot) is entry, f"slot map of {entry.ref.slot}"
+            assert entry.pins >= 0 and entry.io >= 0, "negative pins or io"
+            assert entry.state in (SlotState.FILLING, SlotState.READY), f"resident {entry.state!r}"
+            assert not (entry.dirty and entry.state is not SlotState.READY), "dirty before READY"
+            resident[entry.cls].add(key)
+            if self.evictable(entry):
+                offered[entry.cls].add(key)
+            if entry.parent is not None:
+                children.setdefault(entry.parent, set()).add(key)
+        assert len(self._by_slot) == len(self._entries), "two entries in one slot"
+        assert children == self._children, "child links"
+        for cls, policy in enumerate(self._policies):
+            policy.check(offered[cls], resident[cls])

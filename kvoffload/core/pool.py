@@ -1,0 +1,288 @@
+"""The DRAM tier's slots: allocator, index and slot table kept in step. See Manager for a slot's life."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+
+import numpy as np
+
+from kvoffload.core.alloc import SlotAllocator
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.index import Entry, Index
+from kvoffload.core.layout import writer_mask
+from kvoffload.core.policy import make_policy
+from kvoffload.core.stats import Counters, Guard
+from kvoffload.errors import ConfigError
+from kvoffload.tiers.base import ArenaLike
+from kvoffload.types import CacheLayout, GroupKind, SlotRef, SlotState, Tier
+
+STORE_TIMEOUT_S = 60.0
+"""A store still FILLING after this long counts as failed; also how long a slot that one of several
+writing ranks failed is kept from reuse, since another rank may still be writing to it."""
+
+
+def slot_classes(layout: CacheLayout) -> tuple[int, ...]:
+    """Distinct slot sizes of the served groups, in bytes, ascending."""
+    served = (g for g in layout.groups if g.kind is not GroupKind.NONE)
+    return tuple(sorted({g.slot_bytes for g in served}))
+
+
+class Pool:
+    """Takes, drops and settles slots. Not thread safe: the Manager's lock guards it.
+
+    No exception of the arena leaves this class: it is a missing slot and a count.
+    """
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        arena: ArenaLike,
+        policy: str,
+        counters: Counters,
+        guard: Guard,
+        writer_masks: Sequence[int] | None = None,
+    ) -> None:
+        sizes = slot_classes(layout)
+        self.alloc = SlotAllocator(arena.data_bytes, sizes)
+        if self.alloc.max_slots > arena.max_slots:
+            raise ConfigError(
+                f"arena has {arena.max_slots} slots, the layout needs {self.alloc.max_slots}"
+            )
+        ticks = count(1)
+        self.index = Index([make_policy(policy, ticks) for _ in sizes])
+        self.limbo: dict[int, Entry] = {}  # quarantine: dropped entries whose slot is still in use
+        self.on_drop: Callable[[Entry], None] = lambda entry: None
+        self._arena = arena
+        self._layout = layout
+        self._counters = counters
+        self._guard = guard
+        self._class_of = [
+            sizes.index(g.slot_bytes) if g.kind is not GroupKind.NONE else -1 for g in layout.groups
+        ]
+        self._masks = tuple(
+            writer_masks or (writer_mask(g, layout.world_size) for g in layout.groups)
+        )
+        self._filling: dict[int, Entry] = {}  # every slot last seen FILLING, dropped ones included
+        self._held: list[Entry] = []  # dropped entries that wait for their hold_until
+
+    def class_of(self, group: int) -> int:
+        """Slot class of a served group."""
+        return self._class_of[group]
+
+    # -- taking a slot
+
+    def take(self, chain: Chain, group: int, chunk: int, source: Tier, now: float) -> Entry | None:
+        """A FILLING slot for a chunk that is not resident, evicting as needed; None without room.
+
+        The chunk's parent is never evicted to make room for it.
+        """
+        keys = chain.keys(group)
+        full = self._layout.groups[group].kind is GroupKind.FULL
+        parent = keys[chunk - 1] if full and chunk else None
+        anchor = self.index.get(parent) if parent is not None else None
+        if anchor is not None:
+            self.index.pin(anchor)
+        try:
+            got = self._room(self._class_of[group])
+        finally:
+            if anchor is not None:
+                self.index.unpin(anchor)
+        if got is None:
+            return None
+        slot, offset = got
+        try:
+            generation = self._arena.begin_fill(slot, self._masks[group])
+        except Exception as error:  # an arena error is a skipped chunk
+            self._guard.failed("arena.begin_fill", error)
+            self.alloc.free(slot)
+            return None
+        entry = Entry(
+            key=keys[chunk],
+            group=group,
+            chunk=chunk,
+            cls=self._class_of[group],
+            nbytes=self._layout.groups[group].slot_bytes,
+            ref=SlotRef(slot, generation, offset),
+            source=source,
+            parent=parent,
+            namespace_id=chain.namespace_id,
+            started=now,
+        )
+        self.index.add(entry)
+        self._filling[slot] = entry
+        return entry
+
+    def _room(self, cls: int) -> tuple[int, int] | None:
+        while (got := self.alloc.alloc(cls)) is None:
+            victim = self.index.victim(cls)
+            if victim is not None:
+                self._evict(victim)
+            elif not self._reclaim(cls):
+                return None
+        return got
+
+    def _reclaim(self, cls: int) -> bool:
+        """Empty one extent of another class: the one with that class's next victim."""
+        for other in range(len(self.alloc.slot_bytes)):
+            victim = self.index.victim(other) if other != cls else None
+            if victim is None:
+                continue
+            slots = self.alloc.used_in(self.alloc.extent_of(victim.ref.slot))
+            residents = [e for e in map(self.index.at_slot, slots) if e is not None]
+            if len(residents) < len(slots):
+                continue  # a quarantined slot keeps the extent
+            family = self.index.family(residents)
+            if family is None:
+                continue
+            for entry in family:
+                self._evict(entry)
+            self._counters.reclaimed_extents += 1
+            return True
+        return False
+
+    def _evict(self, entry: Entry) -> None:
+        assert self.index.evictable(entry), "evicting a chunk that is in use or has a child"
+        self._counters.evicted += 1
+        self._counters.evicted_bytes += entry.nbytes
+        self._counters.evicted_unwritten += entry.dirty
+        self.drop(entry, 0.0)
+
+    # -- giving slots back
+
+    def drop(self, entry: Entry, now: float) -> None:
+        """Take ``entry`` out of the index; its slot is free at once or when nothing uses it."""
+        if entry.dropped:
+            return
+        self.on_drop(entry)
+        entry.dirty = False
+        self.index.remove(entry)
+        self.limbo[entry.ref.slot] = entry
+        if not self.reap(entry, now):
+            self._counters.quarantined += 1
+
+    def undo(self, entry: Entry, now: float) -> None:
+        """Drop a FILLING entry that was never handed to anyone who could write to its slot."""
+        self._filling.pop(entry.ref.slot, None)
+        entry.state = SlotState.FAILED
+        self.fail(entry)
+        self.drop(entry, now)
+
+    def reap(self, entry: Entry, now: float) -> bool:
+        """Free the slot of a dropped entry unless something still uses it. True when it is free."""
+        if not entry.dropped or entry.busy(now):
+            return False
+        slot = entry.ref.slot
+        if self.limbo.get(slot) is not entry:
+            return True  # freed before; the slot may be someone else's by now
+        del self.limbo[slot]
+        self._filling.pop(slot, None)
+        try:
+            self._arena.set_free(slot)
+        except Exception as error:  # harmless: begin_fill works from any state
+            self._guard.failed("arena.set_free", error)
+        self.alloc.free(slot)
+        return True
+
+    def unpin(self, entry: Entry, now: float) -> None:
+        """Undo one pin; a dropped entry may become free by it."""
+        self.index.unpin(entry)
+        self.reap(entry, now)
+
+    def fail(self, entry: Entry) -> None:
+        """Mark the slot FAILED for everybody who waits on it or copies from it."""
+        try:
+            self._arena.fail(entry.ref.slot, entry.ref.generation)
+        except Exception as error:
+            self._guard.failed("arena.fail", error)
+
+    # -- what happened in the slot table
+
+    def settle(self, now: float) -> list[Entry]:
+        """Catch up with the slot table; returns entries that became READY and are resident."""
+        ready: list[Entry] = []
+        entries = list(self._filling.values())
+        for entry, state in zip(entries, self._states(entries), strict=True):
+            if state == SlotState.FILLING:
+                self._expire(entry, now)
+                continue
+            del self._filling[entry.ref.slot]
+            if state == SlotState.READY:
+                entry.state = SlotState.READY
+                self.index.refresh(entry)
+                if not entry.dropped:
+                    ready.append(entry)
+            else:
+                self._failed(entry, state, now)
+            self.reap(entry, now)
+        self._held = [e for e in self._held if not self.reap(e, now)]
+        return ready
+
+    def _states(self, entries: Sequence[Entry]) -> Iterable[int]:
+        if not entries:
+            return ()
+        slots = np.fromiter((e.ref.slot for e in entries), np.uint32, len(entries))
+        generations = np.fromiter((e.ref.generation for e in entries), np.uint64, len(entries))
+        try:
+            states: list[int] = self._arena.states(slots, generations).tolist()
+        except Exception as error:  # nothing is known: nothing changes, time-outs still run
+            self._guard.failed("arena.states", error)
+            return [int(SlotState.FILLING)] * len(entries)
+        return states
+
+    def _expire(self, entry: Entry, now: float) -> None:
+        if entry.source is Tier.DRAM and not entry.dropped:
+            if now - entry.started > STORE_TIMEOUT_S:
+                self._counters.store_timeout += 1
+                self.drop(entry, now)
+
+    def _failed(self, entry: Entry, state: int, now: float) -> None:
+        entry.state = SlotState.FAILED
+        if entry.source is Tier.DRAM:
+            self._counters.store_failed += not entry.dropped
+            several = self._masks[entry.group].bit_count() > 1
+            if several and state == SlotState.FAILED:
+                entry.hold_until = now + STORE_TIMEOUT_S
+                self._held.append(entry)
+        self.drop(entry, now)
+
+    def read_over(self, entry: Entry, ok: bool, now: float) -> None:
+        """The NVMe read into ``entry``'s slot has returned; nothing writes to the slot any more."""
+        entry.io -= 1
+        filling = self._filling.pop(entry.ref.slot, None) is not None
+        if not ok or filling:  # still FILLING after a read that claims success: do not believe it
+            if entry.state is not SlotState.FAILED:
+                self.fail(entry)
+            entry.state = SlotState.FAILED
+            self.drop(entry, now)
+        self.index.refresh(entry)
+        self.reap(entry, now)
+
+    def write_over(self, entry: Entry, now: float) -> None:
+        """The NVMe write from ``entry``'s slot has returned."""
+        entry.io -= 1
+        self.index.refresh(entry)
+        self.reap(entry, now)
+
+    def stores_filling(self) -> int:
+        """Stores that workers are still expected to finish."""
+        return sum(e.source is Tier.DRAM and not e.dropped for e in self._filling.values())
+
+    def check(self) -> None:
+        """Raise AssertionError naming the first broken invariant."""
+        self.alloc.check()
+        self.index.check()
+        used = self.alloc.used()
+        resident = {e.ref.slot: e for e in self.index}
+        assert not resident.keys() & self.limbo.keys(), "a slot is resident and quarantined"
+        assert used == resident.keys() | self.limbo.keys(), "used slots differ from known slots"
+        for slot, entry in (resident | self.limbo).items():
+            assert self.alloc.offset(slot) == entry.ref.offset, f"offset of slot {slot}"
+            assert entry.ref.offset + entry.nbytes <= self._arena.data_bytes, "capacity exceeded"
+            assert self._arena.generation(slot) == entry.ref.generation, f"slot {slot} was reused"
+            filling = entry.state is SlotState.FILLING
+            assert filling == (slot in self._filling), f"slot {slot} filling"
+        for slot, entry in self.limbo.items():
+            assert entry.dropped and entry.ref.slot == slot, f"limbo of slot {slot}"
+            used_by = entry.pins or entry.io or entry.hold_until or slot in self._filling
+            assert used_by, f"slot {slot} is leaked"

@@ -1,0 +1,100 @@
+"""Chunk-store reads in flight: slots that an NVMe job fills."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvoffload.core.index import Entry
+from kvoffload.core.pool import Pool
+from kvoffload.core.stats import Breaker, Counters, Guard
+from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
+from kvoffload.types import StoreResult
+
+
+def slot_arrays(
+    entries: Sequence[Entry],
+) -> tuple[bytes, npt.NDArray[np.uint32], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """(keys, slots, generations, offsets) of one native call."""
+    n = len(entries)
+    return (
+        b"".join(e.key for e in entries),
+        np.fromiter((e.ref.slot for e in entries), np.uint32, n),
+        np.fromiter((e.ref.generation for e in entries), np.uint64, n),
+        np.fromiter((e.ref.offset for e in entries), np.uint64, n),
+    )
+
+
+def outcomes(entries: Sequence[Entry], results: bytes) -> list[tuple[Entry, int]]:
+    """Entries with their StoreResult; a reply of the wrong length is an I/O error for all."""
+    if len(results) != len(entries):
+        results = bytes([StoreResult.IO_ERROR]) * len(entries)
+    return list(zip(entries, results, strict=True))
+
+
+class Reads:
+    """NVMe -> DRAM jobs. Not thread safe: the Manager's lock guards it."""
+
+    def __init__(
+        self,
+        store: ChunkStoreLike,
+        arena: ArenaLike,
+        pool: Pool,
+        counters: Counters,
+        guard: Guard,
+        breaker: Breaker,
+        job_ids: Iterator[int],
+    ) -> None:
+        self._store = store
+        self._arena = arena
+        self._pool = pool
+        self._counters = counters
+        self._guard = guard
+        self._breaker = breaker
+        self._job_ids = job_ids
+        self.inflight: dict[int, list[Entry]] = {}
+
+    def submit(self, entries: Sequence[Entry], now: float) -> bool:
+        """Read FILLING entries, one job per group. False when a group was refused: its entries are
+        dropped; those of other groups go on."""
+        ok = True
+        for group in dict.fromkeys(e.group for e in entries):
+            part = [e for e in entries if e.group == group]
+            job = next(self._job_ids)
+            keys, slots, generations, offsets = slot_arrays(part)
+            try:
+                self._store.get_slots(
+                    job, self._arena, keys, slots, generations, offsets, part[0].nbytes
+                )
+            except Exception as error:  # not submitted: nothing will write to the slots
+                self._guard.failed("store.get_slots", error)
+                for entry in reversed(part):
+                    self._pool.undo(entry, now)
+                ok = False
+                continue
+            for entry in part:
+                entry.io += 1
+            self.inflight[job] = part
+        return ok
+
+    def finish(self, job: int, results: bytes, now: float) -> None:
+        """A read job has returned; call after ``Pool.settle`` saw the slot table."""
+        for entry, result in outcomes(self.inflight.pop(job), results):
+            if result == StoreResult.OK:
+                self._counters.nvme_read += 1
+                self._counters.nvme_read_bytes += entry.nbytes
+                self._breaker.success()
+            elif result == StoreResult.CORRUPT:
+                self._counters.nvme_corrupt += 1
+            elif result == StoreResult.MISS:
+                self._counters.nvme_miss += 1
+            else:
+                self._counters.nvme_io_errors += 1
+                self._breaker.failure(now)
+            self._pool.read_over(entry, result == StoreResult.OK, now)
+
+    def inflight_bytes(self) -> int:
+        """Slot bytes being read."""
+        return sum(e.nbytes for part in self.inflight.values() for e in part)

@@ -1,0 +1,127 @@
+"""What the core counts, and the one place where a tier's exceptions end."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields, replace
+
+log = logging.getLogger("kvoffload.core")
+
+
+@dataclass(slots=True)
+class Counters:
+    """Monotonic counts since the Manager was made. Tokens, chunks and bytes as the name says."""
+
+    lookups: int = 0
+    lookup_hits: int = 0
+    lookup_misses: int = 0
+    hit_tokens_dram: int = 0  # tokens that lookups offered
+    hit_tokens_nvme: int = 0
+    planner_refused: int = 0  # plans that load less than what is held
+    leases: int = 0
+    lease_lost: int = 0  # a chunk had gone since the lookup
+    lease_no_room: int = 0
+    load_chunks_dram: int = 0  # chunks leased, by where their bytes were
+    load_chunks_nvme: int = 0
+    load_bytes_dram: int = 0
+    load_bytes_nvme: int = 0
+    prefetched: int = 0
+    prefetch_cancelled: int = 0
+    stored: int = 0  # chunks whose bytes reached DRAM from the workers
+    stored_bytes: int = 0
+    store_failed: int = 0
+    store_timeout: int = 0
+    store_aborted: int = 0
+    store_skipped_full: int = 0
+    evicted: int = 0
+    evicted_bytes: int = 0
+    evicted_unwritten: int = 0
+    reclaimed_extents: int = 0  # extents moved from one slot class to another
+    slot_failed: int = 0  # chunks dropped because a worker could not use them
+    quarantined: int = 0  # slots dropped while something still used them
+    nvme_written: int = 0
+    nvme_written_bytes: int = 0
+    nvme_read: int = 0
+    nvme_read_bytes: int = 0
+    nvme_corrupt: int = 0
+    nvme_miss: int = 0
+    nvme_io_errors: int = 0
+    nvme_no_space: int = 0
+    nvme_dropped: int = 0
+    nvme_breaker_trips: int = 0
+    tier_errors: int = 0  # exceptions from the arena or the store
+    resets: int = 0
+
+    def copy(self) -> Counters:
+        """A snapshot."""
+        return replace(self)
+
+    def as_dict(self) -> dict[str, int]:
+        """Name -> count."""
+        return {f.name: int(getattr(self, f.name)) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """What is held now. Bytes are slot bytes, all shards."""
+
+    slots_used: int
+    slots_pinned: int
+    slots_filling: int
+    slots_quarantined: int
+    bytes_used: int
+    bytes_pinned: int
+    bytes_quarantined: int
+    bytes_total: int
+    dirty_chunks: int
+    leases: int
+    prefetch_bytes: int
+    nvme_entries: int
+    nvme_bytes: int
+    nvme_max: int
+    nvme_inflight_read_bytes: int
+    nvme_inflight_write_bytes: int
+
+
+class Guard:
+    """Turns an exception of a tier into a count and one log line per kind of call."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._said: set[str] = set()
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Call in an except block: counts, and logs the first of each ``what`` with its traceback."""
+        self._counters.tier_errors += 1
+        if what not in self._said:
+            self._said.add(what)
+            log.warning("%s failed (said once, counted on): %s", what, error, exc_info=error)
+
+
+class Breaker:
+    """Stops using a tier after ``threshold`` failures in a row, for ``cool_s`` seconds at a time.
+
+    After the pause one more failure opens it again; one success closes it.
+    """
+
+    def __init__(self, counters: Counters, threshold: int = 8, cool_s: float = 30.0) -> None:
+        self._counters = counters
+        self._threshold = threshold
+        self._cool_s = cool_s
+        self._failures = 0
+        self._open_until = float("-inf")
+
+    def closed(self, now: float) -> bool:
+        """Whether the tier may be used."""
+        return now >= self._open_until
+
+    def success(self) -> None:
+        """The tier did its work."""
+        self._failures = 0
+
+    def failure(self, now: float) -> None:
+        """The tier failed or did not answer in time."""
+        self._failures += 1
+        if self._failures >= self._threshold and self.closed(now):
+            self._open_until = now + self._cool_s
+            self._counters.nvme_breaker_trips += 1

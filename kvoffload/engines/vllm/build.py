@@ -1,0 +1,251 @@
+"""Builds the two connector halves from vLLM's configuration: arena, store, Manager, namespaces, copies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvoffload.config import GIB, Config
+from kvoffload.core.alloc import SlotAllocator
+from kvoffload.core.manager import Manager
+from kvoffload.engines.vllm import compat, geometry
+from kvoffload.engines.vllm.namespace import EngineNamespaces
+from kvoffload.engines.vllm.scheduler import SchedulerHalf
+from kvoffload.engines.vllm.stats import KVOffloadStats
+from kvoffload.engines.vllm.worker import WorkerHalf
+from kvoffload.types import CacheLayout
+
+logger = logging.getLogger("vllm.kvoffload")
+
+TICK_S = 0.05
+
+
+def engine_config(vllm_config: Any) -> Config:
+    """Our settings. Raises ConfigError (one line) on a bad key or value."""
+    return Config.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+
+
+def engine_layout(vllm_config: Any, kv_cache_config: Any, config: Config) -> CacheLayout:
+    """The layout both roles derive from the same facts."""
+    align, hashed = compat.block_sizes(kv_cache_config, vllm_config)
+    return geometry.cache_layout(
+        kv_cache_config,
+        hash_tokens=hashed,
+        align_tokens=align,
+        world_size=int(vllm_config.parallel_config.tensor_parallel_size),
+        chunk_tokens=config.chunk_tokens,
+    )
+
+
+# ------------------------------------------------------------------------------ scheduler role
+
+
+class Ticker:
+    """Runs ``tick`` every 50 ms while the engine takes no steps (write-behind, expiry)."""
+
+    def __init__(self, half: SchedulerHalf) -> None:
+        self._half = half
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvoffload-tick", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(TICK_S):
+            if self._half.stepped_within(TICK_S):
+                continue
+            try:
+                self._half.manager.tick(busy=False)
+            except Exception as exc:  # a tick that fails costs write-behind, never the engine
+                self._half.guard.record("tick", exc)
+
+    def stop(self) -> None:
+        """End the thread; returns when it has."""
+        self._stop.set()
+        self._thread.join(timeout=2.0)
+
+
+@dataclass(slots=True)
+class SchedulerSide:
+    """What lives in the EngineCore process."""
+
+    half: SchedulerHalf
+    ticker: Ticker
+    arena: Any
+    store: Any
+    closed: bool = field(default=False)
+
+    def stats(self) -> KVOffloadStats | None:
+        """Metrics since the last call."""
+        payload = self.half.take_stats()
+        return KVOffloadStats(data=payload) if payload is not None else None
+
+    def shutdown(self, flush_s: float) -> None:
+        """Stop ticking, flush what the time allows, close store and arena. Idempotent, never raises."""
+        if self.closed:
+            return
+        self.closed = True
+        began = time.monotonic()
+        self.ticker.stop()
+        try:
+            self.half.shutdown(flush_s)
+            if self.store is not None:
+                self.store.close(1000)
+            self.arena.close()
+        except Exception as exc:
+            self.half.guard.record("shutdown", exc)
+        logger.info("kvoffload: closed in %.1f s.", time.monotonic() - began)
+
+
+def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
+    """Create the arena, open the store, start the background threads."""
+    from kvoffload import _core
+
+    config = engine_config(vllm_config)
+    vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+    layout = engine_layout(vllm_config, kv_cache_config, config)
+    refused = geometry.why_not_served(kv_cache_config)
+    if refused is not None:
+        logger.warning(
+            "kvoffload: this model has a KV group of kind %s, which cannot be served yet: "
+            "0 hits, nothing is stored.",
+            refused,
+        )
+    data_bytes = config.dram_bytes() if refused is None else 4 << 20
+    sizes = [g.slot_bytes for g in layout.groups]
+    allocator = SlotAllocator(data_bytes, sizes)
+    arena = _core.Arena.create(data_bytes, allocator.max_slots, layout.world_size)
+    arena.prefault_start()
+    namespaces = EngineNamespaces(vllm_config, kv_cache_config)
+    namespaces.start()
+    store = _open_store(config, namespaces.persistent) if refused is None else None
+    manager = Manager(
+        layout,
+        arena,
+        store,
+        allocator=allocator,
+        policy=config.policy,
+        load=config.load,
+        write_bytes_per_s=config.nvme_write_bytes_per_s(_bound(store)) if store else 0.0,
+    )
+    half = SchedulerHalf(
+        config,
+        layout,
+        manager,
+        arena,
+        namespaces,
+        serve=refused is None,
+        eagle=compat.drops_last_block(vllm_config),
+    )
+    _announce(config, layout, arena, store)
+    return SchedulerSide(half, Ticker(half), arena, store)
+
+
+def _bound(store: Any) -> int:
+    return int(store.stats()["bytes_max"])
+
+
+def _open_store(config: Config, persistent: bool) -> Any:
+    """The NVMe tier, or None: not configured, not usable (said in one line), or weights not nameable."""
+    from kvoffload import _core
+
+    if config.nvme_path is None:
+        return None
+    if not persistent:
+        logger.warning(
+            "kvoffload: the model's weights are not local files (load_format dummy, remote or "
+            "streamed), so stored KV could not be told from another model's: DRAM only."
+        )
+        return None
+    try:
+        free = _free_bytes(config.nvme_path)
+        return _core.SegmentStore(config.nvme_path, config.nvme_bytes(free))
+    except OSError as exc:
+        logger.error("kvoffload: nvme_path is not used, DRAM only: %s", exc)
+        return None
+
+
+def _free_bytes(path: str) -> int:
+    probe = path
+    while not os.path.isdir(probe):
+        parent = os.path.dirname(probe)
+        if parent == probe:
+            break
+        probe = parent
+    stat = os.statvfs(probe)
+    return stat.f_bavail * stat.f_frsize
+
+
+def _announce(config: Config, layout: CacheLayout, arena: Any, store: Any) -> None:
+    chunks = ", ".join(
+        f"group {g.group}: {g.kind.value} {g.chunk_tokens} tokens = {g.slot_bytes / 2**20:.2f} MiB"
+        for g in layout.groups
+    )
+    nvme = (
+        f"{_bound(store) / GIB:.1f} GiB at {store.path} ({int(store.stats()['entries'])} chunks found)"
+        if store is not None
+        else "none"
+    )
+    logger.info(
+        "kvoffload: DRAM %.2f GiB%s, NVMe %s; chunks: %s; load=%s",
+        arena.data_bytes / GIB,
+        " (hugepages)" if arena.hugepages else "",
+        nvme,
+        chunks,
+        config.load,
+    )
+
+
+# ------------------------------------------------------------------------------ worker role
+
+
+@dataclass(slots=True)
+class WorkerSide:
+    """What lives in a worker process."""
+
+    half: WorkerHalf
+    kv_cache_config: Any
+    device: list[str]
+
+    def register(self, kv_caches: dict[str, Any]) -> None:
+        """Note the blocks of every served group as byte runs. Guarded: a failure means 0 hits."""
+        try:
+            groups = self.kv_cache_config.kv_cache_groups
+            for index, group in enumerate(groups):
+                if geometry.group_facts(group).kind is geometry.GroupKind.NONE:
+                    continue
+                tensors = {n: kv_caches[n] for n in group.layer_names}
+                self.device[0] = next(iter(tensors.values())).device.type
+                blocks = int(self.kv_cache_config.num_blocks)
+                runs = geometry.group_runs(group, tensors, blocks)
+                self.half.register_group(index, runs, blocks)
+        except Exception as exc:
+            self.half.guard.record("register_kv_caches", exc)
+
+    def shutdown(self) -> None:
+        """Stop the copy threads. Never raises."""
+        try:
+            self.half.shutdown()
+        except Exception as exc:
+            self.half.guard.record("shutdown", exc)
+
+
+def worker_side(vllm_config: Any, kv_cache_config: Any) -> WorkerSide:
+    """The rank's half; it attaches to the arena when the first step names it."""
+    from kvoffload import _core
+    from kvoffload.copy.select import copy_engine
+
+    config = engine_config(vllm_config)
+    layout = engine_layout(vllm_config, kv_cache_config, config)
+    rank = compat.tensor_parallel_rank()
+    device = ["cpu"]
+    half = WorkerHalf(
+        layout,
+        rank,
+        attach=_core.Arena.attach,
+        make_engine=lambda arena: copy_engine(device[0], arena, rank),
+    )
+    return WorkerSide(half, kv_cache_config, device)

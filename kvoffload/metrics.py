@@ -1,0 +1,331 @@
+"""Every metric kvoffload exports: names, labels, buckets, and the recorder that counts them.
+
+A leaf as far as engines go: no vLLM, no Prometheus client. An engine adapter asks the ``Recorder``
+for what changed since last time (``take``) and ships that plain dict to its own exporter.
+
+Payload, safe for pickle and msgpack (keys are text, values numbers and lists of numbers)::
+
+    {"c": {series: increase}, "g": {series: value}, "h": {series: [[count, ...], [sum, ...]]}}
+
+A *series* is the metric's name and its label values joined by "|". A histogram has one count and
+one sum per bucket (the last bucket is +Inf): both add up across ranks and steps exactly.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from kvoffload.types import LoadFailure, Tier
+
+Payload = dict[str, dict[str, Any]]
+
+SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+STEP_SECONDS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+class Kind(str, Enum):
+    """What a number means: a running total, a level, or a distribution."""
+
+    COUNTER = "c"
+    GAUGE = "g"
+    HISTOGRAM = "h"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One exported metric. ``series`` lists label values that exist from the start (as 0)."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    series: tuple[tuple[str, ...], ...] = ()
+
+
+_TIERS = tuple((t.value,) for t in Tier)
+_MISSES = ("no_hit", "namespace_unknown", "lease_refused")
+_FAILURES = tuple((f.value,) for f in LoadFailure)
+_MOVES = tuple((t.value, d) for t in Tier for d in ("load", "store"))
+
+
+def _counter(name: str, text: str, *labels: str, series: Iterable[tuple[str, ...]] = ()) -> Metric:
+    return Metric(name, Kind.COUNTER, text, labels, (), tuple(series))
+
+
+def _gauge(name: str, text: str, *labels: str, series: Iterable[tuple[str, ...]] = ()) -> Metric:
+    return Metric(name, Kind.GAUGE, text, labels, (), tuple(series))
+
+
+def _histogram(name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Metric:
+    return Metric(name, Kind.HISTOGRAM, text, (), buckets)
+
+
+METRICS: dict[str, Metric] = {
+    m.name: m
+    for m in (
+        _counter("kvoffload_lookups_total", "Requests looked up (once each)."),
+        _counter("kvoffload_queried_tokens_total", "Tokens beyond HBM's own hit looked up."),
+        _counter("kvoffload_offered_tokens_total", "Tokens held and worth loading."),
+        _counter(
+            "kvoffload_hit_requests_total",
+            "Requests that load from a tier (a request may count in several).",
+            "tier",
+            series=_TIERS,
+        ),
+        _counter(
+            "kvoffload_hit_tokens_total", "Tokens being loaded, by tier.", "tier", series=_TIERS
+        ),
+        _counter(
+            "kvoffload_miss_requests_total",
+            "Lookups that load nothing, by reason.",
+            "reason",
+            series=((m,) for m in _MISSES),
+        ),
+        _counter(
+            "kvoffload_loaded_tokens_total",
+            "Tokens whose load succeeded: not recomputed.",
+        ),
+        _counter(
+            "kvoffload_bytes_total",
+            "Bytes moved. dram: between HBM and the arena; nvme, remote: between arena and tier.",
+            "tier",
+            "direction",
+            series=_MOVES,
+        ),
+        _counter(
+            "kvoffload_failed_loads_total", "Requests whose load failed and that were recomputed."
+        ),
+        _counter(
+            "kvoffload_failures_total",
+            "Failures by kind: chunks that could not be used, hooks that raised, tiers that failed.",
+            "kind",
+            series=_FAILURES,
+        ),
+        _counter(
+            "kvoffload_events_total",
+            "Manager events: stored, evicted, dropped, quarantined, ...",
+            "event",
+        ),
+        _counter("kvoffload_resets_total", "Times everything stored was hidden by a new epoch."),
+        _histogram("kvoffload_load_seconds", "Load of one request, from allocation to answer."),
+        _histogram("kvoffload_load_copy_seconds", "Copy of one load job on one rank."),
+        _histogram("kvoffload_load_wait_seconds", "Longest wait of a load job for a slot's bytes."),
+        _histogram("kvoffload_store_seconds", "Copy of one store job on one rank."),
+        _histogram(
+            "kvoffload_scheduler_step_seconds",
+            "kvoffload's part of building one step's metadata.",
+            STEP_SECONDS,
+        ),
+        _gauge("kvoffload_dram_used_bytes", "Bytes of the arena that hold chunks."),
+        _gauge("kvoffload_dram_total_bytes", "Bytes of the arena."),
+        _gauge("kvoffload_dram_pinned_bytes", "Bytes of the arena held by leases."),
+        _gauge("kvoffload_nvme_used_bytes", "Bytes of payload on NVMe."),
+        _gauge("kvoffload_nvme_max_bytes", "Bound of the NVMe path."),
+        _gauge("kvoffload_entries", "Chunks held, by tier.", "tier", series=_TIERS),
+    )
+}
+
+
+def series_key(name: str, labels: Iterable[str] = ()) -> str:
+    """The payload key of a series."""
+    return "|".join((name, *(str(v).replace("|", "_") for v in labels)))
+
+
+def split_series(series: str) -> tuple[str, tuple[str, ...]]:
+    """(metric name, label values) of a payload key."""
+    name, *labels = series.split("|")
+    return name, tuple(labels)
+
+
+def empty_payload() -> Payload:
+    """A payload with nothing in it."""
+    return {"c": {}, "g": {}, "h": {}}
+
+
+def is_empty(payload: Mapping[str, Any]) -> bool:
+    """True when a payload holds no series."""
+    return not any(payload.get(kind) for kind in ("c", "g", "h"))
+
+
+def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> Payload:
+    """A new payload: counters and histograms add up, gauges keep ``second``'s value."""
+    out = empty_payload()
+    for payload in (first, second):
+        for series, value in payload.get("c", {}).items():
+            out["c"][series] = out["c"].get(series, 0) + value
+        out["g"].update(payload.get("g", {}))
+        for series, (counts, sums) in payload.get("h", {}).items():
+            held = out["h"].get(series)
+            if held is None:
+                out["h"][series] = [list(counts), list(sums)]
+            else:
+                held[0] = [a + b for a, b in zip(held[0], counts, strict=True)]
+                held[1] = [a + b for a, b in zip(held[1], sums, strict=True)]
+    return out
+
+
+class Recorder:
+    """Counts what one connector role does. Any thread; a call takes about a microsecond.
+
+    Raises KeyError for a name that is not in METRICS and ValueError for a wrong number of labels:
+    both are mistakes in our own code, found by the first test that reaches them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._now = empty_payload()
+        self._totals: dict[str, float] = {}
+        self._levels: dict[str, float] = {}
+
+    # -- primitives
+
+    def inc(self, name: str, amount: float = 1, *labels: str) -> None:
+        """Add to a counter. Raises ValueError on a negative amount."""
+        if amount < 0:
+            raise ValueError(f"{name}: a counter cannot fall ({amount})")
+        if amount:
+            series = self._series(name, Kind.COUNTER, labels)
+            with self._lock:
+                self._now["c"][series] = self._now["c"].get(series, 0) + amount
+
+    def set(self, name: str, value: float, *labels: str) -> None:
+        """Set a gauge; only a changed value is shipped."""
+        series = self._series(name, Kind.GAUGE, labels)
+        with self._lock:
+            if self._levels.get(series) != value:
+                self._levels[series] = value
+                self._now["g"][series] = value
+
+    def observe(self, name: str, value: float) -> None:
+        """Add one observation to a histogram."""
+        series = self._series(name, Kind.HISTOGRAM, ())
+        buckets = METRICS[name].buckets
+        at = bisect_left(buckets, value)
+        with self._lock:
+            held = self._now["h"].get(series)
+            if held is None:
+                held = [[0] * (len(buckets) + 1), [0.0] * (len(buckets) + 1)]
+                self._now["h"][series] = held
+            held[0][at] += 1
+            held[1][at] += value
+
+    def total(self, name: str, value: float, *labels: str) -> None:
+        """Bring a counter to a running total kept elsewhere; a total that fell starts anew."""
+        series = self._series(name, Kind.COUNTER, labels)
+        with self._lock:
+            before = self._totals.get(series, 0)
+            grown = value - before if value >= before else value
+            self._totals[series] = value
+            if grown:
+                self._now["c"][series] = self._now["c"].get(series, 0) + grown
+
+    def take(self) -> Payload:
+        """What changed since the last call; the caller owns it."""
+        with self._lock:
+            taken, self._now = self._now, empty_payload()
+        return taken
+
+    @staticmethod
+    def _series(name: str, kind: Kind, labels: tuple[str, ...]) -> str:
+        metric = METRICS[name]
+        if metric.kind is not kind or len(labels) != len(metric.labels):
+            raise ValueError(f"{name} is a {metric.kind.name} with labels {metric.labels}")
+        return series_key(name, labels) if labels else name
+
+    # -- what the scheduler half reports
+
+    def lookup(self, queried: int, hit: int) -> None:
+        """The first lookup of a request: tokens asked for, tokens offered."""
+        self.inc("kvoffload_lookups_total")
+        self.inc("kvoffload_queried_tokens_total", queried)
+        self.inc("kvoffload_offered_tokens_total", hit)
+        if not hit:
+            self.miss("no_hit")
+
+    def miss(self, reason: str) -> None:
+        """A lookup that loads nothing."""
+        self.inc("kvoffload_miss_requests_total", 1, reason)
+
+    def hit(self, tokens_by_tier: Mapping[Tier, int]) -> None:
+        """A load was ordered: tokens by the tier they come from."""
+        for tier, tokens in tokens_by_tier.items():
+            if tokens:
+                self.inc("kvoffload_hit_requests_total", 1, Tier(tier).value)
+                self.inc("kvoffload_hit_tokens_total", tokens, Tier(tier).value)
+
+    def load_done(self, seconds: float, tokens: int) -> None:
+        """All ranks answered a load and it succeeded."""
+        self.observe("kvoffload_load_seconds", seconds)
+        self.inc("kvoffload_loaded_tokens_total", tokens)
+
+    def load_failed_request(self) -> None:
+        """All ranks answered a load and it failed; vLLM recomputes."""
+        self.inc("kvoffload_failed_loads_total")
+
+    def failure(self, kind: str, count: int = 1) -> None:
+        """Something of ours or of a tier failed."""
+        self.inc("kvoffload_failures_total", count, kind)
+
+    def scheduler_step(self, seconds: float) -> None:
+        """Our share of one scheduler step."""
+        self.observe("kvoffload_scheduler_step_seconds", seconds)
+
+    def reset_epoch(self) -> None:
+        """Everything stored so far was hidden."""
+        self.inc("kvoffload_resets_total")
+
+    def worker(self, report: Any) -> None:
+        """Fold in a worker's account of a step (engines/vllm/meta.WorkerReport)."""
+        self.inc("kvoffload_bytes_total", report.load_bytes, "dram", "load")
+        self.inc("kvoffload_bytes_total", report.store_bytes, "dram", "store")
+        for name, values in (
+            ("kvoffload_load_copy_seconds", report.load_copy_s),
+            ("kvoffload_load_wait_seconds", report.load_wait_s),
+            ("kvoffload_store_seconds", report.store_copy_s),
+        ):
+            for seconds in values:
+                self.observe(name, seconds)
+        for bad in report.bad:
+            self.failure(LoadFailure(bad.reason).value)
+        for hook, count in report.hook_errors.items():
+            self.failure(f"hook_{hook}", count)
+        if report.attach_error:
+            self.failure("attach")
+
+    def manager(
+        self, counters: Mapping[str, float], nvme: Mapping[str, float] | None = None
+    ) -> None:
+        """Running totals of the Manager (each becomes an event) and of the NVMe store's stats()."""
+        for event, value in counters.items():
+            self.total("kvoffload_events_total", value, event)
+        if nvme is not None:
+            self.total("kvoffload_bytes_total", nvme.get("bytes_read", 0), "nvme", "load")
+            self.total("kvoffload_bytes_total", nvme.get("bytes_written", 0), "nvme", "store")
+            self.set("kvoffload_nvme_used_bytes", nvme.get("bytes_used", 0))
+            self.set("kvoffload_nvme_max_bytes", nvme.get("bytes_max", 0))
+            self.set("kvoffload_entries", nvme.get("entries", 0), "nvme")
+
+    def dram(self, used: int, total: int, pinned: int, entries: int) -> None:
+        """Occupancy of the arena, in bytes and chunks."""
+        self.set("kvoffload_dram_used_bytes", used)
+        self.set("kvoffload_dram_total_bytes", total)
+        self.set("kvoffload_dram_pinned_bytes", pinned)
+        self.set("kvoffload_entries", entries, "dram")
+
+    def check(self) -> None:
+        """Raise AssertionError when a series has no metric or a histogram lost its shape."""
+        with self._lock:
+            for kind, held in self._now.items():
+                for series, value in held.items():
+                    name, labels = split_series(series)
+                    metric = METRICS[name]
+                    assert metric.kind.value == kind, series
+                    assert len(labels) == len(metric.labels), series
+                    if kind == "h":
+                        assert [len(v) for v in value] == [len(metric.buckets) + 1] * 2, series
