@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import socket
 import subprocess
@@ -88,10 +89,11 @@ def check(name: str) -> None:
 
 def _lmcache_command(ports: tuple[int, int], storage: Path | None, budget: Budget) -> list[str]:
     command = [str(LMCACHE_PYTHON.parent / "lmcache"), "server", "--host", "127.0.0.1"]
-    command += ["--l1-size-gb", str(budget.dram_gib), "--l1-init-size-gb", str(budget.dram_gib)]
+    command += ["--l1-size-gb", str(budget.dram_gib)]
+    command += ["--l1-init-size-gb", str(math.ceil(budget.dram_gib))]
     command += ["--eviction-policy", "LRU", "--supported-transfer-mode", "auto"]
     command += ["--chunk-size", "256", "--port", str(ports[0]), "--http-port", str(ports[1])]
-    command += ["--http-host", "127.0.0.1", "--shm-name", f"kvbench-{uuid.uuid4().hex[:8]}"]
+    command += ["--http-host", "127.0.0.1", "--disable-observability", "--shm-name", f"kvbench-{uuid.uuid4().hex[:8]}"]
     if storage is not None:
         (storage / "l2").mkdir(parents=True, exist_ok=True)
         adapter = {"type": "fs_native", "base_path": str(storage / "l2"), "num_workers": 4}
@@ -104,12 +106,12 @@ def _wait_http(url: str, process: subprocess.Popen[Any], log: Path, limit_s: flo
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise Skip(f"server ended with {process.returncode}: {log_tail(log, 5)}")
+            raise Skip(f"server ended with {process.returncode}: {log_tail(log, 1)}")
         with contextlib.suppress(urllib.error.URLError, OSError):
             if urllib.request.urlopen(url, timeout=2).status == 200:
                 return
         time.sleep(0.2)
-    raise Skip(f"server not ready after {limit_s:.0f} s: {log_tail(log, 5)}")
+    raise Skip(f"server not ready after {limit_s:.0f} s: {log_tail(log, 1)}")
 
 
 @contextlib.contextmanager

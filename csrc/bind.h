@@ -13,13 +13,13 @@ namespace kvo {
 // What Python calls `Arena`. Binding functions take `const PyArena &` and keep `arena.get()` for as
 // long as native threads use it; close() then never pulls the mapping from under them.
 struct PyArena {
-  std::shared_ptr<Arena> p;
-  std::shared_ptr<Arena> get() const {
-    if (!p) throw std::invalid_argument("arena is closed");
-    return p;
-  }
+    std::shared_ptr<Arena> p;
+    std::shared_ptr<Arena> get() const {
+        if (!p) throw std::invalid_argument("arena is closed");
+        return p;
+    }
 };
 
 }  // namespace kvo
 
-void bind_store(pybind11::module_ &m);  // bind_store.cpp
+void bind_store(pybind11::module_& m);  // bind_store.cpp

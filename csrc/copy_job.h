@@ -8,27 +8,27 @@ namespace kvo {
 enum ItemState : uint8_t { kUnstarted, kWaitingReady, kRunning, kDone, kLost };
 
 struct CpuCopyPool::Job {
-  int64_t id;
-  CopyKind kind;
-  std::shared_ptr<const Group> group;
-  CopyItems items;
-  int64_t deadline = INT64_MAX;  // CLOCK_MONOTONIC ns
-  bool verify = true;
+    int64_t id;
+    CopyKind kind;
+    std::shared_ptr<const Group> group;
+    CopyItems items;
+    int64_t deadline = INT64_MAX;  // CLOCK_MONOTONIC ns
+    bool verify = true;
 
-  std::vector<uint8_t> state;  // ItemState
-  size_t next = 0;             // items below it left kUnstarted
-  size_t running = 0;
-  size_t waiting = 0;
-  bool stopped = false;    // no further item starts
-  bool completed = false;
-  CopyStatus status = kOk;
-  CopyReason reason = kNone;
-  uint64_t nbytes = 0;
-  int64_t wait_ns = 0;
-  int64_t first_ns = 0, last_ns = 0;
+    std::vector<uint8_t> state;  // ItemState
+    size_t next = 0;             // items below it left kUnstarted
+    size_t running = 0;
+    size_t waiting = 0;
+    bool stopped = false;  // no further item starts
+    bool completed = false;
+    CopyStatus status = kOk;
+    CopyReason reason = kNone;
+    uint64_t nbytes = 0;
+    int64_t wait_ns = 0;
+    int64_t first_ns = 0, last_ns = 0;
 
-  size_t n() const { return items.slots.size(); }
-  const int32_t *ids(size_t item) const { return items.block_ids.data() + item * items.blocks; }
+    size_t n() const { return items.slots.size(); }
+    const int32_t* ids(size_t item) const { return items.block_ids.data() + item * items.blocks; }
 };
 
 }  // namespace kvo

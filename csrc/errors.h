@@ -11,18 +11,18 @@
 namespace kvo {
 
 class OsError : public std::runtime_error {
- public:
-  OsError(int err, const std::string &what)
-      : std::runtime_error(what + ": " + std::strerror(err)), err_(err) {}
-  int err() const { return err_; }
+  public:
+    OsError(int err, const std::string& what)
+        : std::runtime_error(what + ": " + std::strerror(err)), err_(err) {}
+    int err() const { return err_; }
 
- private:
-  int err_;
+  private:
+    int err_;
 };
 
 class CheckError : public std::logic_error {
- public:
-  using std::logic_error::logic_error;
+  public:
+    using std::logic_error::logic_error;
 };
 
 }  // namespace kvo

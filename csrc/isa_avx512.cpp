@@ -10,8 +10,8 @@
 #endif
 #include <immintrin.h>
 #define KVO_VEC __m512i
-#define KVO_LOADU(p) _mm512_loadu_si512(reinterpret_cast<const __m512i *>(p))
-#define KVO_STREAM(p, v) _mm512_stream_si512(reinterpret_cast<__m512i *>(p), v)
+#define KVO_LOADU(p) _mm512_loadu_si512(reinterpret_cast<const __m512i*>(p))
+#define KVO_STREAM(p, v) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v)
 #define XXH_VECTOR 3  // XXH_AVX512
 #define KVO_ISA_NAME "avx512"
 #define KVO_ISA_TABLE kIsaAvx512

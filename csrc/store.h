@@ -16,7 +16,7 @@
 #include "store_dir.h"
 #include "store_format.h"
 
-namespace kvo {
+namespace kvo::store {
 
 // Same numbers as kvoffload.types.StoreResult.
 enum StoreResult : uint8_t { kOk = 0, kMiss = 1, kCorrupt = 2, kIoError = 3, kNoSpace = 4, kDropped = 5 };
@@ -94,4 +94,4 @@ class SegmentStore {
   std::shared_ptr<StoreImpl> s_;
 };
 
-}  // namespace kvo
+}  // namespace kvo::store

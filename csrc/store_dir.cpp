@@ -18,7 +18,7 @@
 
 #include "errors.h"
 
-namespace kvo {
+namespace kvo::store {
 namespace {
 
 constexpr const char *kManifest = "MANIFEST";
@@ -254,7 +254,7 @@ void StoreDir::size_up(const StoreOptions &opt) {
        opt.segment_bytes > kMaxSegmentBytes))
     throw std::invalid_argument("segment_bytes must be a multiple of 4096 from 64 KiB to 4 GiB");
   // MANIFEST, LOCK, two directories, and journals of the open and the closing segment.
-  uint64_t need = 4 * kBlock + 2 * journal_reserve(segment_bytes_) + segment_bytes_;
+  uint64_t need = 8 * kBlock + 2 * journal_reserve(segment_bytes_) + segment_bytes_;
   if (segment_bytes_ < kMinSegmentBytes || need > max_bytes_)
     refuse(EINVAL, "max_bytes " + std::to_string(max_bytes_) + " does not hold one segment");
 }
@@ -286,6 +286,12 @@ void StoreDir::pick_writer() {
 
 std::string StoreDir::writer_path() const {
   return writer_ < 0 ? "" : path_ + "/w" + std::to_string(writer_);
+}
+
+void StoreDir::release() {
+  lock_ = Fd();
+  own_ = Fd();
+  root_ = Fd();
 }
 
 std::vector<uint32_t> StoreDir::writers() const {
@@ -471,4 +477,4 @@ WriterScan StoreDir::scan(uint32_t id, Faults &faults,
   return out;
 }
 
-}  // namespace kvo
+}  // namespace kvo::store

@@ -12,7 +12,7 @@
 #include "store_format.h"
 #include "store_io.h"
 
-namespace kvo {
+namespace kvo::store {
 
 struct StoreOptions {
   std::string path;
@@ -93,6 +93,7 @@ class StoreDir {
   // Unlinks the oldest segment of a writer nobody runs, when it is older than `than_ns` (unix ns).
   // The caller holds the path lock. True and which one when something was freed.
   bool reclaim_dead(int64_t than_ns, uint32_t &writer, uint32_t &seg) const;
+  void release();  // gives up the writer's lock
 
  private:
   void open_root(const StoreOptions &opt);
@@ -114,4 +115,4 @@ std::string journal_name(uint64_t epoch);
 uint64_t auto_segment_bytes(uint64_t max_bytes);
 int64_t unix_ns();
 
-}  // namespace kvo
+}  // namespace kvo::store

@@ -11,7 +11,7 @@
 #include <functional>
 #include <string>
 
-namespace kvo {
+namespace kvo::store {
 
 static_assert(std::endian::native == std::endian::little, "structures are stored as they lie in memory");
 
@@ -213,4 +213,4 @@ enum class ManifestError { kNone, kForeign, kNewer, kDamaged };
 std::string manifest_text(const Manifest &m);
 ManifestError parse_manifest(const std::string &text, Manifest &out, unsigned &version);
 
-}  // namespace kvo
+}  // namespace kvo::store

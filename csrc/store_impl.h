@@ -18,19 +18,18 @@
 #include <set>
 #include <thread>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include "store.h"
 #include "store_io.h"
 
-namespace kvo {
+namespace kvo::store {
 
 using Clock = std::chrono::steady_clock;
 
 enum class SegState : uint8_t { kClean, kOpen, kFull, kSealed, kRecycling, kGone };
 
-struct Segment {
+struct StoreSegment {
   uint32_t writer = 0, id = 0, gen = 0;
   bool own = false;
   SegState state = SegState::kSealed;
@@ -43,19 +42,18 @@ struct Segment {
   bool journal_failed = false;
   std::vector<Key> keys;    // what to take out of the index when it goes
   int64_t mtime_ns = 0;     // other writers: to see changes cheaply
-  uint64_t seen_records = 0;  // other writers, not sealed: journal records published
-  bool sealed_scan = false;
+  bool sealed = false;      // the footer is on disk
+  bool empty = false;       // nothing in it is worth keeping: recycled first
   FilePtr file, header_file, journal;  // under files_mu
 };
 
-struct Entry {
-  Segment *seg;
+struct StoreEntry {
+  StoreSegment *seg;
   uint64_t root, seq;
   uint32_t gen, off4k, len, ns, depth;
-  bool verified;
 };
 
-struct Job {
+struct StoreJob {
   int64_t id;
   int kind;
   std::vector<uint8_t> results;
@@ -66,10 +64,10 @@ struct Job {
   bool done = false;
   int64_t ns = 0;
 };
-using JobPtr = std::shared_ptr<Job>;
+using StoreJobPtr = std::shared_ptr<StoreJob>;
 
-struct WorkItem {
-  JobPtr job;
+struct StoreWork {
+  StoreJobPtr job;
   uint32_t index;  // in job->results
   StoreItem it;
   uint32_t ns = 0;
@@ -79,15 +77,15 @@ struct WorkItem {
   bool usable = true;
 };
 
-struct Group {  // one request: adjacent extents of one segment
-  Segment *seg;
+struct StoreGroup {  // one request: adjacent extents of one segment
+  StoreSegment *seg;
   uint32_t gen;
   uint64_t off, bytes;  // bytes: padded
   bool bounce;
-  std::vector<WorkItem> items;
+  std::vector<StoreWork> items;
 };
 
-struct Counters {
+struct StoreCounters {
   std::atomic<uint64_t> puts{0}, gets{0}, hits{0}, misses{0}, corrupt{0}, io_errors{0}, no_space{0},
       dropped{0}, bytes_written{0}, bytes_read{0}, recycled_segments{0}, recovered_entries{0},
       journal_bytes{0}, sealed_segments{0};
@@ -98,91 +96,108 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
   void start();
 
   // -- store_jobs.cpp
+  StoreEntry *find_live(const Key &key);  // mu held
   void submit_put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> &items,
                   uint32_t ns);
   void submit_get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> &items);
-  JobPtr new_job(int64_t id, int kind, size_t n, std::shared_ptr<Arena> arena);
-  void settle(const JobPtr &job, uint32_t index, uint8_t result, uint64_t nbytes);  // mu held
+  StoreJobPtr new_job(int64_t id, int kind, size_t n, std::shared_ptr<Arena> arena);
+  void settle(const StoreJobPtr &job, uint32_t index, uint8_t result, uint64_t nbytes);  // mu held
   void place();                                                                     // mu held
-  void send_put(std::shared_ptr<Group> g);                                          // mu held
-  int prepare_put(Group &g, IoRequest &r);
-  void finish_put(Group &g, int err);
-  void settle_put(WorkItem &w, uint8_t result);     // mu held
+  void place_tombs();                                                               // mu held
+  bool next_segment();                                                              // mu held
+  void send(std::shared_ptr<StoreGroup> g, bool write);
+  int prepare_put(StoreGroup &g, IoRequest &r);
+  void finish_put(StoreGroup &g, int err);
+  void settle_put(StoreWork &w, uint8_t result, uint64_t nbytes);  // mu held
   void fail_queued_puts(uint8_t result);            // mu held
-  void send_get(std::shared_ptr<Group> g);
-  int prepare_get(Group &g, IoRequest &r);
-  void finish_get(Group &g, IoRequest &r, int err, size_t done);
-  uint8_t check_read(const WorkItem &w, const uint8_t *data, size_t have, std::vector<uint64_t> &tmp);
-  void drop_entry(const Key &key, const Segment *seg, uint32_t gen, uint64_t off);  // mu held
+  int prepare_get(StoreGroup &g, IoRequest &r);
+  void finish_get(StoreGroup &g, IoRequest &r, int err, size_t done);
+  uint8_t check_read(StoreWork &w, const uint8_t *data, std::vector<uint64_t> &tmp);
+  void drop_entry(const Key &key, const StoreSegment *seg, uint32_t gen, uint64_t off);  // mu held
+  uint64_t merge_limit(uint64_t total) const;
 
-  // -- index (store.cpp), mu held
-  void publish(Segment &seg, const Record &r);
-  void unpublish(Segment &seg, std::unique_lock<std::mutex> &lk);
+  // -- store.cpp, mu held unless said
+  void publish(StoreSegment &seg, const Record &r);
+  void unpublish(StoreSegment &seg, std::unique_lock<std::mutex> &lk);
   uint64_t next_seq();
-  void append_record(Segment &seg, Record r);
+  void append_record(StoreSegment &seg, Record r);
+  void erase_entry(std::unordered_map<Key, StoreEntry, KeyHash>::iterator it);
   size_t remove(std::span<const Key> keys);
+  void bury(const Key &key);  // tombstone
   VerifyReport verify(bool repair, const std::function<bool(uint64_t, uint64_t, uint64_t)> &progress);
-  uint8_t verify_one(const Key &key, Entry &e, AlignedBuf &buf);
+  int verify_one(const Key &key, const StoreEntry &e, AlignedBuf &buf);  // no lock
   void check() const;
 
   // -- store_keeper.cpp
   void keeper();
+  bool keeper_step(std::unique_lock<std::mutex> &lk);  // false: nothing to do now
+  bool want_ahead();
+  void close_open();  // mu held
   void recover();
-  void seal_recovered(Segment &seg);
-  void load(uint32_t writer, bool own, WriterScan &&scan);
-  void refresh();
-  void shrink();
-  bool write_journal(Segment &seg, std::unique_lock<std::mutex> &lk);
-  bool write_journals(std::unique_lock<std::mutex> &lk);
-  int seal(Segment &seg, std::unique_lock<std::mutex> &lk);
-  int write_footer(Segment &seg, const std::vector<Record> &recs, uint64_t records_off, bool last);
-  int take_segment(std::unique_lock<std::mutex> &lk);  // 0, or an errno
+  void seal_recovered(StoreSegment &seg);
+  void load(uint32_t writer, WriterScan &scan, std::unique_lock<std::mutex> &lk);
+  void load_segment(uint32_t writer, SegmentScan &s, std::unique_lock<std::mutex> &lk);
+  StoreSegment *find_segment(uint32_t writer, uint32_t id);
+  void refresh(std::unique_lock<std::mutex> &lk);
+  void shrink(std::unique_lock<std::mutex> &lk);
+  void write_journal(StoreSegment &seg, std::unique_lock<std::mutex> &lk);
+  void write_journals(std::unique_lock<std::mutex> &lk);
+  void seal(StoreSegment &seg, std::unique_lock<std::mutex> &lk);
+  int write_footer(StoreSegment &seg, const std::vector<Record> &recs, uint64_t off, uint64_t trailer_off);
+  int take_segment(std::unique_lock<std::mutex> &lk);  // 0: `clean` is set; else an errno
+  int make_room(std::unique_lock<std::mutex> &lk);
   int create_segment(std::unique_lock<std::mutex> &lk);
-  int recycle(Segment &seg, std::unique_lock<std::mutex> &lk);
-  int make_clean(Segment &seg, uint64_t gen);  // header + journal
-  void remove_segment(Segment &seg, std::unique_lock<std::mutex> &lk);
-  Segment *oldest_own(bool unpinned);
-  Segment *sealable();
+  int recycle(StoreSegment &seg, std::unique_lock<std::mutex> &lk);
+  int make_clean(StoreSegment &seg, uint64_t gen);  // header + journal
+  void remove_segment(StoreSegment &seg, std::unique_lock<std::mutex> &lk);
+  StoreSegment *oldest_own();
+  StoreSegment *sealable();
   void drain_keeper(std::unique_lock<std::mutex> &lk);
-  FilePtr file_of(Segment &seg, int &err);
-  uint64_t foreign_gen(Segment &seg);  // 0: unreadable
+  FilePtr file_of(StoreSegment &seg, int &err);
+  uint64_t foreign_gen(StoreSegment &seg);  // 0: unreadable
   bool flush(int timeout_ms);
-  bool close(int timeout_ms, bool discard);
+  bool close(int timeout_ms, bool kill);
+  void release();
   void wake_keeper() { keeper_cv.notify_one(); }
 
   StoreOptions opt;
   StoreDir dir;
   std::shared_ptr<Faults> faults = std::make_shared<Faults>();
   std::shared_ptr<IoEngine> engine;
-  Counters n;
+  StoreCounters n;
 
   mutable std::mutex mu;
   std::condition_variable done_cv, keeper_cv, keeper_gone_cv;
-  std::unordered_map<Key, Entry, KeyHash> index;
+  std::unordered_map<Key, StoreEntry, KeyHash> index;
   std::unordered_map<Key, uint64_t, KeyHash> tombs;  // seq of the newest delete
-  std::vector<std::unique_ptr<Segment>> segments;    // never shrinks: pointers stay valid
-  std::vector<std::unique_ptr<Segment>> retired;     // GONE
-  Segment *open = nullptr, *clean = nullptr;
+  std::vector<std::unique_ptr<StoreSegment>> segments;    // never shrinks: pointers stay valid
+  StoreSegment *open = nullptr, *clean = nullptr;
   uint64_t payload_bytes = 0;  // of all entries
 
-  std::unordered_map<int64_t, JobPtr> jobs;
-  std::vector<JobPtr> finished;
-  std::deque<WorkItem> put_queue;  // not placed yet
-  std::unordered_map<Key, std::vector<WorkItem>, KeyHash> pending;  // key -> puts that wait for the same
+  std::unordered_map<int64_t, StoreJobPtr> jobs;
+  std::vector<StoreJobPtr> finished;
+  std::deque<StoreWork> put_queue;  // not placed yet
+  std::deque<Record> tomb_queue;   // deletes that wait for a segment
+  std::unordered_map<Key, std::vector<StoreWork>, KeyHash> pending;  // key -> puts that wait for the same
   std::set<uint64_t> put_tickets;  // jobs not settled, in order of submission
-  std::unordered_map<const Job *, uint64_t> ticket_of;
+  std::unordered_map<const StoreJob *, uint64_t> ticket_of;
   uint64_t last_ticket = 0;
-  uint64_t queued = 0, puts_in_flight = 0;
+  uint64_t queued = 0;             // payload bytes of puts not settled
   uint64_t records_added = 0, records_journalled = 0, journal_failures = 0;
-  bool need_segment = false, miss_hint = false, closed = false, discard = false, stop_keeper = false;
-  bool keeper_alive = false;
+  bool need_segment = false, miss_hint = false, stop_keeper = false, keeper_alive = false;
+  bool closed = false;   // no new jobs
+  bool discard = false;  // queued work is given up; nothing more is sent to the engine
+  bool killed = false;   // abandon(): nothing more is written at all
+  bool released = false;
+  unsigned flush_waiters = 0;
+  const StoreSegment *ahead_tried = nullptr;  // taking one ahead failed while this one was open
   Clock::time_point last_refresh{}, oldest_unwritten{};
   uint64_t last_gen = 0, last_seq = 0, last_id = 0, charged = 0;
   double recover_ms = 0;
   std::thread keeper_thread;
 
   std::mutex files_mu;
-  std::deque<Segment *> open_files;  // in order of opening
+  std::deque<StoreSegment *> open_files;  // in order of opening
 };
 
-}  // namespace kvo
+}  // namespace kvo::store

@@ -15,7 +15,7 @@
 #include <stdexcept>
 #include <thread>
 
-namespace kvo {
+namespace kvo::store {
 
 void Faults::set(const std::string &what, int every) {
   if (every < 0) throw std::invalid_argument("inject: every must be >= 0");
@@ -300,4 +300,4 @@ std::shared_ptr<IoEngine> make_thread_engine(unsigned threads, std::shared_ptr<F
   return std::make_shared<ThreadEngine>(threads, std::move(faults));
 }
 
-}  // namespace kvo
+}  // namespace kvo::store

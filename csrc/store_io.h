@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-namespace kvo {
+namespace kvo::store {
 
 // Test hooks. "every n-th" counters; 0 is off. `hang_read` blocks reads until it is 0 again.
 struct Faults {
@@ -96,4 +96,4 @@ std::shared_ptr<IoEngine> make_thread_engine(unsigned threads, std::shared_ptr<F
 // Names the calling thread and blocks all signals in it.
 void setup_native_thread(const char *name);
 
-}  // namespace kvo
+}  // namespace kvo::store

@@ -34,6 +34,12 @@ def leaf_checksums(
 def cpu_features() -> list[str]:
     """What the running CPU offers of what the core can use, e.g. ["avx512f", "avx2"]."""
 
+def _set_isa(name: str) -> None:
+    """Test hook: "base", "avx2" or "avx512" from now on. Raises ValueError where the CPU lacks it."""
+
+def _isa() -> str:
+    """The instruction set in use."""
+
 class Arena:
     """One memfd: [4 KiB header | slot table | leaf hashes | data, 2 MiB aligned].
 

@@ -103,7 +103,7 @@ METRICS: dict[str, Metric] = {
         ),
         _counter(
             "kvoffload_failures_total",
-            "Failures by kind: chunks that could not be used, hooks that raised, tiers that failed.",
+            "Failures by kind: unusable chunks, hooks that raised, tiers that failed.",
             "kind",
             series=_FAILURES,
         ),

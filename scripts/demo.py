@@ -207,7 +207,7 @@ def _command(args: argparse.Namespace, port: int) -> list[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(args.model), "--served-model-name", MODEL_NAME]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "bfloat16", "--max-model-len", "8192", "--enforce-eager"]
+    command += ["--dtype", args.dtype, "--max-model-len", "8192", "--enforce-eager"]
     command += ["--enable-prompt-tokens-details"]
     if args.system == "kvoffload":
         extra = {
@@ -395,12 +395,21 @@ class Demo:
 
     def equal(self, step: Step) -> bool:
         """Same text as the cold run, prompt by prompt."""
-        pairs = zip(step.answers, self.steps[0].answers, strict=True)
-        return all(a.text == b.text for a, b in pairs)
+        return _same_texts(step, self.steps[0])
+
+    def same_output(self, step: Step) -> str:
+        """The table's word for it."""
+        if self.equal(step):
+            return "yes"
+        if step.name == "hbm" or _same_texts(step, self.steps[1]):
+            return "as HBM hit"  # vLLM's own hit rounds differently from its cold run
+        return "NO"
 
     def problems(self) -> list[str]:
         """What did not go as the demo promises; empty when all is well."""
-        found = [f"{TITLES[s.name]}: output differs" for s in self.steps if not self.equal(s)]
+        found = [
+            f"{TITLES[s.name]}: output differs" for s in self.steps if self.same_output(s) == "NO"
+        ]
         if self.args.system == "kvoffload":
             found += [
                 f"{TITLES[s.name]}: nothing was loaded from {s.name.upper()}"
@@ -414,15 +423,15 @@ class Demo:
         cold = self.steps[0].ttft_ms
         tokens = statistics.median(a.prompt_tokens for a in self.steps[0].answers)
         table = Table(title=f"{len(self.prompts)} prompts of {tokens:.0f} tokens, SmolLM2-135M")
-        table.add_column("state of the caches")
-        for title in ("first token (median)", "speed-up", "HBM", "DRAM", "NVMe", "same output"):
+        table.add_column("state of the caches", no_wrap=True)
+        for title in ("first token", "speed-up", "HBM", "DRAM", "NVMe", "same output"):
             table.add_column(title, justify="right")
         for step in self.steps:
             cells = [f"{step.loaded.get(place, 0):,}" for place in ("hbm", "dram", "nvme")]
             speed = f"{cold / step.ttft_ms:.1f}x"
-            same = "yes" if self.equal(step) else "NO"
-            table.add_row(TITLES[step.name], f"{step.ttft_ms:,.0f} ms", speed, *cells, same)
-        table.caption = "HBM, DRAM, NVMe: prompt tokens taken from there, all prompts together"
+            name, first = TITLES[step.name], f"{step.ttft_ms:,.0f} ms"
+            table.add_row(name, first, speed, *cells, self.same_output(step))
+        table.caption = "first token: median; HBM, DRAM, NVMe: prompt tokens taken from there, all prompts together"
         return table
 
     def result(self) -> dict[str, Any]:
@@ -435,13 +444,23 @@ class Demo:
             "versions": _versions(),
             "prompt_tokens": [a.prompt_tokens for a in self.steps[0].answers],
             "max_tokens": self.args.max_tokens,
+            "dtype": self.args.dtype,
             "problems": self.problems(),
             **self.notes,
             "steps": [
-                asdict(step) | {"ttft_ms_median": step.ttft_ms, "outputs_equal": self.equal(step)}
+                asdict(step)
+                | {
+                    "ttft_ms_median": step.ttft_ms,
+                    "outputs_equal": self.equal(step),
+                    "outputs_equal_to_hbm_hit": _same_texts(step, self.steps[1]),
+                }
                 for step in self.steps
             ],
         }
+
+
+def _same_texts(one: Step, other: Step) -> bool:
+    return [a.text for a in one.answers] == [a.text for a in other.answers]
 
 
 def _versions() -> dict[str, str]:
@@ -462,6 +481,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=3, help="how many different prompts")
     parser.add_argument("--tokens", type=int, default=3500, help="tokens per prompt")
     parser.add_argument("--max-tokens", type=int, default=16, help="tokens generated per prompt")
+    # In bf16 vLLM's own prefix hit already rounds differently from a cold run and may change words.
+    gpu = shutil.which("nvidia-smi") is not None
+    dtype = "bfloat16" if gpu else "float32"
+    parser.add_argument(
+        "--dtype", default=dtype, help="computation and KV; default here: %(default)s"
+    )
     parser.add_argument("--dram-gib", type=float, default=1.0)
     parser.add_argument("--nvme-gib", type=float, default=2.0)
     args = parser.parse_args()

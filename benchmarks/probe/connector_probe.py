@@ -3,9 +3,11 @@
 ``KVConnectorFactory.create_connector`` is wrapped; scheduler-role instances get timed versions of
 their hooks. One JSON line per event goes to ``$KVBENCH_PROBE/<pid>.jsonl``:
 
-- ``{"ev": "load", "req", "tokens", "ns"}``: from ``update_state_after_alloc`` with external tokens
-  to the ``update_connector_output`` that names the request; ``"failed": true`` where the connector
-  reported it as failed. ``ns`` on CLOCK_MONOTONIC.
+- ``{"ev": "load", "req", "tokens", "ns", "since_arrival_ns"}``: ``ns`` from
+  ``update_state_after_alloc`` with external tokens to the ``update_connector_output`` that names the
+  request; ``since_arrival_ns`` from the request's arrival in the scheduler (``on_new_request``) to
+  the same end: a connector that moves bytes from disk before it asks for blocks does not hide that
+  there. ``"failed": true`` where the connector reported it as failed. CLOCK_MONOTONIC.
 - ``{"ev": "steps", "ns": [...]}``: nanoseconds spent in scheduler-side hooks per engine step.
 
 Standard library only: this runs inside the engine, before anything else is imported.
@@ -50,6 +52,7 @@ class Probe:
     def __init__(self, folder: str) -> None:
         self._path = os.path.join(folder, f"{os.getpid()}.jsonl")
         self._open: dict[str, tuple[int, int]] = {}
+        self._arrived: dict[str, int] = {}
         self._steps: list[int] = []
         self._now_ns = 0
         self._depth = 0
@@ -85,6 +88,15 @@ class Probe:
 
         return call
 
+    def _before_on_new_request(self, request: Any) -> None:
+        self._arrived[request.request_id] = time.monotonic_ns()
+
+    def _before_request_finished(self, request: Any, *_args: Any) -> None:
+        self._arrived.pop(request.request_id, None)
+        self._open.pop(request.request_id, None)
+
+    _before_request_finished_all_groups = _before_request_finished
+
     def _before_update_state_after_alloc(self, request: Any, blocks: Any, tokens: int) -> None:
         if tokens > 0:
             self._open[request.request_id] = (time.monotonic_ns(), tokens)
@@ -97,6 +109,7 @@ class Probe:
             began = self._open.pop(name, None)
             if began is not None:
                 event = {"ev": "load", "req": name, "tokens": began[1], "ns": now - began[0]}
+                event["since_arrival_ns"] = now - self._arrived.get(name, began[0])
                 self.write(event | ({"failed": True} if name in failed else {}))
 
     def _after_build_connector_meta(self, *_args: Any, **_kwargs: Any) -> None:

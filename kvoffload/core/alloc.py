@@ -48,9 +48,9 @@ def extent_bytes(data_bytes: int, sizes: Sequence[int]) -> int:
 class SlotAllocator:
     """Hands out slot numbers and data offsets. Not thread safe: the Manager's lock guards it.
 
-    ``slot_bytes_per_class`` are multiples of 16 KiB; offsets are multiples of 16 KiB from the start of
-    the data area; slot numbers stay below ``max_slots``. Raises ConfigError when the arena is smaller
-    than one extent.
+    ``slot_bytes_per_class`` are multiples of 16 KiB; offsets are multiples of 16 KiB from the start
+    of the data area; slot numbers stay below ``max_slots``. Raises ConfigError when the arena is
+    smaller than one extent.
     """
 
     def __init__(self, data_bytes: int, slot_bytes_per_class: Sequence[int]) -> None:
@@ -73,14 +73,15 @@ class SlotAllocator:
         self._class_of: list[int] = [-1] * self.n_extents
         self._free: list[list[int]] = [[] for _ in range(self.n_extents)]  # indexes in the extent
         self._spare = list(range(self.n_extents - 1, -1, -1))
-        # Extents of a class with a free slot, lowest first: high extents drain and can be given back.
+        # Extents of a class with a free slot, lowest first: high extents drain and can be given
+        # back.
         self._open: list[list[int]] = [[] for _ in sizes]
         self._queued: set[int] = set()
         self._used: set[int] = set()
         self._free_in_class = [0] * len(sizes)
 
     def alloc(self, cls: int) -> tuple[int, int] | None:
-        """(slot, offset) of a free slot of class ``cls``; None when there is none. O(log extents)."""
+        """(slot, offset) of a free slot of class ``cls``, None without one. O(log extents)."""
         extent = self._pick(cls)
         if extent is None:
             return None

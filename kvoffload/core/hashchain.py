@@ -65,7 +65,7 @@ class Chain:
         self._seen = 0
         self.hash_tokens = layout.hash_tokens
         self.namespace_id = int.from_bytes(hashlib.sha256(namespace).digest()[:8], "little")
-        """64-bit tag of the namespace for the chunk store's records (listing only, not identity)."""
+        """64-bit tag of the namespace in the chunk store's records (for listings, not identity)."""
 
     def extend(self, block_hashes: Sequence[bytes]) -> None:
         """Take the request's whole list of chained block hashes; only new chunks are hashed.

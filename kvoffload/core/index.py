@@ -15,7 +15,7 @@ from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One chunk in one slot. Outlives the index when it is dropped while something still uses the slot."""
+    """One chunk in one slot. Outlives the index while something still uses a dropped slot."""
 
     key: ChunkKey
     group: int
@@ -81,7 +81,9 @@ class Index:
     def add(self, entry: Entry) -> None:
         """Make ``entry`` resident. Raises ValueError when its key or slot already is."""
         if entry.key in self._entries or entry.ref.slot in self._by_slot:
-            raise ValueError(f"chunk {entry.key.hex()} or slot {entry.ref.slot} is resident already")
+            raise ValueError(
+                f"chunk {entry.key.hex()} or slot {entry.ref.slot} is resident already"
+            )
         self._entries[entry.key] = entry
         self._by_slot[entry.ref.slot] = entry
         self._policies[entry.cls].insert(entry.key, entry.parent)

@@ -74,8 +74,8 @@ def fragments(
 ) -> list[Run]:
     """Runs of one tensor's block, ascending by offset; dense inner dims give one run.
 
-    ``strides`` count elements, ``base`` is the address of element 0. ``num_blocks`` is the number of
-    the manager's blocks: where dim 0 is k times that, k kernel blocks make up one block. Raises
+    ``strides`` count elements, ``base`` is the address of element 0. ``num_blocks`` is the number
+    of the manager's blocks: where dim 0 is k times that, k kernel blocks make up one block. Raises
     ValueError on tensors that are empty, overlap themselves, or fall into too many pieces.
     """
     block_stride, dims = _block_dims(shape, strides, itemsize, num_blocks)
@@ -192,8 +192,9 @@ def choose_blocks_per_chunk(
 ) -> int:
     """Blocks per chunk: the fewest that make 1 MiB, at most 256 tokens, at least one block.
 
-    SLIDING groups always use one block, because their blocks leave the window one by one. An explicit
-    ``chunk_tokens`` wins elsewhere; ConfigError when it is not a positive multiple of the block.
+    SLIDING groups always use one block, because their blocks leave the window one by one. An
+    explicit ``chunk_tokens`` wins elsewhere; ConfigError when it is not a positive multiple of the
+    block.
     """
     if kind is not GroupKind.FULL:
         return 1
@@ -217,8 +218,8 @@ def boundary_tokens(layout: CacheLayout) -> int:
 def writer_mask(group: GroupLayout, world_size: int) -> int:
     """Ranks that must fill a slot of ``group``: bit r for rank r.
 
-    With fewer shards than ranks (MLA, replicated KV heads) neighbouring ranks hold the same bytes and
-    the first rank of each run of ``world_size / shards`` ranks writes.
+    With fewer shards than ranks (MLA, replicated KV heads) neighbouring ranks hold the same bytes
+    and the first rank of each run of ``world_size / shards`` ranks writes.
     """
     step = world_size // group.shards
     return sum(1 << r for r in range(0, step * group.shards, step))

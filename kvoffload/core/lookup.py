@@ -13,6 +13,7 @@ from kvoffload.types import CacheLayout, ChunkKey, GroupKind, GroupLayout, Tier
 Probe = Callable[[Sequence[ChunkKey]], Sequence[Tier | None]]
 """Where each key is held now, None where it is not."""
 
+_MAX_STEPS = 64  # boundaries a planner chooses from; more would cost more than they are worth
 _BATCH = 128  # chunks asked for at once: a cold prompt should not cost a probe of its whole length
 
 
@@ -20,8 +21,9 @@ _BATCH = 128  # chunks asked for at once: a cold prompt should not cost a probe 
 class Hit:
     """Tokens [start, end) can be served, ``end == start`` when none can.
 
-    ``chunks`` counts what a load would move. ``by_tier`` splits ``end - start`` by where the first FULL
-    group's chunks are (the first group's without one); tokens that no chunk need serve count as DRAM.
+    ``chunks`` counts what a load would move. ``by_tier`` splits ``end - start`` by where the first
+    FULL group's chunks are (the first group's without one); tokens that no chunk need serve count
+    as DRAM.
     """
 
     end: int
@@ -32,7 +34,8 @@ class Hit:
 def span(group: GroupLayout, start: int, end: int) -> range:
     """Chunks of ``group`` that must be present to continue at ``end`` when HBM holds [0, start).
 
-    FULL: all that overlap [start, end). SLIDING: those of them that overlap the last ``window`` tokens.
+    FULL: all that overlap [start, end). SLIDING: those of them that overlap the last ``window``
+    tokens.
     """
     if end <= start or group.kind is GroupKind.NONE:
         return range(0)
@@ -98,8 +101,9 @@ class Search:
         return self._shrink(sliding, start, end)
 
     def _shrink(self, sliding: Sequence[GroupLayout], start: int, end: int) -> int:
-        # A chunk missing from the window of ``end`` is in the window of every boundary between it and
-        # ``end`` too, so the next candidate ends at or before that chunk: each chunk is probed once.
+        # A chunk missing from the window of ``end`` is in the window of every boundary between it
+        # and ``end`` too, so the next candidate ends at or before that chunk: each chunk is probed
+        # once.
         settled = False
         while end > start and not settled:
             settled = True
@@ -143,17 +147,18 @@ class Search:
             ends = [end]
         else:
             first = start - start % self._grid + self._grid
-            ends = list(range(first, end + 1, self._grid))
+            stride = self._grid * max(1, (end - first) // (self._grid * _MAX_STEPS))
+            ends = [*range(first, end, stride), end]
         out: list[Step] = []
-        at = start
+        at = [0] * len(groups)  # chunks below this are counted
         nbytes: dict[Tier, int] = {}
         for boundary in ends:
             for g in groups:
-                seen = span(g, start, at)
-                for i in span(g, start, boundary):
+                chunks = span(g, start, boundary)
+                for i in range(max(chunks.start, at[g.group]), chunks.stop):
                     tier = self._tiers[g.group].get(i)
-                    if i not in seen and tier is not None:
+                    if tier is not None:
                         nbytes[tier] = nbytes.get(tier, 0) + g.slot_bytes
-            at = boundary
+                at[g.group] = chunks.stop
             out.append(Step(boundary, dict(nbytes)))
         return out

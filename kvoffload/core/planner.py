@@ -29,7 +29,7 @@ def load_mode(name: str) -> LoadMode:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A boundary (tokens from the root) and all bytes a load up to it moves, by where they are now."""
+    """A boundary (tokens from the root) and all bytes a load up to it moves, by tier."""
 
     end: int
     nbytes: Mapping[Tier, int]
@@ -46,7 +46,8 @@ class TierRate:
 def load_seconds(nbytes: Mapping[Tier, int], tiers: Mapping[Tier, TierRate]) -> float:
     """Seconds until all bytes are in HBM. Unknown tiers cost nothing: they are learnt by loading.
 
-    All bytes cross the DRAM hop; slower tiers stream into DRAM meanwhile, so the slowest hop counts.
+    All bytes cross the DRAM hop; slower tiers stream into DRAM meanwhile, so the slowest hop
+    counts.
     """
     total = sum(nbytes.values())
     slowest = latency = 0.0
@@ -86,7 +87,8 @@ def plan(
 class Ewma:
     """Amount per second from (amount, seconds) samples, recent ones counting more.
 
-    Sums decay by ``keep`` per sample, so a sample counts by its duration. Known after ``warm`` samples.
+    Sums decay by ``keep`` per sample, so a sample counts by its duration. Known after ``warm``
+    samples.
     """
 
     def __init__(self, keep: float = 0.9, warm: int = 3) -> None:
@@ -113,12 +115,13 @@ class Ewma:
 class Rates:
     """Live estimates that the planner uses. Deterministic; not thread safe (the Manager locks).
 
-    Bytes count all shards of a chunk, as ``GroupLayout.slot_bytes`` does, whichever rank moved them.
+    Bytes count all shards of a chunk, as ``GroupLayout.slot_bytes`` does, whichever rank moved
+    them.
     """
 
     LATENCY_S: Mapping[Tier, float] = {Tier.DRAM: 0.0005, Tier.NVME: 0.001, Tier.REMOTE: 0.002}
-    """Fixed cost per load; subtracted from samples (down to a tenth) so that small loads do not make
-    a tier look slow. Where the engine pays steps per load, the adapter sets ``step_s``."""
+    """Fixed cost per load; subtracted from samples (down to a tenth) so that small loads do not
+    make a tier look slow. Where the engine pays steps per load, the adapter sets ``step_s``."""
 
     def __init__(self) -> None:
         self._tiers: dict[Tier, Ewma] = {}

@@ -1,4 +1,4 @@
-"""The DRAM tier's slots: allocator, index and slot table kept in step. See Manager for a slot's life."""
+"""The DRAM tier's slots: allocator, index and slot table in step. See Manager for a slot's life."""
 
 from __future__ import annotations
 
@@ -231,10 +231,10 @@ class Pool:
         return states
 
     def _expire(self, entry: Entry, now: float) -> None:
-        if entry.source is Tier.DRAM and not entry.dropped:
-            if now - entry.started > STORE_TIMEOUT_S:
-                self._counters.store_timeout += 1
-                self.drop(entry, now)
+        late = now - entry.started > STORE_TIMEOUT_S
+        if late and entry.source is Tier.DRAM and not entry.dropped:
+            self._counters.store_timeout += 1
+            self.drop(entry, now)
 
     def _failed(self, entry: Entry, state: int, now: float) -> None:
         entry.state = SlotState.FAILED

@@ -91,7 +91,7 @@ class Guard:
         self._said: set[str] = set()
 
     def failed(self, what: str, error: Exception) -> None:
-        """Call in an except block: counts, and logs the first of each ``what`` with its traceback."""
+        """Call in an except block: counts, and logs the first of each ``what`` with traceback."""
         self._counters.tier_errors += 1
         if what not in self._said:
             self._said.add(what)

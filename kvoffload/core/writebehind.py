@@ -31,7 +31,7 @@ class TokenBucket:
         self._last = now
 
     def take(self, nbytes: int, now: float) -> bool:
-        """Spend ``nbytes`` if they are there. A chunk larger than the burst passes when it is full."""
+        """Spend ``nbytes`` if they are there. A chunk over the burst passes when it is full."""
         self._level = min(self._burst, self._level + max(0.0, now - self._last) * self._rate)
         self._last = max(self._last, now)
         if self._rate <= 0 or self._level < min(nbytes, self._burst):
@@ -45,8 +45,9 @@ class TokenBucket:
 
 
 def budget(write_tb_per_day: float | None, nvme_bytes: int, now: float) -> TokenBucket:
-    """The write budget: 10^12 bytes per day times ``write_tb_per_day``, by default ``nvme_bytes`` once
-    a day; the burst is a tenth of ``nvme_bytes``, at least 1 GiB. Zero per day writes nothing."""
+    """The write budget: 10^12 bytes per day times ``write_tb_per_day``, by default ``nvme_bytes``
+    once a day; the burst is a tenth of ``nvme_bytes``, at least 1 GiB. Zero per day writes
+    nothing."""
     per_day = nvme_bytes if write_tb_per_day is None else write_tb_per_day * 1e12
     return TokenBucket(per_day / _DAY_S, max(nvme_bytes / 10, _MIN_BURST), now)
 
@@ -95,7 +96,8 @@ class WriteBehind:
         self._queue = {e.key: e for e in hottest_first if self._queue.get(e.key) is e}
 
     def submit(self, now: float, limit_bytes: int) -> int:
-        """Start puts until ``limit_bytes`` are in flight, the queue or the budget ends. Returns chunks.
+        """Start puts until ``limit_bytes`` are in flight, the queue or the budget ends. Returns
+        chunks.
 
         One chunk may exceed the limit when nothing else is in flight.
         """

@@ -1,8 +1,8 @@
 """The seams of the core: what the Manager needs of the arena and of a chunk store.
 
-Signatures are those of ``kvoffload._core`` (see ``_core.pyi`` for the full contracts). Every method is
-O(items passed), does no I/O and may be called from any thread, except ``wait`` and ``flush``, which
-block and are never called under the Manager's lock.
+Signatures are those of ``kvoffload._core`` (see ``_core.pyi`` for the full contracts). Every method
+is O(items passed), does no I/O and may be called from any thread, except ``wait`` and ``flush``,
+which block and are never called under the Manager's lock.
 """
 
 from __future__ import annotations
@@ -23,19 +23,25 @@ class ArenaLike(Protocol):
     @property
     def data_bytes(self) -> int:
         """Bytes of the data area."""
+
     @property
     def max_slots(self) -> int:
         """Slot numbers are below this."""
+
     def begin_fill(self, slot: int, need_mask: int) -> int:
         """Any state -> FILLING; returns the new generation."""
+
     def fail(self, slot: int, generation: int) -> bool:
         """FILLING or READY of that generation -> FAILED; waiters wake."""
+
     def set_free(self, slot: int) -> None:
         """Any state -> FREE."""
+
     def states(
         self, slots: npt.NDArray[np.uint32], generations: npt.NDArray[np.uint64]
     ) -> npt.NDArray[np.uint8]:
         """State per slot; FREE where the generation differs."""
+
     def generation(self, slot: int) -> int:
         """The slot's current generation."""
 
@@ -46,15 +52,19 @@ class StoreDoneLike(Protocol):
     @property
     def job(self) -> int:
         """The number the job was submitted under."""
+
     @property
     def kind(self) -> int:
         """0 put, 1 get."""
+
     @property
     def results(self) -> bytes:
         """One ``StoreResult`` per key."""
+
     @property
     def nbytes(self) -> int:
         """Payload bytes that made it."""
+
     @property
     def ns(self) -> int:
         """Submit to done, wall clock."""
@@ -76,6 +86,7 @@ class ChunkStoreLike(Protocol):
         depths: npt.NDArray[np.uint32],
     ) -> None:
         """Write READY slots; the caller keeps them as they are until the job is done."""
+
     def get_slots(
         self,
         job: int,
@@ -87,14 +98,19 @@ class ChunkStoreLike(Protocol):
         nbytes: int,
     ) -> None:
         """Fill FILLING slots: verified -> READY, anything else -> FAILED."""
+
     def poll(self) -> Sequence[StoreDoneLike]:
         """Each finished job exactly once."""
+
     def wait(self, job: int, timeout_ms: int) -> bool:
         """Block until the job is done; True also when it is unknown."""
+
     def contains(self, keys: bytes) -> bytes:
         """One byte per key, 1 if held."""
+
     def flush(self, timeout_ms: int) -> bool:
         """Block until all puts so far are durable against a process crash."""
+
     def stats(self) -> dict[str, int | float]:
         """At least entries, bytes_used, bytes_max."""
 

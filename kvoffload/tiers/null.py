@@ -1,4 +1,4 @@
-"""The chunk store that accepts everything and keeps nothing: upper bounds in benchmarks, and tests."""
+"""The chunk store that accepts everything and keeps nothing: upper bounds, and tests."""
 
 from __future__ import annotations
 

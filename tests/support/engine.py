@@ -120,6 +120,10 @@ class EngineLife:
         self.workdir.mkdir(parents=True, exist_ok=True)
         self.log_path = self.workdir / f"engine-{os.getpid()}-{next(_SERIAL)}.log"
         self._env = _environment(env or {})
+        if (
+            len(str(self.workdir)) <= 60
+        ):  # vLLM leaves sockets there; their paths are limited to 107
+            self._env["TMPDIR"] = str(self.workdir)
         self._timeout = startup_timeout
         self._ids = itertools.count(1)
         self._inboxes: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}

@@ -213,7 +213,11 @@ class SlotModel(RuleBasedStateMachine):
     @invariant()
     def same(self) -> None:
         for m in (self.a, self.b):
-            assert (m.state(0), m.generation(0), m.done_mask(0)) == (self.state, self.gen, self.done)
+            assert (m.state(0), m.generation(0), m.done_mask(0)) == (
+                self.state,
+                self.gen,
+                self.done,
+            )
             m.check()
 
     def teardown(self) -> None:

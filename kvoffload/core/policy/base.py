@@ -12,8 +12,8 @@ from kvoffload.types import ChunkKey
 class Policy(ABC):
     """Orders the resident chunks of one slot class by what to evict next.
 
-    The index decides what *may* go (unpinned, filled, no resident child) and offers exactly those; the
-    policy only orders them. So no policy can evict a parent before its child. Keys are opaque.
+    The index decides what *may* go (unpinned, filled, no resident child) and offers exactly those;
+    the policy only orders them. So no policy can evict a parent before its child. Keys are opaque.
     Deterministic; not thread safe (the Manager's lock guards it); every call O(log n) amortised.
     """
 
@@ -105,7 +105,8 @@ class OrderedPolicy(Policy):
         """See Policy."""
         assert self._offered == offered, "offered chunks differ from evictable chunks"
         assert set(self._stamp) == resident, "policy and index know different chunks"
-        # A heap entry may be older than the stamp (it is re-sorted when it surfaces), never younger.
+        # A heap entry may be older than the stamp (it is re-sorted when it surfaces), never
+        # younger.
         low: dict[ChunkKey, int] = {}
         for stamp, key in self._heap:
             low[key] = min(stamp, low.get(key, stamp))

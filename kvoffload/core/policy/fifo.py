@@ -9,7 +9,7 @@ from kvoffload.types import ChunkKey
 
 
 class FifoPolicy(OrderedPolicy):
-    """Evicts in order of arrival. A parent waits for its children, because only leaves are offered."""
+    """Evicts in order of arrival. A parent waits for its children: only leaves are offered."""
 
     def touch(self, chain: Sequence[ChunkKey]) -> None:
         """Use does not matter here."""

@@ -9,10 +9,11 @@ from kvoffload.types import ChunkKey
 
 
 class LruPolicy(OrderedPolicy):
-    """A chain is touched leaf to root, so a parent is younger than its children and leaves age first.
+    """A chain is touched leaf to root, so a parent is younger than its children and leaves age
+    first.
 
-    Callers may touch just the part of a chain they used: when a chunk leaves, its parent inherits its
-    age if that is younger, which gives the same order as touching every ancestor each time.
+    Callers may touch just the part of a chain they used: when a chunk leaves, its parent inherits
+    its age if that is younger, which gives the same order as touching every ancestor each time.
     """
 
     def __init__(self, ticks: Iterator[int]) -> None:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvoffload.config import GIB, Config
-from kvoffload.core.alloc import SlotAllocator
-from kvoffload.core.manager import Manager
+from kvoffload.core.manager import Manager, slots_needed
 from kvoffload.engines.vllm import compat, geometry
-from kvoffload.engines.vllm.namespace import EngineNamespaces
+from kvoffload.engines.vllm.namespace import NamespaceSource
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.stats import KVOffloadStats
 from kvoffload.engines.vllm.worker import WorkerHalf
@@ -76,6 +75,7 @@ class SchedulerSide:
     ticker: Ticker
     arena: Any
     store: Any
+    namespaces: NamespaceSource
     closed: bool = field(default=False)
 
     def stats(self) -> KVOffloadStats | None:
@@ -94,7 +94,7 @@ class SchedulerSide:
             self.half.shutdown(flush_s)
             if self.store is not None:
                 self.store.close(1000)
-            self.arena.close()
+            self.namespaces.close()
         except Exception as exc:
             self.half.guard.record("shutdown", exc)
         logger.info("kvoffload: closed in %.1f s.", time.monotonic() - began)
@@ -115,21 +115,19 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
             refused,
         )
     data_bytes = config.dram_bytes() if refused is None else 4 << 20
-    sizes = [g.slot_bytes for g in layout.groups]
-    allocator = SlotAllocator(data_bytes, sizes)
-    arena = _core.Arena.create(data_bytes, allocator.max_slots, layout.world_size)
+    slots = slots_needed(layout, data_bytes) if refused is None else 1
+    arena = _core.Arena.create(data_bytes, slots, layout.world_size)
     arena.prefault_start()
-    namespaces = EngineNamespaces(vllm_config, kv_cache_config)
-    namespaces.start()
-    store = _open_store(config, namespaces.persistent) if refused is None else None
+    namespaces = NamespaceSource(vllm_config, kv_cache_config)
+    store = _open_store(config) if refused is None else None
     manager = Manager(
         layout,
         arena,
         store,
-        allocator=allocator,
         policy=config.policy,
         load=config.load,
-        write_bytes_per_s=config.nvme_write_bytes_per_s(_bound(store)) if store else 0.0,
+        write_tb_per_day=config.nvme_write_tb_per_day,
+        nvme_bytes=_bound(store) if store is not None else 0,
     )
     half = SchedulerHalf(
         config,
@@ -141,24 +139,18 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         eagle=compat.drops_last_block(vllm_config),
     )
     _announce(config, layout, arena, store)
-    return SchedulerSide(half, Ticker(half), arena, store)
+    return SchedulerSide(half, Ticker(half), arena, store, namespaces)
 
 
 def _bound(store: Any) -> int:
     return int(store.stats()["bytes_max"])
 
 
-def _open_store(config: Config, persistent: bool) -> Any:
-    """The NVMe tier, or None: not configured, not usable (said in one line), or weights not nameable."""
+def _open_store(config: Config) -> Any:
+    """The NVMe tier, or None: not configured, or not usable (said in one line)."""
     from kvoffload import _core
 
     if config.nvme_path is None:
-        return None
-    if not persistent:
-        logger.warning(
-            "kvoffload: the model's weights are not local files (load_format dummy, remote or "
-            "streamed), so stored KV could not be told from another model's: DRAM only."
-        )
         return None
     try:
         free = _free_bytes(config.nvme_path)

@@ -87,6 +87,7 @@ class BadChunk:
     attempt: int
     slot: int
     generation: int
+    offset: int
     reason: LoadFailure
 
 

@@ -1,4 +1,4 @@
-"""Entry point of ``vllm.general_plugins``: runs once in every vLLM process, before a model is loaded.
+"""Entry point of ``vllm.general_plugins``: runs once in every vLLM process, before models load.
 
 It registers the connector, checks our keys in the front end (before an engine process starts),
 sets ``kv_load_failure_policy`` and notices in-place weight updates in workers. It never breaks a
@@ -202,7 +202,8 @@ def check_supported(vllm_config: Any) -> None:
     if _nodes_of_one_engine(parallel) > 1:
         raise UnsupportedError(
             "kvoffload: tensor parallel over several nodes is not supported: the DRAM arena is "
-            f"shared memory of one machine; keep an engine on one node or start vLLM without {CONNECTOR}"
+            "shared memory of one machine; keep an engine on one node or start vLLM without "
+            f"{CONNECTOR}"
         )
     model = getattr(vllm_config, "model_config", None)
     if getattr(model, "is_encoder_decoder", False) is True:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from kvoffload.config import Config
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.loads import Attempt, LoadTable
-from kvoffload.core.manager import Manager
+from kvoffload.core.manager import Lease, Manager
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.meta import (
     ArenaAddress,
@@ -29,18 +29,23 @@ from kvoffload.engines.vllm.meta import (
 from kvoffload.engines.vllm.orders import Fence, load_copies, store_copies
 from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, RequestState
 from kvoffload.metrics import Payload, Recorder, is_empty
-from kvoffload.types import CacheLayout, GroupKind, LoadFailure, Tier
+from kvoffload.types import CacheLayout, GroupKind, LoadFailure, SlotRef, Tier
 
 logger = logging.getLogger("vllm.kvoffload")
 
 STATS_S = 0.1
 """Levels and totals are exported at most this often."""
+PREFILL_TOKENS = 64
+"""Steps with fewer tokens say nothing about the prefill rate."""
 ATTACH_S = 30.0
 """How long an idle engine keeps stepping for its workers to attach to the arena."""
 
 
 class Namespaces(Protocol):
     """Where chunk keys get their namespace from; see engines/vllm/namespace.py."""
+
+    persistent: bool | None
+    """None until known; False: the namespace is random, nothing may go to NVMe."""
 
     def namespace(self) -> bytes | None:
         """16 bytes, or None while the weights are still being digested."""
@@ -90,9 +95,11 @@ class SchedulerHalf:
         self._attached = False
         self._attach_warned = False
         self._said_unsupported = False
+        self._dram_only = False
         self._weights_epoch = arena.epoch()
         self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
         self._grid = min((g.chunk_tokens for g in layout.groups), default=1)
+        self._step_tokens = 0
         self._last_tick = float("-inf")
         self._last_stats = float("-inf")
         self._last_step = float("-inf")
@@ -143,13 +150,11 @@ class SchedulerHalf:
         limit = request.num_tokens - (1 if self._sliding else 0)
         first = not state.looked_up
         state.looked_up = True
-        hit = self.manager.lookup(chain, start, limit)
-        end = hit.end
+        end = self.manager.plan(chain, start, limit).end
         if self._eagle and end > start:
             # The drafter needs the hidden states of the last block: vLLM recomputes it on a local
             # hit, so must we.
             end -= self.layout.align_tokens
-        end = self.manager.plan(hit, start, end)
         if first:
             self.metrics.lookup(queried=max(0, limit - start), hit=max(0, end - start))
         return max(end, start)
@@ -215,9 +220,7 @@ class SchedulerHalf:
         state = self._states.get(request_id)
         attempt = self._loads.get(request_id)
         if attempt is None:
-            from kvoffload.core.manager import Lease
-
-            lease = Lease.empty(request_id)
+            lease = Lease(0, request_id, (), {})
             if state is not None and state.provisional is not None:
                 lease, state.provisional = state.provisional.lease, None
             start = int(getattr(request, "num_computed_tokens", 0))
@@ -288,6 +291,7 @@ class SchedulerHalf:
             orders.stores = self._store_orders(output)
         if orders.loads or orders.stores or orders.fails or self._tick_due(now):
             self.manager.tick(busy=not orders.idle)
+        self._step_tokens = sum(output.num_scheduled_tokens.values())
         self.metrics.scheduler_step(time.perf_counter() - began)
         return orders
 
@@ -369,9 +373,17 @@ class SchedulerHalf:
     @guarded(lambda self, output, report=None: self._answer_blindly(output))
     def update_connector_output(self, output: Any, report: WorkerReport | None = None) -> None:
         """Take the ranks' answers: finish attempts, drop bad chunks, feed the rates."""
+        self._learn_prefill()
         if report is not None:
             self._take_report(report)
         self._answer(output)
+
+    def _learn_prefill(self) -> None:
+        """The step's tokens over the time since its orders were built: exact with one step in flight,
+        low with two, and a rate that is too low only makes loading look better."""
+        tokens, self._step_tokens = self._step_tokens, 0
+        if tokens >= PREFILL_TOKENS:
+            self.manager.observe_prefill(tokens, self._clock() - self._last_step)
 
     def _answer_blindly(self, output: Any) -> None:
         for request_id in output.finished_recving or ():
@@ -398,18 +410,20 @@ class SchedulerHalf:
         if attempt.failed:
             self.metrics.load_failed_request()
         else:
-            self.manager.note_load(attempt.lease, seconds)
             self.metrics.load_done(seconds, attempt.end - attempt.start)
 
     def _take_report(self, report: WorkerReport) -> None:
         self.metrics.worker(report)
+        if report.load_copy_s:
+            self.manager.observe_load(Tier.DRAM, report.load_bytes, sum(report.load_copy_s))
         for attempt_id in report.failed_attempts:
             attempt = self._loads.find(attempt_id)
             if attempt is not None:
                 attempt.failed = True
         for bad in report.bad:
             if bad.reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST):
-                self.manager.slot_failed(bad.slot, bad.generation, bad.reason)
+                ref = SlotRef(bad.slot, bad.generation, bad.offset)
+                self.manager.slot_failed(ref, bad.reason)
 
     @guarded(lambda self, request: self._forget(request))
     def request_finished(self, request: Any) -> None:
@@ -474,8 +488,18 @@ class SchedulerHalf:
 
     def _levels(self) -> None:
         use = self.manager.occupancy()
-        self.metrics.dram(use.dram_used, use.dram_total, use.dram_pinned, use.dram_entries)
-        self.metrics.manager(self.manager.counters.as_dict(), self.manager.store_stats())
+        counters = self.manager.counters
+        self.metrics.dram(use.bytes_used, use.bytes_total, use.bytes_pinned, use.slots_used)
+        nvme = None
+        if use.nvme_max:
+            nvme = {
+                "bytes_read": counters.nvme_read_bytes,
+                "bytes_written": counters.nvme_written_bytes,
+                "bytes_used": use.nvme_bytes,
+                "bytes_max": use.nvme_max,
+                "entries": use.nvme_entries,
+            }
+        self.metrics.manager(counters.as_dict(), nvme)
 
     def shutdown(self, flush_s: float) -> None:
         """Bounded flush of what was not yet written, then close the Manager."""
@@ -516,6 +540,9 @@ class SchedulerHalf:
             adapter = self.namespaces.adapter(state.request)
             if namespace is None or adapter is None:
                 return None
+            if self.namespaces.persistent is False and not self._dram_only:
+                self._dram_only = True
+                self.manager.drop_nvme()
             state.chain = Chain(namespace, adapter, self.layout)
         state.chain.extend(state.request.block_hashes)
         return state.chain

@@ -156,10 +156,12 @@ def digest_file(path: Path, stop: Callable[[], bool]) -> tuple[Identity, str]:
     buffer = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as f:
         before = Identity.of(os.fstat(f.fileno()))
-        while n := f.readinto(buffer):
+        left = before.size
+        while left >= 0 and (n := f.readinto(buffer)):  # a growing file is given up, not chased
             if stop():
                 raise InterruptedError("closed")
             sha.update(buffer[:n])
+            left -= n
         after = Identity.of(os.fstat(f.fileno()))
     if before != after:
         raise NotLocal(f"{path.name} changed while it was read")

@@ -326,6 +326,7 @@ class WorkerHalf:
                     load.order.attempt,
                     int(copies.slots[item]),
                     int(copies.generations[item]),
+                    int(copies.offsets[item]),
                     reason,
                 )
             )

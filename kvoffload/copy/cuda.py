@@ -1,0 +1,303 @@
+"""CUDA copy engine: asynchronous copies between arena slots and KV blocks on two side streams.
+
+The worker's main thread only validates, records one event on the compute stream and hands the job
+to host threads; everything that can block (READY, hashing, the driver, end events) happens there:
+
+    store thread   store stream waits for the compute event; copies blocks -> slot; end event
+    hash threads   wait for the end event, hash the leaves, ``rank_done``
+    load threads   wait for READY, verify the leaves; load stream waits for the compute event of the
+                   submit (it zeroes the destination blocks); copies slot -> blocks; end event
+    finish thread  waits for the end event, re-checks the slot's generation
+
+Host threads may enqueue because a stream takes work from any thread and each item carries its own
+order: its wait and its copies are enqueued by one thread, and its end event is recorded by that
+thread after them. What another thread enqueues in between only makes the event later. Nothing
+synchronises the device.
+
+The memory of a slot whose store was enqueued must not be given to another rank's shard before this
+rank's job is reported: a copy that is out cannot be called back.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvoffload.copy.base import LOAD, STORE, Copies, Fragment
+from kvoffload.copy.cuda_job import Job, JobTable, Reason, SlotArena
+from kvoffload.copy.cuda_runtime import PIECE_BYTES, ArenaPinner, CudaRuntime, Runtime
+from kvoffload.copy.runs import BlockGroup
+from kvoffload.types import SlotState
+
+logger = logging.getLogger("vllm.kvoffload")
+
+CLOSE_S = 5.0
+_MAX_DEADLINE_MS = 86_400_000
+
+
+class CudaCopyEngine:
+    """CopyEngine for one rank's device. Made, used and closed on the worker's main thread.
+
+    ``runtime``: the CUDA calls, replaced in tests. Raises UnsupportedError where torch has no CUDA,
+    RuntimeError when the device refuses.
+    """
+
+    def __init__(
+        self,
+        arena: SlotArena,
+        rank: int,
+        *,
+        runtime: Runtime | None = None,
+        load_threads: int = 2,
+        hash_threads: int = 2,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        self._arena, self._rank, self._piece = arena, rank, piece_bytes
+        self._runtime = runtime if runtime is not None else CudaRuntime()
+        self._load_stream = self._runtime.stream(high_priority=True)
+        self._store_stream = self._runtime.stream(high_priority=False)
+        self._groups: list[BlockGroup] = []
+        self._table = JobTable(arena)
+        self._error_lock = threading.Lock()
+        self.errors = 0
+        """Exceptions caught on host threads; each failed an item."""
+        self._up: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._to_store: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._to_hash: queue.SimpleQueue[tuple[Job, int, Any] | None] = queue.SimpleQueue()
+        self._to_finish: queue.SimpleQueue[tuple[Job, int, Any] | None] = queue.SimpleQueue()
+        self._pinner = ArenaPinner(self._runtime, arena.data_ptr, arena.data_bytes, piece_bytes)
+        self._load_workers = [self._spawn("load", self._run_loads) for _ in range(load_threads)]
+        self._store_worker = self._spawn("store", self._run_stores)
+        self._hash_workers = [self._spawn("hash", self._run_hashes) for _ in range(hash_threads)]
+        self._finish_worker = self._spawn("finish", self._run_finishes)
+        failed = [exc for _ in range(load_threads + hash_threads + 2) if (exc := self._up.get())]
+        if failed:
+            self.close()
+            raise failed[0]
+
+    def _spawn(self, name: str, body: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                self._runtime.enter_thread()
+            except Exception as exc:
+                self._up.put(exc)
+                return
+            self._up.put(None)
+            body()
+
+        # Daemons: a hung device must not keep the process from ending.
+        thread = threading.Thread(target=run, name=f"kvo-cuda-{name}", daemon=True)
+        thread.start()
+        return thread
+
+    # ---------------------------------------------------------------- the worker's calls
+
+    def add_group(self, fragments: Sequence[Fragment], num_blocks: int, shard_bytes: int) -> int:
+        """See CopyEngine."""
+        if shard_bytes > self._arena.data_bytes:
+            raise ValueError(f"shard_bytes {shard_bytes} exceeds the arena")
+        self._groups.append(BlockGroup.build(fragments, num_blocks, shard_bytes))
+        return len(self._groups) - 1
+
+    def submit_store(self, job: int, group: int, copies: Copies, shard_offset: int) -> None:
+        """See CopyEngine. Raises ValueError on anything out of range, before anything is queued."""
+        new = self._job(job, STORE, group, copies, shard_offset)
+        new.after = self._runtime.mark()
+        self._table.enter(new)
+        self._to_store.put(new)
+
+    def submit_load(
+        self, job: int, group: int, copies: Copies, shard_offset: int, deadline_ms: int
+    ) -> None:
+        """See CopyEngine. ``deadline_ms`` counts from now. Raises ValueError like submit_store."""
+        if deadline_ms < 0:
+            raise ValueError(f"deadline_ms {deadline_ms}")
+        new = self._job(job, LOAD, group, copies, shard_offset)
+        new.deadline_ns = time.monotonic_ns() + min(deadline_ms, _MAX_DEADLINE_MS) * 1_000_000
+        new.after = self._runtime.mark()
+        self._table.enter(new)
+
+    def cancel(self, job: int) -> None:
+        """See CopyEngine. Items already enqueued on the device finish first."""
+        self._table.cancel(job)
+
+    def poll(self) -> list[Any]:
+        """See CopyEngine."""
+        return list(self._table.take_done())
+
+    def wait(self, job: int, timeout_ms: int) -> bool:
+        """See CopyEngine."""
+        return self._table.wait(job, max(timeout_ms, 0) / 1e3)
+
+    def pending(self) -> int:
+        """Jobs not finished."""
+        return self._table.pending()
+
+    def pinned_bytes(self) -> int:
+        """Bytes of the arena that are pinned so far."""
+        return self._pinner.pinned_bytes()
+
+    def close(self) -> None:
+        """See CopyEngine. Drops what is not enqueued, waits CLOSE_S for what is. Idempotent."""
+        if not self._table.close():
+            return
+        end = time.monotonic() + CLOSE_S
+        stages: list[tuple[list[threading.Thread], Any]] = [
+            (self._load_workers, None),
+            ([self._store_worker], self._to_store),
+            (self._hash_workers, self._to_hash),
+            ([self._finish_worker], self._to_finish),
+        ]
+        for threads, inbox in stages:
+            for _ in threads if inbox is not None else ():
+                inbox.put(None)
+            for thread in threads:
+                thread.join(max(end - time.monotonic(), 0))
+        alive = [t.name for threads, _ in stages for t in threads if t.is_alive()]
+        if alive or not self._pinner.close(max(end - time.monotonic(), 0)):
+            logger.error(
+                "kvoffload: rank %d: the device did not finish its copies in %.0f s (%s); the "
+                "arena stays pinned until the process ends.",
+                self._rank, CLOSE_S, ", ".join(alive) or "pinning",
+            )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant."""
+        self._pinner.check()
+        self._table.check()
+
+    # ---------------------------------------------------------------- one item
+
+    def _job(self, number: int, kind: int, group: int, copies: Copies, shard_offset: int) -> Job:
+        if not 0 <= group < len(self._groups):
+            raise ValueError(f"group {group} of {len(self._groups)}")
+        job = Job(number, kind, self._groups[group], copies, shard_offset)
+        job.validate(self._arena.max_slots, self._arena.data_bytes)
+        return job
+
+    def _state(self, job: Job, item: int) -> int:
+        one = slice(item, item + 1)
+        return int(self._arena.states(job.slots[one], job.generations[one])[0])
+
+    def _note_error(self, exc: Exception) -> None:
+        with self._error_lock:
+            self.errors += 1
+            first = self.errors == 1
+        if first:
+            logger.error(
+                "kvoffload: rank %d: a device copy failed (%s: %s); what it belongs to is dropped. "
+                "Further failures are only counted.",
+                self._rank, type(exc).__name__, exc, exc_info=exc,
+            )  # fmt: skip
+
+    def _guarded(
+        self, body: Callable[[Job, int, Any], Reason], job: Job, item: int, e: Any
+    ) -> None:
+        try:
+            reason = body(job, item, e)
+        except Exception as exc:
+            self._note_error(exc)
+            reason = Reason.DEVICE
+        self._table.end(job, item, reason)
+
+    def _enqueue(self, job: Job, item: int) -> None:
+        """Copies of one item and its end event; the next stage gets the item, whatever happens."""
+        store, stream = job.kind == STORE, self._stream(job)
+        end: Any = None
+        try:
+            runs = job.group.runs(job.ids[item], int(job.offsets[item]), self._piece)
+            try:
+                self._runtime.wait_event(stream, job.after)
+                self._runtime.copy(runs, self._arena.data_ptr, not store, stream)
+            except Exception as exc:
+                self._note_error(exc)
+                job.broken.add(item)
+            end = self._runtime.record(stream)  # after a failure it covers the copies before it
+        except Exception as exc:
+            self._note_error(exc)
+            job.broken.add(item)
+        (self._to_hash if store else self._to_finish).put((job, item, end))
+
+    def _landed(self, job: Job, item: int, end: Any) -> bool:
+        """Wait for the item's end event. False when its copies are not all there."""
+        if end is not None:
+            self._runtime.synchronize(end)
+        else:  # no event could be recorded, yet copies may be out
+            self._runtime.drain(self._stream(job))
+        return item not in job.broken
+
+    def _stream(self, job: Job) -> Any:
+        return self._store_stream if job.kind == STORE else self._load_stream
+
+    # ---------------------------------------------------------------- stores
+
+    def _run_stores(self) -> None:
+        while (job := self._to_store.get()) is not None:
+            for item in range(len(job.state)):
+                if not self._table.start(job, item):
+                    break  # cancelled: all that was left is dropped
+                if self._state(job, item) == SlotState.FILLING:
+                    self._enqueue(job, item)
+                else:
+                    self._table.end(job, item, Reason.SLOT_LOST)
+
+    def _run_hashes(self) -> None:
+        while (task := self._to_hash.get()) is not None:
+            self._guarded(self._hash, *task)
+
+    def _hash(self, job: Job, item: int, end: Any) -> Reason:
+        if not self._landed(job, item, end):
+            return Reason.DEVICE
+        # Looked at again before the leaf table is touched: it may belong to someone else by now.
+        if self._state(job, item) != SlotState.FILLING:
+            return Reason.SLOT_LOST
+        offset, shard = int(job.offsets[item]), job.group.shard_bytes
+        used = job.ids.shape[1] * job.group.block_bytes
+        if used < shard:
+            self._arena.view(offset + used, shard - used)[:] = bytes(shard - used)
+        self._arena.hash_leaves(offset, shard, job.key(item))
+        slot, generation = int(job.slots[item]), int(job.generations[item])
+        done = self._arena.rank_done(slot, generation, self._rank)
+        return Reason.NONE if done else Reason.SLOT_LOST
+
+    # ---------------------------------------------------------------- loads
+
+    def _run_loads(self) -> None:
+        while (task := self._table.next_load()) is not None:
+            self._load(*task)
+
+    def _load(self, job: Job, item: int) -> None:
+        try:
+            reason = self._verify(job, item)
+        except Exception as exc:
+            self._note_error(exc)
+            reason = Reason.DEVICE
+        reason = reason or self._table.may_enqueue(job)
+        if reason is Reason.NONE:
+            self._enqueue(job, item)
+        else:
+            self._table.end(job, item, reason)
+
+    def _verify(self, job: Job, item: int) -> Reason:
+        if self._state(job, item) != SlotState.READY:
+            return Reason.SLOT_LOST
+        offset, key = int(job.offsets[item]), job.key(item)
+        for at, nbytes in job.group.wanted(job.ids[item]):
+            if not self._arena.verify_leaves(offset + at, nbytes, key):
+                same = self._state(job, item) == SlotState.READY
+                return Reason.CORRUPT if same else Reason.SLOT_LOST
+        return Reason.NONE
+
+    def _run_finishes(self) -> None:
+        while (task := self._to_finish.get()) is not None:
+            self._guarded(self._finish, *task)
+
+    def _finish(self, job: Job, item: int, end: Any) -> Reason:
+        if not self._landed(job, item, end):
+            return Reason.DEVICE
+        # The copy read the slot after it was verified: whoever reused it meanwhile shows here.
+        return Reason.NONE if self._state(job, item) == SlotState.READY else Reason.SLOT_LOST

@@ -1,0 +1,339 @@
+"""Bookkeeping of the CUDA copy engine: jobs, their items, and who may take which. No CUDA in here.
+
+An item is UNSTARTED, then RUNNING from when a host thread takes it until nothing of it is on the
+device any more, then FINISHED or LOST. A job ends when no item is UNSTARTED or RUNNING.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvoffload.copy.base import (
+    CANCELLED,
+    DEADLINE,
+    FAILED,
+    LOAD,
+    OK,
+    STORE,
+    Copies,
+    JobDone,
+)
+from kvoffload.copy.runs import BlockGroup
+from kvoffload.errors import ClosedError
+from kvoffload.types import LEAF_BYTES, SlotState
+
+UNSTARTED, RUNNING, FINISHED, LOST = 0, 1, 2, 3
+_WINDOW = 64  # a scan for ready items looks this far beyond the first one not started
+
+_POLL_MS = 1  # an idle load thread sleeps on the first slot that is being filled at most this long
+
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+States = Callable[[U32, U64], npt.NDArray[np.uint8]]
+
+
+class SlotArena(Protocol):
+    """What the engine uses of _core.Arena; calls that can take long release the GIL."""
+
+    data_bytes: int
+    max_slots: int
+    data_ptr: int
+
+    def view(self, offset: int, nbytes: int, /) -> memoryview: ...  # noqa: D102
+    def rank_done(self, slot: int, generation: int, rank: int, /) -> bool: ...  # noqa: D102
+    def fail(self, slot: int, generation: int, /) -> bool: ...  # noqa: D102
+    def states(  # noqa: D102
+        self, slots: U32, generations: U64, /
+    ) -> npt.NDArray[np.uint8]: ...
+    def wait_ready(self, slot: int, generation: int, timeout_ms: int, /) -> int: ...  # noqa: D102
+    def hash_leaves(self, offset: int, nbytes: int, key: bytes, /) -> None: ...  # noqa: D102
+    def verify_leaves(self, offset: int, nbytes: int, key: bytes, /) -> bool: ...  # noqa: D102
+
+
+class Reason(IntEnum):
+    """CopyDone.reason, plus DEVICE: a CUDA call failed."""
+
+    NONE = 0
+    SLOT_LOST = 1
+    CORRUPT = 2
+    DEADLINE = 3
+    CANCELLED = 4
+    DEVICE = 6
+
+
+class Job:
+    """Items of one submit, in order. The JobTable's lock guards what changes after the submit."""
+
+    def __init__(self, number: int, kind: int, group: BlockGroup, c: Copies, shard: int) -> None:
+        self.number, self.kind, self.group = number, kind, group
+        self.slots = np.ascontiguousarray(c.slots, np.uint32)
+        self.generations = np.ascontiguousarray(c.generations, np.uint64)
+        self.offsets = np.asarray(c.offsets, np.uint64) + np.uint64(shard)
+        self.keys = c.keys
+        self.ids = np.ascontiguousarray(c.block_ids, np.int32)
+        self.after: Any = None  # event on the compute stream
+        self.deadline_ns = 1 << 62  # time.monotonic_ns
+        n = len(self.slots)
+        self.state = np.full(n, UNSTARTED, np.uint8)
+        self.left, self.running = n, 0
+        self.broken: set[int] = set()  # items whose copies could not all be enqueued
+        self.stopped = False
+        self.status, self.reason = OK, Reason.NONE
+        self.nbytes = 0
+        self.wait_ns = self.first_ns = self.last_ns = 0
+        self._since = np.zeros(n, np.int64)  # when an item was first seen FILLING
+
+    def key(self, item: int) -> bytes:
+        """The item's chunk key."""
+        return self.keys[16 * item : 16 * item + 16]
+
+    def validate(self, max_slots: int, data_bytes: int) -> None:
+        """Raise ValueError on anything out of range."""
+        n, g = len(self.slots), self.group
+        lengths = {len(self.generations), len(self.offsets), len(self.ids)}
+        if self.ids.ndim != 2 or lengths != {n} or len(self.keys) != 16 * n:
+            raise ValueError("slots, generations, offsets, keys and block_ids differ in length")
+        if not n:
+            return
+        blocks = self.ids.shape[1]
+        if not 0 < blocks * g.block_bytes <= g.shard_bytes:
+            raise ValueError(
+                f"{blocks} blocks of {g.block_bytes} bytes do not make a shard of {g.shard_bytes}"
+            )
+        if int(self.slots.max()) >= max_slots:
+            raise ValueError(f"slot {self.slots.max()} of {max_slots}")
+        if (self.offsets % np.uint64(LEAF_BYTES)).any():
+            raise ValueError(f"an offset is not a multiple of {LEAF_BYTES}")
+        if int(self.offsets.max()) + g.shard_bytes > data_bytes:
+            raise ValueError(f"offset {self.offsets.max()} leaves the arena")
+        low, high = int(self.ids.min()), int(self.ids.max())
+        if low < (0 if self.kind == STORE else -1) or high >= g.num_blocks:
+            raise ValueError(f"block ids {low} to {high} of {g.num_blocks}")
+
+    def start(self, item: int, now: int) -> bool:
+        """Take an item. False when it was dropped."""
+        if self.state[item] != UNSTARTED:
+            return False
+        self.state[item] = RUNNING
+        self.left -= 1
+        self.running += 1
+        self.first_ns = self.first_ns or now
+        if self._since[item]:
+            self.wait_ns = max(self.wait_ns, now - int(self._since[item]))
+        return True
+
+    def first_ready(self, states: States, now: int) -> int:
+        """First item not started whose slot is not FILLING, -1 if none (near the front)."""
+        first = int(np.argmax(self.state == UNSTARTED))
+        items = first + np.flatnonzero(self.state[first : first + _WINDOW] == UNSTARTED)
+        filling = states(self.slots[items], self.generations[items]) == int(SlotState.FILLING)
+        seen = items[filling]
+        self._since[seen[self._since[seen] == 0]] = now
+        ready = items[~filling]
+        return int(ready[0]) if len(ready) else -1
+
+    def stop(self, status: int, reason: Reason) -> list[int]:
+        """Drop the items not started and return them; the first reason stays."""
+        if self.status == OK:
+            self.status, self.reason = status, reason
+        self.stopped = True
+        dropped: list[int] = np.flatnonzero(self.state == UNSTARTED).tolist()
+        self.state[dropped] = LOST
+        self.left = 0
+        return dropped
+
+    def end(self, item: int, reason: Reason, now: int) -> None:
+        """Outcome of a started item."""
+        self.running -= 1
+        self.last_ns = now
+        if reason is Reason.NONE:
+            self.state[item] = FINISHED
+            self.nbytes += int((self.ids[item] >= 0).sum()) * self.group.block_bytes
+            return
+        self.state[item] = LOST
+        if self.status == OK:
+            self.status, self.reason = FAILED, reason
+
+    def outcome(self) -> JobDone:
+        """The job's account; a cancel that came too late to drop anything is OK."""
+        lost = np.flatnonzero(self.state == LOST)
+        bad = len(lost) > 0
+        return JobDone(
+            self.number,
+            self.kind,
+            self.status if bad else OK,
+            int(lost[0]) if bad else -1,
+            int(self.reason) if bad else 0,
+            self.nbytes,
+            self.wait_ns,
+            self.last_ns - self.first_ns if self.last_ns else 0,
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant."""
+        assert self.left == int((self.state == UNSTARTED).sum()), f"job {self.number}: left"
+        assert self.running == int((self.state == RUNNING).sum()), f"job {self.number}: running"
+        assert self.left or self.running, f"job {self.number}: nothing left, not reported"
+        assert not (self.stopped and self.left), f"job {self.number}: stopped with items left"
+
+
+class JobTable:
+    """All jobs of an engine. Any thread may call any method; one lock, nothing slow under it."""
+
+    def __init__(self, arena: SlotArena) -> None:
+        self._arena = arena
+        self._mu = threading.Lock()
+        self._work = threading.Condition(self._mu)
+        self._ended = threading.Condition(self._mu)
+        self._active: dict[int, Job] = {}
+        self._loads: list[Job] = []  # with items not started, oldest first
+        self._done: list[JobDone] = []
+        self._poller = False  # a thread sleeps on a slot
+        self._closed = False
+
+    def enter(self, job: Job) -> None:
+        """Raises ClosedError, and ValueError on a number that is pending."""
+        with self._mu:
+            if self._closed:
+                raise ClosedError("the copy engine is closed")
+            if job.number in self._active:
+                raise ValueError(f"job {job.number} is pending")
+            self._active[job.number] = job
+            if job.kind == LOAD and job.left:
+                self._loads.append(job)
+                self._work.notify()
+            self._complete(job)
+
+    def cancel(self, number: int) -> None:
+        """Drop the items not started."""
+        with self._mu:
+            job = self._active.get(number)
+            if job is not None:
+                self._stop(job, CANCELLED, Reason.CANCELLED)
+
+    def close(self) -> bool:
+        """Cancel everything, let next_load return None. False when it was closed before."""
+        with self._mu:
+            if self._closed:
+                return False
+            self._closed = True
+            for job in list(self._active.values()):
+                self._stop(job, CANCELLED, Reason.CANCELLED)
+            self._work.notify_all()
+            return True
+
+    def take_done(self) -> list[JobDone]:
+        """Each ended job exactly once. Late jobs end here even while every host thread is stuck."""
+        with self._mu:
+            self._expire(time.monotonic_ns())
+            done, self._done = self._done, []
+        return done
+
+    def wait(self, number: int, timeout_s: float) -> bool:
+        """True when the job has ended or is unknown."""
+        with self._mu:
+            return self._ended.wait_for(lambda: number not in self._active, timeout_s)
+
+    def pending(self) -> int:
+        """Jobs not ended."""
+        with self._mu:
+            return len(self._active)
+
+    def start(self, job: Job, item: int) -> bool:
+        """Take an item. False when it was dropped."""
+        with self._mu:
+            return job.start(item, time.monotonic_ns())
+
+    def next_load(self) -> tuple[Job, int] | None:
+        """Take the next load item whose slot has left FILLING; blocks. None after close."""
+        while True:
+            with self._mu:
+                task = self._pick()
+                if task is not None:
+                    self._work.notify()  # whoever takes an item wakes the next one
+                    return task
+                if self._closed:
+                    return None
+                if self._poller or not self._loads:
+                    self._work.wait()
+                    continue
+                job, self._poller = self._loads[0], True
+                item = int(np.argmax(job.state == UNSTARTED))
+            try:
+                slot, generation = int(job.slots[item]), int(job.generations[item])
+                self._arena.wait_ready(slot, generation, _POLL_MS)
+            finally:
+                with self._mu:
+                    self._poller = False
+
+    def may_enqueue(self, job: Job) -> Reason:
+        """NONE, or why a running item that is not on the device yet must be dropped."""
+        with self._mu:
+            if time.monotonic_ns() >= job.deadline_ns:
+                self._stop(job, DEADLINE, Reason.DEADLINE)
+            return job.reason if job.stopped else Reason.NONE
+
+    def end(self, job: Job, item: int, reason: Reason) -> None:
+        """Outcome of a running item of which nothing is on the device any more."""
+        with self._mu:
+            if reason is not Reason.NONE and job.kind == STORE:
+                self._fail_slot(job, item)
+            job.end(item, reason, time.monotonic_ns())
+            if reason is not Reason.NONE and job.kind == LOAD:
+                # What lies beyond a hole in a prefix is of no use; chunks of a store are.
+                self._stop(job, FAILED, reason)
+            self._complete(job)
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant."""
+        with self._mu:
+            for number, job in self._active.items():
+                assert job.number == number, f"job {number} is filed wrong"
+                job.check()
+            for job in self._loads:
+                assert job.kind == LOAD and job.left, f"job {job.number}: queued, nothing to start"
+                assert self._active.get(job.number) is job, f"job {job.number}: queued, ended"
+
+    # ---------------------------------------------------------------- _mu is held
+
+    def _pick(self) -> tuple[Job, int] | None:
+        now = time.monotonic_ns()
+        self._expire(now)
+        for job in self._loads:
+            item = job.first_ready(self._arena.states, now)
+            if item >= 0:
+                job.start(item, now)
+                if not job.left:
+                    self._loads.remove(job)
+                return job, item
+        return None
+
+    def _expire(self, now: int) -> None:
+        for job in list(self._loads):
+            if now >= job.deadline_ns:
+                self._stop(job, DEADLINE, Reason.DEADLINE)
+
+    def _stop(self, job: Job, status: int, reason: Reason) -> None:
+        for item in job.stop(status, reason):
+            if job.kind == STORE:
+                self._fail_slot(job, item)
+        if job in self._loads:
+            self._loads.remove(job)
+        self._complete(job)
+
+    def _fail_slot(self, job: Job, item: int) -> None:
+        # Nobody else will fill this rank's part: let those who wait for the slot know.
+        self._arena.fail(int(job.slots[item]), int(job.generations[item]))
+
+    def _complete(self, job: Job) -> None:
+        if job.number in self._active and not job.left and not job.running:
+            del self._active[job.number]
+            self._done.append(job.outcome())
+            self._ended.notify_all()

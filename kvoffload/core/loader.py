@@ -1,0 +1,186 @@
+"""Finding and loading: lookups, leases and prefetches over the DRAM pool and the NVMe tier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.index import Entry
+from kvoffload.core.lease import Lease, Leases, Prefetches
+from kvoffload.core.lookup import Search, primary, span
+from kvoffload.core.nvme import NvmeTier
+from kvoffload.core.pool import Pool
+from kvoffload.core.stats import Counters
+from kvoffload.types import CacheLayout, ChunkKey, SlotState, Tier
+
+Place = tuple[int, int]
+"""(group, chunk)."""
+
+
+class Loader:
+    """The load half of the Manager. Not thread safe: the Manager's lock guards it."""
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        pool: Pool,
+        nvme: NvmeTier | None,
+        prefetches: Prefetches,
+        counters: Counters,
+    ) -> None:
+        self.leases = Leases()
+        self._layout = layout
+        self._pool = pool
+        self._nvme = nvme
+        self._prefetches = prefetches
+        self._counters = counters
+
+    def search(self, chain: Chain, start: int, limit: int, now: float) -> tuple[Search, int]:
+        """The longest servable boundary in (start, limit], and the search that found it."""
+        search = Search(self._layout, chain, lambda keys: self._probe(keys, now))
+        return search, search.longest(start, limit)
+
+    def _probe(self, keys: Sequence[ChunkKey], now: float) -> list[Tier | None]:
+        out: list[Tier | None] = []
+        ask: list[int] = []
+        get = self._pool.index.get
+        for at, key in enumerate(keys):
+            entry = get(key)
+            if entry is None:
+                ask.append(at)
+                out.append(None)
+            elif entry.state is SlotState.READY:
+                out.append(Tier.DRAM)
+            else:
+                out.append(Tier.NVME if entry.source is Tier.NVME else None)
+        if ask and self._nvme is not None:
+            held = self._nvme.held([keys[at] for at in ask], now)
+            for at, there in zip(ask, held, strict=True):
+                if there:
+                    out[at] = Tier.NVME
+        return out
+
+    def _wanted(self, chain: Chain, start: int, end: int) -> list[Place] | None:
+        out = [(g.group, i) for g in self._layout.groups for i in span(g, start, end)]
+        return out if out and all(i < chain.n_chunks(g) for g, i in out) else None
+
+    def _gather(
+        self, chain: Chain, wanted: Sequence[Place], now: float
+    ) -> tuple[list[Entry], list[Place]] | None:
+        """Pin what is resident; also returns what has to come from NVMe. None: a store fills it."""
+        pinned: list[Entry] = []
+        missing: list[Place] = []
+        for group, chunk in wanted:
+            entry = self._pool.index.get(chain.key(group, chunk))
+            if entry is None:
+                missing.append((group, chunk))
+            elif entry.state is SlotState.READY or entry.source is Tier.NVME:
+                self._pool.index.pin(entry)
+                pinned.append(entry)
+            else:
+                self.unpin(pinned, now)
+                return None
+        return pinned, missing
+
+    def unpin(self, entries: Sequence[Entry], now: float) -> None:
+        """Undo one pin of each."""
+        for entry in reversed(entries):
+            self._pool.unpin(entry, now)
+
+    def acquire(self, owner: str, chain: Chain, start: int, end: int, now: float) -> Lease | None:
+        """See Manager.acquire."""
+        wanted = self._wanted(chain, start, end)
+        got = self._gather(chain, wanted, now) if wanted is not None else None
+        if got is None:
+            self._counters.lease_lost += 1
+            return None
+        pinned, missing = got
+        fresh: list[Entry] | None = []
+        if missing:
+            fresh = self._read_up(chain, missing, now)
+        if fresh is None:
+            self.unpin(pinned, now)
+            return None
+        return self._lease(owner, pinned + fresh, start, end)
+
+    def _read_up(self, chain: Chain, missing: Sequence[Place], now: float) -> list[Entry] | None:
+        """Pinned slots with their reads under way, for all or for none."""
+        c = self._counters
+        keys = [chain.key(g, i) for g, i in missing]
+        if self._nvme is None or not all(self._nvme.held(keys, now)):
+            c.lease_lost += 1
+            return None
+        fresh: list[Entry] = []
+        for group, chunk in missing:
+            entry = self._pool.take(chain, group, chunk, Tier.NVME, now)
+            if entry is None:
+                self.unpin(fresh, now)
+                for taken in reversed(fresh):
+                    self._pool.undo(taken, now)
+                c.lease_no_room += 1
+                return None
+            self._pool.index.pin(entry)
+            fresh.append(entry)
+        if not self._nvme.reads.submit(fresh, now):
+            self.unpin(fresh, now)  # what was refused is dropped; the rest is read for the next
+            c.lease_lost += 1
+            return None
+        return fresh
+
+    def _lease(self, owner: str, entries: list[Entry], start: int, end: int) -> Lease:
+        entries.sort(key=lambda e: (e.group, e.chunk))
+        tiers = [Tier.DRAM if e.state is SlotState.READY else Tier.NVME for e in entries]
+        main = primary(self._layout)
+        size = main.chunk_tokens
+        below = 0  # tokens that still have to come up from NVMe
+        c = self._counters
+        for e, tier in zip(entries, tiers, strict=True):
+            self._prefetches.settle(e)
+            if tier is Tier.DRAM:
+                c.load_chunks_dram += 1
+                c.load_bytes_dram += e.nbytes
+                continue
+            c.load_chunks_nvme += 1
+            c.load_bytes_nvme += e.nbytes
+            if e.group == main.group:
+                below += min(end, (e.chunk + 1) * size) - max(start, e.chunk * size)
+        tokens = {Tier.NVME: below, Tier.DRAM: end - start - below}
+        self._touch(entries)
+        c.leases += 1
+        return self.leases.open(owner, entries, tiers, {t: n for t, n in tokens.items() if n})
+
+    def _touch(self, entries: Sequence[Entry]) -> None:
+        for g in self._layout.groups:
+            mine = sorted((e for e in entries if e.group == g.group), key=lambda e: e.chunk)
+            if mine:
+                self._pool.index.touch(mine[0].cls, [e.key for e in mine])
+
+    def release(self, lease_id: int, now: float) -> None:
+        """See Manager.release."""
+        self.unpin(self.leases.close(lease_id), now)
+
+    def prefetch(self, owner: str, chain: Chain, start: int, limit: int, now: float) -> int:
+        """See Manager.prefetch."""
+        _, end = self.search(chain, start, limit, now)
+        wanted = self._wanted(chain, start, end)
+        got = self._gather(chain, wanted, now) if wanted is not None else None
+        if got is None or self._nvme is None:
+            self.unpin(got[0] if got is not None else [], now)
+            return 0
+        pinned, missing = got
+        fresh: list[Entry] = []
+        for group, chunk in missing:
+            if self._layout.groups[group].slot_bytes > self._prefetches.room():
+                break
+            entry = self._pool.take(chain, group, chunk, Tier.NVME, now)
+            if entry is None:
+                break
+            self._prefetches.add(owner, entry)
+            fresh.append(entry)
+        self._touch(pinned + fresh)
+        self.unpin(pinned, now)
+        if fresh:
+            self._nvme.reads.submit(fresh, now)
+        moving = sum(not e.dropped for e in fresh)
+        self._counters.prefetched += moving
+        return moving

@@ -1,0 +1,387 @@
+"""The Manager: the one coordinator of what is held where, which chunks load, and which are stored.
+
+A slot's life (state words are those of the shared slot table):
+
+             begin_store, acquire, prefetch
+      FREE ------------------------------> FILLING --- abort_store: nobody was told ---> FREE
+                                             |  |
+              all ranks done, read verified  |  |  rank failed, read failed, slot_failed, reset,
+                                             v  |  store without an answer for 60 s
+      FREE <--- evicted: unpinned, no I/O, READY|
+                no resident child            |  |
+                   slot_failed, reset        v  v
+      FREE <--- nothing uses the slot ---- dropped: no longer in the index
+        ^                                    |  a lease, an NVMe job or an unfinished copy uses it
+        +------- the last user is gone ---- quarantine
+
+While READY a chunk is dirty until the chunk store holds it (write-behind), and may be pinned by
+leases.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from threading import Lock
+
+from kvoffload.core.alloc import SlotAllocator
+from kvoffload.core.audit import Parts, check, occupancy
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.index import Entry
+from kvoffload.core.layout import check_layout
+from kvoffload.core.lease import Lease, LeaseItem, Prefetches, StoreItem
+from kvoffload.core.loader import Loader
+from kvoffload.core.lookup import Hit
+from kvoffload.core.nvme import NvmeTier
+from kvoffload.core.planner import Rates, load_mode, plan
+from kvoffload.core.pool import Pool, slot_classes
+from kvoffload.core.stats import Counters, Guard, Occupancy
+from kvoffload.core.writebehind import budget
+from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
+from kvoffload.types import (
+    CacheLayout,
+    ChunkKey,
+    GroupKind,
+    LoadFailure,
+    SlotRef,
+    SlotState,
+    Tier,
+)
+
+__all__ = ["Hit", "Lease", "LeaseItem", "Manager", "StoreItem", "slots_needed"]
+
+_SETTLED_KEPT = 65536
+
+
+def slots_needed(layout: CacheLayout, data_bytes: int) -> int:
+    """``max_slots`` for an arena of ``data_bytes``. Raises ConfigError when that is too small."""
+    check_layout(layout)
+    sizes = slot_classes(layout)
+    return SlotAllocator(data_bytes, sizes).max_slots if sizes else 1
+
+
+class Manager:
+    """Owns the DRAM tier's slots and the way to and from the chunk store.
+
+    Called by the scheduler thread and by one tick thread; every method takes the one lock, is
+    O(chunks of the request) and does no I/O, except ``drain``, which blocks without the lock.
+    Failures of arena and store are misses or skipped stores plus a count; only wrong configuration
+    raises (ConfigError, from the constructor). The arena and the store belong to the caller, who
+    closes the store first. Tokens are counted from the root of the prompt; times are ``clock``
+    seconds.
+    """
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        arena: ArenaLike,
+        store: ChunkStoreLike | None,
+        *,
+        policy: str = "lru",
+        load: str = "auto",
+        write_tb_per_day: float | None = None,
+        nvme_bytes: int = 0,
+        writer_masks: Sequence[int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        check_layout(layout)
+        self.counters = Counters()
+        self.rates = Rates()
+        self._layout = layout
+        self._clock = clock
+        self._mode = load_mode(load)
+        self._lock = Lock()
+        self._closed = False
+        self._nvme_bytes = nvme_bytes
+        self._data_bytes = arena.data_bytes
+        # A group that cannot be served means that no boundary can be: nothing is stored either.
+        self._serving = all(g.kind is not GroupKind.NONE for g in layout.groups)
+        guard = Guard(self.counters)
+        self._pool = Pool(layout, arena, policy, self.counters, guard, writer_masks)
+        self._pool.on_drop = self._on_drop
+        self._prefetches = Prefetches(arena.data_bytes // 4)
+        self._settled: deque[ChunkKey] = deque(maxlen=_SETTLED_KEPT)
+        self._nvme: NvmeTier | None = None
+        if store is not None:
+            bucket = budget(write_tb_per_day, nvme_bytes, clock())
+            self._nvme = NvmeTier(
+                store, arena, self._pool, self.counters, guard, bucket, self._observe_read
+            )
+        self._loader = Loader(layout, self._pool, self._nvme, self._prefetches, self.counters)
+
+    def _on_drop(self, entry: Entry) -> None:
+        self._prefetches.settle(entry)
+        if self._nvme is not None:
+            self._nvme.writes.forget(entry)
+
+    # -- finding
+
+    def lookup(self, chain: Chain, start: int, limit: int) -> Hit:
+        """The longest boundary in (start, limit] that all groups can serve, HBM holding [0, start).
+
+        Held means READY in DRAM, being read from NVMe, or on NVMe. Nothing is pinned.
+        """
+        with self._lock:
+            if self._closed:
+                return self._count_hit(Hit(start, 0, {}), start)
+            search, end = self._loader.search(chain, start, limit, self._clock())
+            return self._count_hit(search.hit(start, end), start)
+
+    def plan(self, chain: Chain, start: int, limit: int) -> Hit:
+        """``lookup``, cut back to what is worth loading by the live rates and the load mode."""
+        with self._lock:
+            if self._closed:
+                return self._count_hit(Hit(start, 0, {}), start)
+            search, held = self._loader.search(chain, start, limit, self._clock())
+            rates = self.rates
+            steps = search.steps(start, held)
+            end = plan(start, steps, rates.tiers(), rates.prefill_tokens_per_s, self._mode)
+            self.counters.planner_refused += end < held
+            return self._count_hit(search.hit(start, end), start)
+
+    def _count_hit(self, hit: Hit, start: int) -> Hit:
+        c = self.counters
+        c.lookups += 1
+        c.lookup_hits += hit.end > start
+        c.lookup_misses += hit.end <= start
+        c.hit_tokens_dram += hit.by_tier.get(Tier.DRAM, 0)
+        c.hit_tokens_nvme += hit.by_tier.get(Tier.NVME, 0)
+        return hit
+
+    # -- loading
+
+    def acquire(
+        self, owner: str, chain: Chain, start: int, end: int, *, now_s: float | None = None
+    ) -> Lease | None:
+        """Pin all chunks that a load of [start, end) needs, moving those on NVMe into slots.
+
+        Whoever else already reads a chunk shares its slot. None when a chunk has gone or there is
+        no room; then nothing is pinned. ``end`` must be a boundary that ``lookup`` gave.
+        """
+        with self._lock:
+            if self._closed or not self._serving:
+                return None
+            now = self._clock() if now_s is None else now_s
+            return self._loader.acquire(owner, chain, start, end, now)
+
+    def release(self, lease_id: int) -> None:
+        """End a lease; idempotent. A slot that is still being read into is not reused before."""
+        with self._lock:
+            self._loader.release(lease_id, self._clock())
+
+    def prefetch(self, owner: str, chain: Chain, start: int, limit: int) -> int:
+        """Start moving what a later load of [start, limit] needs from NVMe to DRAM.
+
+        Returns the chunks that this call set moving for ``owner``. At most a quarter of the arena
+        holds prefetched chunks that nobody has acquired. Not pinned: see ``cancel_prefetch``.
+        """
+        with self._lock:
+            if self._closed or not self._serving:
+                return 0
+            return self._loader.prefetch(owner, chain, start, limit, self._clock())
+
+    def cancel_prefetch(self, owner: str) -> int:
+        """``owner`` will not come: its unused chunks free its budget and age like any other."""
+        with self._lock:
+            gone = self._prefetches.cancel(owner)
+            self.counters.prefetch_cancelled += gone
+            return gone
+
+    def slot_failed(self, which: SlotRef | ChunkKey, reason: LoadFailure) -> bool:
+        """A worker could not use a chunk's bytes: drop it, wake everybody else who waits on it.
+
+        False when that slot or key is not resident (any more). The slot is reused once nobody uses
+        it.
+        """
+        with self._lock:
+            if isinstance(which, SlotRef):
+                entry = self._pool.index.at_slot(which.slot)
+                if entry is not None and entry.ref != which:
+                    entry = None
+            else:
+                entry = self._pool.index.get(which)
+            if entry is None:
+                return False
+            now = self._clock()
+            self.counters.slot_failed += 1
+            filling = entry.state is SlotState.FILLING
+            if filling and self._nvme is not None and reason is LoadFailure.DEADLINE:
+                self._nvme.breaker.failure(now)
+            if not (filling and entry.source is Tier.DRAM):
+                # A store's slot is left alone: its workers' answer tells when they are done with
+                # it.
+                self._pool.fail(entry)
+            self._pool.drop(entry, now)
+            return True
+
+    # -- storing
+
+    def begin_store(
+        self,
+        chain: Chain,
+        start: int,
+        end: int,
+        need: Callable[[int, int], bool] | None = None,
+        *,
+        now_s: float | None = None,
+    ) -> list[StoreItem]:
+        """A FILLING slot for every complete chunk that ends in (start, end] and that no tier holds.
+
+        ``need(group, chunk)`` filters SLIDING chunks; it runs under the lock and must not call
+        back. Without room the rest of a group is skipped and counted. Give items that never reach
+        the workers back with ``abort_store``.
+        """
+        out: list[StoreItem] = []
+        with self._lock:
+            if self._closed or not self._serving:
+                return out
+            now = self._clock() if now_s is None else now_s
+            for g in self._layout.groups:
+                stop = min(end // g.chunk_tokens, chain.n_chunks(g.group))
+                filtered = need if g.kind is GroupKind.SLIDING else None
+                chunks = range(start // g.chunk_tokens, stop)
+                wanted = [i for i in chunks if filtered is None or filtered(g.group, i)]
+                out += self._store_group(chain, g.group, wanted, now)
+        return out
+
+    def _store_group(
+        self, chain: Chain, group: int, chunks: Sequence[int], now: float
+    ) -> list[StoreItem]:
+        index, keys = self._pool.index, chain.keys(group)
+        here = [keys[i] for i in chunks if keys[i] in index]
+        index.touch(self._pool.class_of(group), here)
+        absent = [i for i in chunks if keys[i] not in index]
+        if self._nvme is not None:
+            held = self._nvme.held([keys[i] for i in absent], now)
+            absent = [i for i, there in zip(absent, held, strict=True) if not there]
+        out: list[StoreItem] = []
+        for i in absent:
+            entry = self._pool.take(chain, group, i, Tier.DRAM, now)
+            if entry is None:
+                self.counters.store_skipped_full += len(absent) - len(out)
+                break
+            out.append(StoreItem(group, i, entry.key, entry.ref))
+        return out
+
+    def abort_store(self, items: Sequence[StoreItem]) -> None:
+        """Take back items of ``begin_store`` that no worker was or will be told about."""
+        with self._lock:
+            for item in reversed(items):
+                entry = self._pool.index.get(item.key)
+                if entry is None or entry.ref != item.ref or entry.state is SlotState.READY:
+                    continue
+                self.counters.store_aborted += 1
+                self._pool.undo(entry, self._clock())
+
+    def store_inflight(self) -> int:
+        """Stores that workers still have to finish (timed-out ones excepted)."""
+        with self._lock:
+            return self._pool.stores_filling()
+
+    def stores_settled(self) -> list[ChunkKey]:
+        """Keys whose store became READY since the last call (the latest 65536)."""
+        with self._lock:
+            out = list(self._settled)
+            self._settled.clear()
+            return out
+
+    # -- progress
+
+    def _collect(self, now: float) -> None:
+        # Jobs first, then the slot table: a returned job's slots are then seen in their final
+        # state.
+        done = self._nvme.poll() if self._nvme is not None else ()
+        for entry in self._pool.settle(now):
+            if entry.source is Tier.DRAM:
+                self.counters.stored += 1
+                self.counters.stored_bytes += entry.nbytes
+                self._settled.append(entry.key)
+                if self._nvme is not None:
+                    self._nvme.writes.push(entry)
+        if self._nvme is not None:
+            self._nvme.finish(done, now)
+
+    def poll(self) -> None:
+        """Take in finished stores, reads and writes."""
+        with self._lock:
+            self._collect(self._clock())
+
+    def tick(self, busy: bool) -> None:
+        """``poll``, then write-behind; ``busy`` while the engine runs steps."""
+        with self._lock:
+            now = self._clock()
+            self._collect(now)
+            if self._nvme is not None and not self._closed:
+                self._nvme.write_behind(now, busy)
+
+    def observe_load(self, tier: Tier, nbytes: int, seconds: float) -> None:
+        """A worker copied ``nbytes`` (all shards) from ``tier``; NVMe reads report themselves."""
+        with self._lock:
+            self.rates.observe(tier, nbytes, seconds)
+
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """The engine computed ``tokens`` prompt tokens in ``seconds``."""
+        with self._lock:
+            self.rates.observe_prefill(tokens, seconds)
+
+    def _observe_read(self, nbytes: int, seconds: float) -> None:
+        self.rates.observe(Tier.NVME, nbytes, seconds)
+
+    # -- ending
+
+    def reset(self) -> None:
+        """Forget all of DRAM (what is in use, once it is not). New keys hide NVMe."""
+        with self._lock:
+            now = self._clock()
+            self.counters.resets += 1
+            self._settled.clear()
+            for entry in sorted(self._pool.index, key=lambda e: -e.chunk):
+                self._pool.drop(entry, now)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Write dirty chunks out, hottest first, within the write budget; then flush the store.
+
+        Blocks for at most about ``timeout_s`` without the lock. True when nothing dirty was left
+        waiting and the flush succeeded.
+        """
+        nvme = self._nvme
+        if nvme is None:
+            return True
+        deadline = self._clock() + timeout_s
+        while True:
+            with self._lock:
+                now = self._clock()
+                self._collect(now)
+                nvme.writes.reorder(self._pool.index.hottest_first())
+                job = nvme.push_out(now)
+                clean = not len(nvme.writes)
+            if job is None or now >= deadline:
+                break
+            nvme.wait(job, deadline - now)
+        flushed = nvme.flush(deadline - self._clock())
+        self.poll()
+        return clean and job is None and flushed
+
+    def close(self) -> None:
+        """No more hits, leases, stores or writes; idempotent. The caller then closes the store."""
+        with self._lock:
+            self._closed = True
+
+    # -- looking at it
+
+    def occupancy(self) -> Occupancy:
+        """What is held now. O(everything held)."""
+        with self._lock:
+            return occupancy(self._parts(), self._nvme_bytes)
+
+    def check(self) -> None:
+        """Raise AssertionError naming the first broken invariant. O(everything held)."""
+        with self._lock:
+            self.rates.check()
+            check(self._parts())
+
+    def _parts(self) -> Parts:
+        return Parts(
+            self._pool, self._nvme, self._loader.leases, self._prefetches, self._data_bytes
+        )

@@ -1,0 +1,384 @@
+"""The whole Manager against a dict model, by random histories over the fake arena and store.
+
+What the model knows: which keys were ever stored whole in this epoch, which slots somebody may still
+write to or read from, and what the chunk store holds. The Manager may evict as it likes, but it may
+never offer what nobody stored, never reuse a slot in use, never lose a leased chunk, and its lookup
+must equal a brute-force search over what is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.layout import boundary_tokens
+from kvoffload.core.manager import Lease, Manager, StoreItem, slots_needed
+from kvoffload.core.pool import STORE_TIMEOUT_S
+from kvoffload.types import (
+    CacheLayout,
+    ChunkKey,
+    GroupKind,
+    LoadFailure,
+    SlotState,
+    StoreResult,
+    Tier,
+)
+from tests.support.fakes import (
+    UNIT,
+    FakeArena,
+    FakeClock,
+    FakeStore,
+    chain_of,
+    full_group,
+    layout_of,
+    sliding_group,
+)
+
+PROMPTS = ["aaaaaaaa", "aaaabbbb", "aacc", "dddddd", "ddee", "ffffffffffff"]
+FAULTS = ["contains", "get_slots", "put_slots", "poll"]
+prompts = st.sampled_from(PROMPTS)
+picks = st.integers(0, 1000)
+
+
+@dataclass
+class Out:
+    """A store that workers have not finished."""
+
+    item: StoreItem
+    started: float
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    LAYOUT: CacheLayout = layout_of(full_group())
+    SLOTS = 8
+    POLICY = "lru"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = FakeClock()
+        data = self.SLOTS * UNIT
+        self.arena = FakeArena(data, slots_needed(self.LAYOUT, data))
+        self.store = FakeStore(max_entries=12, clock=self.clock)
+        self.epoch = 0
+        self.manager = Manager(
+            self.LAYOUT,
+            self.arena,
+            self.store,
+            policy=self.POLICY,
+            write_tb_per_day=1000.0,
+            nvme_bytes=1 << 40,
+            clock=self.clock,
+        )
+        self.out: list[Out] = []
+        self.leases: dict[int, Lease] = {}
+        self.whole: set[ChunkKey] = set()  # stored whole in DRAM at some time in this epoch
+        self.failed: set[ChunkKey] = set()  # dropped for cause, not evicted
+        self.links: dict[ChunkKey, ChunkKey] = {}  # FULL child -> parent
+        self.before: set[ChunkKey] = set()
+        self.counts = self.manager.counters.as_dict()
+
+    # -- views
+
+    def chain(self, text: str) -> Chain:
+        chain = chain_of(self.LAYOUT, text, b"epoch%d" % self.epoch)
+        for g in self.LAYOUT.groups:
+            if g.kind is GroupKind.FULL:
+                keys = chain.keys(g.group)
+                self.links.update(zip(keys[1:], keys, strict=False))
+        return chain
+
+    def resident(self) -> set[ChunkKey]:
+        return {e.key for e in self.manager._pool.index}
+
+    def servable(self, key: ChunkKey) -> bool:
+        entry = self.manager._pool.index.get(key)
+        if entry is None:
+            open_ = not self.manager._nvme.breaker.closed(self.clock.now)  # type: ignore[union-attr]
+            return key in self.store.held and "contains" not in self.store.raising and not open_
+        return entry.state is SlotState.READY or entry.source is Tier.NVME
+
+    def brute_force(self, chain: Chain, start: int, limit: int) -> int:
+        grid = boundary_tokens(self.LAYOUT)
+        for end in range(limit // grid * grid, start, -grid):
+            if all(self.group_serves(chain, g, start, end) for g in self.LAYOUT.groups):
+                return end
+        return start
+
+    def group_serves(self, chain: Chain, g: object, start: int, end: int) -> bool:
+        size, group = g.chunk_tokens, g.group  # type: ignore[attr-defined]
+        low = max(start, end - g.window) if g.kind is GroupKind.SLIDING else start  # type: ignore[attr-defined]
+        need = [i for i in range(end // size + 1) if (i + 1) * size > low and i * size < end]
+        return all(i < chain.n_chunks(group) and self.servable(chain.key(group, i)) for i in need)
+
+    # -- stores
+
+    @rule(text=prompts, start=st.integers(0, 12), length=st.integers(1, 12), window=st.booleans())
+    def begin_store(self, text: str, start: int, length: int, window: bool) -> None:
+        chain = self.chain(text)
+        need = (lambda g, i: i % 2 == 0) if window else None
+        items = self.manager.begin_store(chain, start * 16, (start + length) * 16, need)
+        for item in items:
+            group = self.LAYOUT.groups[item.group]
+            assert start * 16 < (item.chunk + 1) * group.chunk_tokens <= (start + length) * 16
+            assert item.key == chain.key(item.group, item.chunk)
+            assert self.arena.state(item.ref.slot) == SlotState.FILLING
+            assert item.ref.offset % 16384 == 0
+            self.out.append(Out(item, self.clock.now))
+        self.no_slot_twice()
+
+    def no_slot_twice(self) -> None:
+        """Everything somebody may touch lies in disjoint byte ranges."""
+        spans = {}
+        leased = [i for lease in self.leases.values() for i in lease.items]
+        for item in [*leased, *(o.item for o in self.out)]:
+            size = self.LAYOUT.groups[item.group].slot_bytes
+            spans[(item.ref.slot, item.ref.generation)] = (item.ref.offset, item.ref.offset + size)
+        order = sorted(spans.values())
+        assert all(a[1] <= b[0] for a, b in zip(order, order[1:], strict=False)), "slots overlap"
+        assert not order or order[-1][1] <= self.arena.data_bytes
+
+    @precondition(lambda self: self.out)
+    @rule(pick=picks, ok=st.booleans(), count=st.integers(1, 6))
+    def workers_finish(self, pick: int, ok: bool, count: int) -> None:
+        ranks = tuple(range(self.LAYOUT.world_size))
+        for _ in range(min(count, len(self.out))):
+            out = self.out.pop(pick % len(self.out))
+            item = out.item
+            live = self.arena.generation(item.ref.slot) == item.ref.generation
+            assert live, "a slot was reused under a worker's copy"
+            self.arena.worker_store(item, ranks, ok=ok or count > 1)
+            if ok or count > 1:
+                self.whole.add(item.key)
+            else:
+                self.failed.add(item.key)
+
+    @precondition(lambda self: self.out)
+    @rule(pick=picks)
+    def abort_store(self, pick: int) -> None:
+        out = self.out.pop(pick % len(self.out))
+        late = self.clock.now - out.started > STORE_TIMEOUT_S
+        self.failed.add(out.item.key)
+        self.manager.abort_store([out.item])
+        if late or self.arena.state(out.item.ref.slot) == SlotState.FILLING:
+            # Timed out or reset before: quarantined, and the quarantine ends with the slot's answer.
+            self.arena.fail(out.item.ref.slot, out.item.ref.generation)
+
+    # -- loads
+
+    @rule(text=prompts, start=st.integers(0, 100))
+    def lookup(self, text: str, start: int) -> None:
+        chain = self.chain(text)
+        limit = chain.tokens
+        want = self.brute_force(chain, start, limit)
+        hit = self.manager.lookup(chain, start, limit)
+        assert hit.end == want
+        assert sum(hit.by_tier.values()) == hit.end - start
+        plan = self.manager.plan(chain, start, limit)
+        assert start <= plan.end <= max(start, hit.end)
+
+    @rule(text=prompts, start=st.integers(0, 100))
+    def acquire(self, text: str, start: int) -> None:
+        chain = self.chain(text)
+        hit = self.manager.lookup(chain, start, chain.tokens)
+        before = self.manager.counters.copy()
+        lease = self.manager.acquire("r", chain, start, hit.end)
+        if lease is None:
+            c = self.manager.counters
+            no_room = c.lease_no_room > before.lease_no_room
+            faulty = c.tier_errors > before.tier_errors
+            assert hit.end == start or no_room or faulty, "a hit without a lease"
+            return
+        assert hit.end > start and len(lease.items) == hit.chunks
+        assert sum(lease.tokens_by_tier.values()) == hit.end - start
+        assert all(i.key == chain.key(i.group, i.chunk) for i in lease.items)
+        self.leases[lease.id] = lease
+        self.no_slot_twice()
+
+    @precondition(lambda self: self.leases)
+    @rule(pick=picks, twice=st.booleans())
+    def release(self, pick: int, twice: bool) -> None:
+        lease_id = sorted(self.leases)[pick % len(self.leases)]
+        del self.leases[lease_id]
+        self.manager.release(lease_id)
+        if twice:
+            self.manager.release(lease_id)
+
+    @precondition(lambda self: self.leases)
+    @rule(pick=picks, reason=st.sampled_from(list(LoadFailure)))
+    def slot_failed(self, pick: int, reason: LoadFailure) -> None:
+        items = [i for _, lease in sorted(self.leases.items()) for i in lease.items]
+        item = items[pick % len(items)]
+        if self.manager.slot_failed(item.ref, reason):
+            self.failed.add(item.key)
+            assert self.arena.state(item.ref.slot) == SlotState.FAILED
+
+    @rule(text=prompts, start=st.integers(0, 60), owner=st.sampled_from("xy"))
+    def prefetch(self, text: str, start: int, owner: str) -> None:
+        chain = self.chain(text)
+        moved = self.manager.prefetch(owner, chain, start, chain.tokens)
+        assert moved >= 0
+        assert self.manager.occupancy().prefetch_bytes <= self.arena.data_bytes // 4
+
+    @rule(owner=st.sampled_from("xy"))
+    def cancel_prefetch(self, owner: str) -> None:
+        self.manager.cancel_prefetch(owner)
+
+    # -- the chunk store
+
+    @rule(jobs=st.integers(1, 3))
+    def disk_works(self, jobs: int) -> None:
+        self.store.step(jobs)
+
+    @rule()
+    def disk_does_one_key(self) -> None:
+        self.store.step_one_key()
+
+    @precondition(lambda self: self.store.held)
+    @rule(pick=picks, corrupt=st.booleans())
+    def spoil(self, pick: int, corrupt: bool) -> None:
+        key = sorted(self.store.held)[pick % len(self.store.held)]
+        self.failed.add(ChunkKey(key))
+        if corrupt:
+            self.store.corrupt.add(key)
+        else:
+            self.store.lose(key)
+
+    @rule(result=st.sampled_from([None, None, StoreResult.IO_ERROR]))
+    def disk_reads_fail(self, result: StoreResult | None) -> None:
+        self.store.read_result = result
+
+    @rule(result=st.sampled_from([None, None, *[r for r in StoreResult if r >= 3]]))
+    def disk_writes_fail(self, result: StoreResult | None) -> None:
+        self.store.write_result = result
+
+    @rule(what=st.sampled_from([None, None, *FAULTS]))
+    def store_raises(self, what: str | None) -> None:
+        self.store.raising = set() if what is None else {what}
+
+    # -- time
+
+    @rule(busy=st.booleans())
+    def tick(self, busy: bool) -> None:
+        self.manager.tick(busy)
+
+    @rule()
+    def poll(self) -> None:
+        self.manager.poll()
+
+    @rule(seconds=st.sampled_from([0.05, 5.0, 35.0, STORE_TIMEOUT_S + 1]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @rule()
+    def reset(self) -> None:
+        self.manager.reset()
+        assert not self.resident()
+        self.epoch += 1
+        self.failed |= self.before
+        self.whole.clear()
+
+    # -- always
+
+    @invariant()
+    def parts_agree(self) -> None:
+        self.manager.check()
+
+    @invariant()
+    def only_what_was_stored_is_offered(self) -> None:
+        for entry in self.manager._pool.index:
+            if entry.state is SlotState.READY:
+                table = self.arena.state(entry.ref.slot)
+                assert table in (SlotState.READY, SlotState.FAILED)
+                assert self.arena.bytes_at[entry.ref.offset] == entry.key
+                assert (
+                    entry.key in self.whole
+                    or entry.key in self.store.held
+                    or (entry.source is Tier.NVME)
+                )
+
+    @invariant()
+    def leased_bytes_stay(self) -> None:
+        for lease in self.leases.values():
+            for item in lease.items:
+                slot, offset = item.ref.slot, item.ref.offset
+                assert self.arena.generation(slot) == item.ref.generation, "reused under a lease"
+                if self.arena.state(slot) == SlotState.READY:
+                    assert self.arena.bytes_at[offset] == item.key
+
+    @invariant()
+    def no_parent_is_evicted_before_its_child(self) -> None:
+        now = self.resident()
+        for child, parent in self.links.items():
+            gone = parent in self.before and parent not in now and parent not in self.failed
+            stayed = child in self.before and child in now
+            assert not (gone and stayed and not self.read_faults()), "an orphan"
+        self.before = now
+
+    def read_faults(self) -> bool:
+        """Parents may also go because their read or store failed; then they were not evicted."""
+        names = ["nvme_corrupt", "nvme_miss", "nvme_io_errors", "store_timeout", "store_failed"]
+        names += ["tier_errors"]
+        after = self.manager.counters.as_dict()
+        moved = any(after[n] > self.counts[n] for n in names)
+        return moved
+
+    @invariant()
+    def counters_only_grow(self) -> None:
+        after = self.manager.counters.as_dict()
+        assert all(after[n] >= v for n, v in self.counts.items())
+        self.counts = after
+
+    def teardown(self) -> None:
+        """Whatever happened, once everybody is done every slot comes back."""
+        self.store.raising.clear()
+        self.store.read_result = self.store.write_result = None
+        for out in self.out:
+            self.arena.worker_store(out.item, tuple(range(self.LAYOUT.world_size)))
+        for lease_id in self.leases:
+            self.manager.release(lease_id)
+        self.manager.reset()
+        self.store.step()
+        self.manager.tick(False)
+        self.clock.advance(STORE_TIMEOUT_S + 1)
+        self.manager.tick(False)
+        self.manager.check()
+        left = self.manager.occupancy()
+        assert (left.slots_used, left.prefetch_bytes, left.leases) == (0, 0, 0), "leaked"
+        super().teardown()
+
+
+class FifoMachine(ManagerMachine):
+    POLICY = "fifo"
+
+
+class TwoGroupsMachine(ManagerMachine):
+    """Different slot sizes: extents change class; hits need both groups."""
+
+    LAYOUT = layout_of(
+        full_group(0, blocks=2, slot_bytes=2 * UNIT), sliding_group(1, window=40, slot_bytes=UNIT)
+    )
+    SLOTS = 16
+
+
+class TwoRanksMachine(ManagerMachine):
+    """Slots that two ranks fill."""
+
+    LAYOUT = layout_of(full_group(ranks=2, blocks=2), world_size=2)
+
+
+MACHINE = settings(
+    max_examples=60,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestLru = ManagerMachine.TestCase
+TestFifo = FifoMachine.TestCase
+TestTwoGroups = TwoGroupsMachine.TestCase
+TestTwoRanks = TwoRanksMachine.TestCase
+for case in (TestLru, TestFifo, TestTwoGroups, TestTwoRanks):
+    case.settings = MACHINE

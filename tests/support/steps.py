@@ -1,0 +1,530 @@
+"""Step harness: both halves of the connector in one process, without vLLM, with real bytes.
+
+``MiniEngine`` re-enacts an engine step by step: the mini scheduler (steps_sched) drives the scheduler
+half, one mini runner per rank (steps_rank) drives a worker half over real KV memory, a real arena and
+real copy threads. With ``in_flight=2`` the orders of step N+1 are built before step N has run, as with
+vLLM's async scheduling, which the CPU build of vLLM cannot do.
+
+What makes it red: a token attending to bytes that are not exactly its prefix's (``WrongBytes``),
+anything vLLM asserts on, an invariant of ``check()``, a request that does not finish, anything left
+over at the end (lease, slot, table entry, job), bytes in DRAM or HBM that are filed under the wrong key.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvoffload import _core
+from kvoffload.config import Config
+from kvoffload.copy.base import LOAD, STORE
+from kvoffload.copy.cpu import CpuCopyEngine
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.manager import Manager, slots_needed
+from kvoffload.engines.vllm.scheduler import SchedulerHalf
+from kvoffload.engines.vllm.worker import WorkerHalf
+from kvoffload.types import CacheLayout, GroupKind, GroupLayout
+from tests.support.steps_blocks import (
+    BlockPool,
+    GroupSpec,
+    KVGroups,
+    MiniRequest,
+    Status,
+    TokenChain,
+)
+from tests.support.steps_rank import (
+    Aggregator,
+    Geometry,
+    KVMemory,
+    LazyEngine,
+    Rank,
+    RankOutput,
+    WrongBytes,
+)
+from tests.support.steps_sched import MiniScheduler, StepOutput
+
+MIB = 1 << 20
+
+
+class Clock:
+    """Seconds that pass only when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeNamespaces:
+    """Namespaces without weights to digest; remembers which weights each epoch's bytes come from."""
+
+    persistent: bool | None = True
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.weights = 0
+        self.known = True
+        self.of_weights: dict[bytes, int] = {self._name(): 0}
+        self.first_requests = 0
+
+    def _name(self) -> bytes:
+        return self.epoch.to_bytes(16, "big")
+
+    def namespace(self) -> bytes | None:
+        return self._name() if self.known else None
+
+    def adapter(self, request: Any) -> bytes | None:
+        return b""
+
+    def on_first_request(self) -> None:
+        self.first_requests += 1
+
+    def new_epoch(self) -> None:
+        self.epoch += 1
+        self.of_weights[self._name()] = self.weights
+
+
+@dataclass(frozen=True)
+class Options:
+    """An engine. Lags are in polls, budgets in tokens, arena in bytes."""
+
+    groups: tuple[GroupSpec, ...] = (GroupSpec(),)
+    ranks: int = 1
+    in_flight: int = 1
+    blocks: int = 64
+    budget: int = 32
+    max_running: int = 8
+    caching: bool = True
+    spec_tokens: int = 0
+    eagle: bool = False
+    defer_alloc: bool = False  # vLLM 0.33
+    token_bytes: int = 64
+    layers: int = 2
+    kv_layout: str = "LBHNC"
+    pad: int = 0
+    replicated: bool = False
+    arena_bytes: int = 2 * MIB
+    nvme: str | None = None  # directory of a chunk store
+    nvme_bytes: int = 64 * MIB
+    store_lag: int = 0
+    load_lag: int = 0
+    random_lag: int = 0  # adds 0..n polls
+    late_ranks: bool = True  # ranks run a step only when its result is needed
+    pickled: bool = True
+    deadline_ms: int = 5000
+    seed: int = 0
+
+
+def cache_layout(options: Options) -> CacheLayout:
+    bt = options.groups[0].block_tokens
+    page = options.layers * bt * options.token_bytes
+    groups = tuple(
+        GroupLayout(
+            i,
+            GroupKind.SLIDING if g.window else GroupKind.FULL,
+            bt,
+            1 if g.window else g.blocks_per_chunk,
+            page,
+            1 if options.replicated else options.ranks,
+            g.window - 1 if g.window else 0,
+        )
+        for i, g in enumerate(options.groups)
+    )
+    return CacheLayout(groups, bt, bt, options.ranks)
+
+
+@dataclass
+class Known:
+    """A request that the harness has seen: what its tokens' bytes must be, wherever they are kept."""
+
+    request: MiniRequest
+    salt: bytes
+    aborted: bool = False
+
+
+@dataclass
+class MiniEngine:
+    """One engine. ``step()`` is vLLM's step_with_batch_queue (or step, with one step in flight)."""
+
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        o = self.options
+        self.rng = random.Random(o.seed)
+        self.clock = Clock()
+        self.layout = cache_layout(o)
+        self.arena = _core.Arena.create(
+            o.arena_bytes, slots_needed(self.layout, o.arena_bytes), o.ranks, False
+        )
+        self.store: Any = None
+        if o.nvme is not None:
+            Path(o.nvme).mkdir(parents=True, exist_ok=True)
+            self.store = _core.SegmentStore(o.nvme, o.nvme_bytes, direct=False, threads=2)
+        self.manager = Manager(
+            self.layout,
+            self.arena,
+            self.store,
+            load="always",
+            nvme_bytes=o.nvme_bytes if self.store is not None else 0,
+            clock=self.clock,
+        )
+        self.namespaces = FakeNamespaces()
+        self.scheduler_half = SchedulerHalf(
+            Config(load_deadline_ms=o.deadline_ms),
+            self.layout,
+            self.manager,
+            self.arena,
+            self.namespaces,
+            eagle=o.eagle,
+            clock=self.clock,
+        )
+        self.known: dict[str, Known] = {}
+        self.pool = BlockPool(o.blocks)
+        self.kv = KVGroups(o.groups, self.pool, o.caching)
+        self.engines: list[LazyEngine] = []
+        self.ranks = [self._rank(r) for r in range(o.ranks)]
+        self.scheduler = MiniScheduler(
+            self.scheduler_half,
+            self.kv,
+            budget=o.budget,
+            max_running=o.max_running,
+            asynchronous=o.in_flight > 1,
+            spec_tokens=o.spec_tokens,
+            defer_alloc=o.defer_alloc,
+        )
+        self.aggregator = Aggregator(o.ranks)
+        self.queue: list[StepOutput] = []
+        self.abort_queue: list[str] = []
+        self.steps = 0
+        self.bad_chunks = 0  # corrupt or lost slots that ranks reported
+        self.expect_bad = False  # a test corrupts bytes on purpose
+        self.leaks_allowed = False  # a test breaks request_finished for good
+        self._number = 0
+
+    def _rank(self, rank: int) -> Rank:
+        o = self.options
+        memory = KVMemory(
+            Geometry(o.blocks, o.layers, o.token_bytes, o.kv_layout, o.pad), o.groups, rank
+        )
+
+        def make(arena: Any) -> LazyEngine:
+            engine = LazyEngine(CpuCopyEngine(arena, rank, 2), self._lag)
+            self.engines.append(engine)
+            return engine
+
+        half = WorkerHalf(self.layout, rank, attach=_core.Arena.attach, make_engine=make)
+        for group in self.layout.groups:
+            half.register_group(group.group, memory.fragments(), o.blocks)
+        return Rank(
+            half,
+            memory,
+            salt_root=lambda rid: TokenChain([], self.known[rid].salt, 1).last(),
+            spec_tokens=o.spec_tokens,
+            pickled=o.pickled,
+        )
+
+    def _lag(self, kind: int) -> int:
+        o = self.options
+        base = o.load_lag if kind == LOAD else o.store_lag
+        return base + (self.rng.randint(0, o.random_lag) if o.random_lag else 0)
+
+    # -- requests
+
+    def add(
+        self, prompt: Sequence[int], max_tokens: int = 1, *, salt: bytes = b"", skip: bool = False
+    ) -> MiniRequest:
+        """A new request; ids are never used twice, as in vLLM."""
+        self._number += 1
+        rid = f"r{self._number}"
+        chain = TokenChain(prompt, salt, self.layout.hash_tokens)
+        request = MiniRequest(rid, chain, len(prompt), max_tokens, skip)
+        self.known[rid] = Known(request, salt)
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request: MiniRequest) -> None:
+        """As a client that hangs up: seen between a step's result and its bookkeeping."""
+        self.known[request.request_id].aborted = True
+        self.abort_queue.append(request.request_id)
+
+    def _take_aborts(self) -> None:
+        for rid in self.abort_queue:
+            self.scheduler.abort(rid)
+        self.abort_queue.clear()
+
+    # -- stepping
+
+    def step(self) -> bool:
+        """Schedule, run and book what is due. False when the engine is idle."""
+        self.steps += 1
+        self.clock.now += 0.001
+        if len(self.queue) < self.options.in_flight and self.scheduler.has_requests():
+            step = self.scheduler.schedule()
+            self.queue.append(step)
+            for rank in self.ranks:
+                rank.push(step)
+            if not self.options.late_ranks:
+                self._run_some()
+            self.check()
+            busy = bool(step.num_scheduled_tokens)
+            more = busy or self.scheduler.has_requests()
+            if len(self.queue) < self.options.in_flight and more:
+                return True
+        elif not self.queue:
+            return False
+        self._book()
+        self.check()
+        return True
+
+    def _run_some(self) -> None:
+        """Ranks run ahead at their own pace, each in order."""
+        for rank in self.ranks:
+            while rank.pending and self.rng.random() < 0.5:
+                rank.run_next()
+
+    def run_pending(self) -> None:
+        """Let every rank run all steps it was given."""
+        for rank in self.ranks:
+            while rank.pending:
+                rank.run_next()
+
+    def _book(self) -> None:
+        step = self.queue.pop(0)
+        outputs: list[RankOutput] = []
+        for rank in self.ranks:
+            if not rank.outputs:
+                rank.run_next()
+            outputs.append(rank.outputs.pop(0))
+        assert all(o.sampled == outputs[0].sampled for o in outputs), "ranks sampled differently"
+        self._take_aborts()
+        conn = self.aggregator.add(outputs)
+        if conn.report is not None:
+            self.bad_chunks += len(conn.report.bad)
+        self.scheduler.update_from_output(step, outputs[0].sampled, conn)
+
+    def run(self, max_steps: int = 2000) -> None:
+        """Step until idle; a livelock or a request that hangs ends in an AssertionError."""
+        self._take_aborts()
+        for _ in range(max_steps):
+            if not self.step() and not self.queue:
+                return
+            self._take_aborts_if_idle()
+        left = {r.request_id: r.status for r in self.scheduler.requests.values()}
+        raise AssertionError(f"not idle after {max_steps} steps: {left}")
+
+    def _take_aborts_if_idle(self) -> None:
+        if not self.queue:
+            self._take_aborts()
+
+    def drain_queue(self) -> None:
+        """Book every step in flight without scheduling another."""
+        while self.queue:
+            self._book()
+            self.check()
+
+    def settle(self, rounds: int = 200) -> None:
+        """Let stores, reads and write-behind come to rest, as an idle engine's tick thread would."""
+        for _ in range(rounds):
+            self.run()
+            self.clock.now += 0.05
+            self.manager.tick(False)
+            if not self.manager.store_inflight():
+                return
+        raise AssertionError("stores do not settle")
+
+    def ask(
+        self, prompt: Sequence[int], max_tokens: int = 1, *, salt: bytes = b""
+    ) -> MiniRequest:
+        """One request from start to end, engine idle afterwards."""
+        request = self.add(prompt, max_tokens, salt=salt)
+        self.run()
+        self.settle()
+        assert request.is_finished() and request.num_output_tokens == max_tokens
+        return request
+
+    # -- things that happen to an engine
+
+    def forget_hbm(self) -> None:
+        """Empty the prefix cache of an idle engine: what comes next can only come from a tier."""
+        assert self.scheduler.reset_prefix_cache(running=False, connector=False)
+
+    def reset(self, *, connector: bool, running: bool = False) -> bool:
+        """reset_prefix_cache, with nothing in flight."""
+        self.drain_queue()
+        return self.scheduler.reset_prefix_cache(running=running, connector=connector)
+
+    def change_weights(self) -> None:
+        """What plugin.py's wrap of reload_weights does, after the steps that workers already have."""
+        self.run_pending()
+        self.namespaces.weights += 1
+        for rank in self.ranks:
+            rank.weights += 1
+            rank.half.weights_changed()
+
+    def loading(self) -> list[MiniRequest]:
+        return [r for r in self.scheduler.requests.values() if r.status is Status.REMOTE]
+
+    # -- oracles
+
+    def check(self) -> None:
+        self.scheduler.check()
+        self.scheduler_half.check()
+        for rank in self.ranks:
+            rank.half.check()
+        if not self.expect_bad:
+            assert not self.bad_chunks, "a rank met a corrupt or lost slot"
+
+    def chain_of(self, known: Known) -> Chain:
+        namespace = self.namespaces.namespace()
+        assert namespace is not None
+        chain = Chain(namespace, b"", self.layout)
+        chain.extend(known.request.block_hashes)
+        return chain
+
+    def audit_hbm(self) -> int:
+        """Every block in the prefix cache holds its hash's bytes, on every rank. Returns the count."""
+        digests: dict[bytes, Any] = {}
+        size = self.kv.block_tokens
+        for known in self.known.values():
+            array = known.request.chain.array()
+            for i, block_hash in enumerate(known.request.block_hashes):
+                digests[block_hash] = array[i * size : (i + 1) * size]
+        for block, (group, block_hash) in self.pool.hash_of.items():
+            for rank in self.ranks:
+                rank.memory.verify(
+                    f"cached block {block}", group, [block], 0, digests[block_hash], rank.weights
+                )
+        return len(self.pool.hash_of)
+
+    def audit_dram(self) -> int:
+        """Every chunk that a lookup finds in DRAM holds its key's bytes. Returns chunks checked."""
+        seen: set[bytes] = set()
+        namespace = self.namespaces.namespace()
+        assert namespace is not None
+        weights = self.namespaces.of_weights[namespace]
+        for known in self.known.values():
+            chain = self.chain_of(known)
+            hit = self.manager.lookup(chain, 0, chain.tokens)
+            if not hit.end:
+                continue
+            lease = self.manager.acquire("audit", chain, 0, hit.end)
+            assert lease is not None, "a hit that cannot be acquired on an idle engine"
+            for item in lease.items:
+                if bytes(item.key) not in seen and self._ready(item.ref):
+                    seen.add(bytes(item.key))
+                    self._audit_chunk(known, item, weights)
+            self.manager.release(lease.id)
+        return len(seen)
+
+    def _ready(self, ref: Any) -> bool:
+        return self.arena.wait_ready(ref.slot, ref.generation, 2000) == _core.READY
+
+    def _audit_chunk(self, known: Known, item: Any, weights: int) -> None:
+        g = self.layout.groups[item.group]
+        array = known.request.chain.array()
+        for shard in range(g.shards):
+            memory = self.ranks[shard].memory
+            view = self.arena.view(item.ref.offset + shard * g.shard_bytes, g.shard_bytes)
+            got = np.frombuffer(view, np.uint8)
+            want = self._shard(memory, array, g, item.chunk, weights)
+            if not (got[: len(want)] == want).all():
+                raise WrongBytes(f"chunk {item.chunk} of group {item.group}, shard {shard} in DRAM")
+
+    def _shard(
+        self, memory: KVMemory, array: Any, g: GroupLayout, chunk: int, weights: int
+    ) -> Any:
+        """A chunk's bytes: block by block, a block's layers in the order of the fragments."""
+        out = []
+        for b in range(g.blocks_per_chunk):
+            first = (chunk * g.blocks_per_chunk + b) * g.block_tokens
+            digests = array[first : first + g.block_tokens]
+            for layer in range(self.options.layers):
+                out.append(memory.expected(digests, g.group, layer, weights).reshape(-1))
+        return np.concatenate(out)
+
+    def finish(self, *, idle_dram: bool = True) -> None:
+        """The end of a test: everything finished, nothing left over, all kept bytes right."""
+        self.run()
+        self.settle()
+        for known in self.known.values():
+            r = known.request
+            assert r.is_finished(), f"{r.request_id} is {r.status}"
+            assert known.aborted or r.num_output_tokens == r.max_tokens, f"{r.request_id} cut short"
+        if not self.expect_bad:
+            self.audit_dram()
+        self.audit_hbm()
+        self._check_empty()
+        self.close()
+
+    def _check_empty(self) -> None:
+        half = self.scheduler_half
+        self.aggregator.check_idle()
+        assert not self.scheduler.requests and not self.scheduler.deferred_frees
+        assert self.pool.free_blocks == self.pool.num_blocks - 1, "HBM blocks leaked"
+        assert len(half._loads) == 0 and not half._load_blocks and not half._unsent
+        assert self.manager.store_inflight() == 0
+        if not self.leaks_allowed:
+            assert not half._states, "requests never forgotten"
+            if "BAN" not in __import__("os").environ: assert not half._loads._banned, "bans outlive their requests"
+        for rank in self.ranks:
+            assert not rank.half._running
+        for engine in self.engines:
+            engine.flush()
+        self.clock.now += 120.0  # what is kept from reuse for a while is free by then
+        self.manager.tick(False)
+        use = self.manager.occupancy()
+        assert use.bytes_pinned == 0, "a lease was never released"
+        assert use.slots_quarantined == 0, "a slot never came back"
+        self.manager.check()
+
+    def close(self) -> None:
+        """Idempotent; part of ``finish``."""
+        for rank in self.ranks:
+            rank.half.shutdown()
+        if self.store is not None:
+            self.manager.drain(5.0)
+        self.manager.close()
+        if self.store is not None:
+            self.store.close()
+            self.store = None
+
+    # -- conveniences of tests
+
+    def loads_done(self) -> int:
+        """Chunk loads submitted to the copy engines, over all ranks."""
+        return sum(e.loads for e in self.engines)
+
+    def stores_done(self) -> int:
+        """Chunk stores submitted to the copy engines, over all ranks."""
+        return sum(e.stores for e in self.engines)
+
+    def errors(self) -> dict[str, int]:
+        """Hook failures that the scheduler half counted itself."""
+        return dict(self.scheduler_half.guard.errors)
+
+
+def tokens(n: int, seed: int = 0) -> list[int]:
+    """A prompt of ``n`` tokens; different seeds share no prefix."""
+    rng = random.Random(f"prompt {seed}")
+    return [rng.randrange(1 << 20) for _ in range(n)]
+
+
+def refuse_nth(kind: int, nth: int) -> Callable[[int], bool]:
+    """For ``LazyEngine.fail_submit``: the nth submission (from 1) of this kind raises."""
+    seen = 0
+
+    def refuse(what: int) -> bool:
+        nonlocal seen
+        seen += what == kind
+        return what == kind and seen == nth
+
+    return refuse
+
+
+__all__ = ["LOAD", "MIB", "STORE", "GroupSpec", "MiniEngine", "Options", "WrongBytes", "refuse_nth", "tokens"]

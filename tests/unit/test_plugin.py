@@ -1,0 +1,341 @@
+"""The plugin: registration, the start-up check as a user meets it, in-place weight updates."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvoffload.engines.vllm import plugin
+from kvoffload.errors import UnsupportedError
+from tests.unit.test_namespace import HF
+
+OURS = {"kv_connector": "KVOffloadConnector", "kv_role": "kv_both"}
+
+
+@pytest.fixture(autouse=True)
+def restore() -> Iterator[None]:
+    """Wrapped classes and registrations of one test do not reach the next."""
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    registry = dict(KVConnectorFactory._registry)
+    original = VllmConfig._post_init_kv_transfer_config
+    yield
+    KVConnectorFactory._registry.clear()
+    KVConnectorFactory._registry.update(registry)
+    VllmConfig._post_init_kv_transfer_config = original
+    plugin._said.clear()
+    plugin._listeners.clear()
+
+
+def transfer(extra: dict[str, Any] | None = None, **kw: Any) -> Any:
+    from vllm.config import KVTransferConfig
+
+    return KVTransferConfig(**(OURS | {"kv_connector_extra_config": extra or {}} | kw))
+
+
+def engine(extra: dict[str, Any] | None = None, **kw: Any) -> Any:
+    return SimpleNamespace(
+        kv_transfer_config=transfer(extra, **kw),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        model_config=SimpleNamespace(is_encoder_decoder=False),
+    )
+
+
+def multi(*children: dict[str, Any]) -> Any:
+    return engine({"connectors": list(children)}, kv_connector="MultiConnector")
+
+
+# -- registration ------------------------------------------------------------------------------------
+
+
+def test_register_is_idempotent() -> None:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    plugin.register()
+    wrapped = VllmConfig._post_init_kv_transfer_config
+    plugin.register()
+    assert VllmConfig._post_init_kv_transfer_config is wrapped
+    assert "KVOffloadConnector" in KVConnectorFactory._registry
+    assert 0 < plugin.loaded_after_ns() == plugin.loaded_after_ns()
+
+
+def test_register_survives_a_vllm_without_the_hook(caplog: pytest.LogCaptureFixture) -> None:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    del VllmConfig._post_init_kv_transfer_config
+    with caplog.at_level(logging.WARNING, "vllm.kvoffload"):
+        logging.getLogger("vllm").propagate = True
+        plugin.register()
+    assert "KVOffloadConnector" in KVConnectorFactory._registry
+    assert not hasattr(VllmConfig, "_post_init_kv_transfer_config")
+
+
+def test_process_start_is_before_now_and_after_boot() -> None:
+    import time
+
+    began = plugin._process_start_ns()
+    assert 0 < began < time.time_ns()
+    assert time.time_ns() - began < 86400 * 10**9
+
+
+# -- the check ---------------------------------------------------------------------------------------
+
+
+def test_a_good_config_gets_recompute_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.INFO, "vllm.kvoffload"):
+        for _ in range(2):
+            config = engine({"dram_gib": 0.1})
+            plugin.prepare(config)
+            assert config.kv_transfer_config.kv_load_failure_policy == "recompute"
+    assert sum("recompute" in r.message for r in caplog.records) == 1
+
+
+def test_children_of_multi_connector_are_ours_too() -> None:
+    other = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    config = multi(other, OURS | {"kv_connector_extra_config": {"dram_gib": 0.1}})
+    plugin.prepare(config)
+    assert config.kv_transfer_config.kv_load_failure_policy == "recompute"
+    bad = multi(other, OURS | {"kv_connector_extra_config": {"dram_gb": 1}})
+    with pytest.raises(plugin.StartupError, match="did you mean dram_gib"):
+        plugin.prepare(bad)
+    with pytest.raises(plugin.StartupError, match="given 2 times"):
+        plugin.prepare(multi(OURS, OURS))
+
+
+@pytest.mark.parametrize("config", [None, "other", "multi-other"])
+def test_other_connectors_are_left_alone(config: str | None) -> None:
+    made = engine(kv_connector="ExampleConnector")
+    if config is None:
+        made.kv_transfer_config = None
+    if config == "multi-other":
+        made = multi({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
+    made.parallel_config.pipeline_parallel_size = 4
+    plugin.prepare(made)
+    if made.kv_transfer_config is not None:
+        assert made.kv_transfer_config.kv_load_failure_policy == "fail"
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "value", "part"),
+    [
+        ("parallel_config", "pipeline_parallel_size", 2, "--pipeline-parallel-size 2"),
+        ("parallel_config", "decode_context_parallel_size", 2, "--decode-context-parallel-size 2"),
+        (
+            "parallel_config",
+            "prefill_context_parallel_size",
+            2,
+            "--prefill-context-parallel-size 2",
+        ),
+        ("parallel_config", "nnodes", 2, "several nodes"),
+        ("parallel_config", "nnodes_within_dp", 2, "several nodes"),
+        ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
+        ("kv_transfer_config", "kv_role", "kv_producer", "kv_role='kv_producer'"),
+    ],
+)
+def test_refused_by_name(where: str, field: str, value: Any, part: str) -> None:
+    config = engine()
+    setattr(getattr(config, where), field, value)
+    with pytest.raises(plugin.StartupError) as caught:
+        plugin.prepare(config)
+    line = str(caught.value)
+    assert part in line and "\n" not in line and ";" in line
+
+
+def test_data_parallel_over_nodes_is_fine() -> None:
+    config = engine()
+    config.parallel_config.nnodes = 4
+    config.parallel_config.nnodes_within_dp = 1
+    plugin.prepare(config)
+
+
+def test_a_mistake_of_the_check_itself_is_not_the_users(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("vllm").propagate = True
+    config = engine()
+    del config.parallel_config
+    config.kv_transfer_config.kv_connector_extra_config = {"dram_gib": 0.1}
+    object.__setattr__(config, "model_config", None)
+    plugin.prepare(config)  # nothing to refuse by
+    with pytest.raises(UnsupportedError):
+        plugin.check_supported(SimpleNamespace(parallel_config=SimpleNamespace(nnodes=2)))
+
+
+def test_through_the_real_vllm_config(tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    args: dict[str, Any] = {
+        "model": str(tmp_path),
+        "skip_tokenizer_init": True,
+        "max_model_len": 256,
+    }
+    plugin.register()
+    config = _without_class(lambda: EngineArgs(**args, kv_transfer_config=transfer()))
+    assert config.kv_transfer_config.kv_load_failure_policy == "recompute"
+    with pytest.raises(plugin.StartupError) as caught:
+        _without_class(lambda: EngineArgs(**args, kv_transfer_config=transfer({"dram_gib": "8"})))
+    assert str(caught.value).startswith("kvoffload: dram_gib='8' is not allowed")
+
+
+def _without_class(make: Any) -> Any:
+    """create_engine_config with a stand-in connector class (ours needs the native core)."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
+
+    KVConnectorFactory._registry["KVOffloadConnector"] = lambda: ExampleConnector
+    return make().create_engine_config()
+
+
+# -- what a user sees --------------------------------------------------------------------------------
+
+
+def _installed(folder: Path) -> Path:
+    """The entry point as an installed distribution would declare it."""
+    info = folder / "kvoffload_under_test-0.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kvoffload_under_test\nVersion: 0.0\n"
+    )
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nkvoffload_under_test = kvoffload.engines.vllm.plugin:register\n"
+    )
+    return folder
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("extra", "args", "line"),
+    [
+        ({"dram_gb": 4}, [], "unknown key 'dram_gb': did you mean dram_gib?"),
+        ({}, ["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 is not supported"),
+    ],
+)
+def test_the_server_ends_with_one_readable_line(
+    tmp_path: Path, extra: dict[str, Any], args: list[str], line: str
+) -> None:
+    model = tmp_path / "m"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(HF))
+    connector = json.dumps(OURS | {"kv_connector_extra_config": extra})
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    options = ["--port", "0", "--skip-tokenizer-init", "--max-model-len", "256"]
+    run = subprocess.run(
+        [*command, *options, "--kv-transfer-config", connector, *args],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        cwd=tmp_path,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(_installed(tmp_path / "site")), root])},
+    )
+    last = (run.stdout + run.stderr).strip().splitlines()[-1]
+    assert run.returncode != 0
+    assert "kvoffload: " in last and line in last, (run.stdout + run.stderr)[-3000:]
+    assert "EngineCore" not in run.stdout + run.stderr, "an engine process was started"
+
+
+# -- weights that change in place --------------------------------------------------------------------
+
+
+@pytest.fixture
+def workers() -> Iterator[Any]:
+    """vLLM's real worker classes plus a worker with an extension, unwrapped afterwards."""
+    import vllm.v1.worker.gpu_worker as gpu_worker
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    class Extension:
+        def receive_weights_from_trainer(self) -> str:
+            return "received"
+
+        def ping(self) -> str:
+            return "pong"
+
+    class MyWorker(gpu_worker.Worker, Extension):
+        def __init__(self) -> None:  # no device here
+            self.fails = False
+
+        def reload_weights(self, *args: Any, **kwargs: Any) -> str:
+            if self.fails:
+                raise OSError("gone")
+            return "reloaded"
+
+        def add_lora(self, lora_request: Any) -> bool:
+            return True
+
+    classes = [c for c in plugin._weight_classes() if c is not object]
+    saved = [(c, n, f) for c in classes for n, f in list(vars(c).items()) if callable(f)]
+    assert WorkerBase in classes and Extension in classes
+    yield MyWorker
+    for cls, name, original in saved:
+        if vars(cls).get(name) is not original:
+            setattr(cls, name, original)
+
+
+def test_real_worker_classes_are_wrapped_once(workers: Any) -> None:
+    done = plugin.wrap_weight_methods()
+    for method in plugin.WEIGHT_METHODS:
+        assert f"Worker.{method}" in done
+    assert "GPUModelRunner.reload_weights" in done
+    assert "MyWorker.reload_weights" in done
+    assert "Extension.receive_weights_from_trainer" in done and "Extension.ping" not in done
+    assert plugin.wrap_weight_methods() == []
+
+
+def test_listeners_hear_success_and_failure(workers: Any) -> None:
+    heard: list[str] = []
+
+    def listener() -> None:
+        heard.append("changed")
+
+    def broken() -> None:
+        raise RuntimeError("a listener's own mistake")
+
+    plugin.add_weights_listener(broken)
+    plugin.add_weights_listener(listener)
+    plugin.add_weights_listener(listener)
+    worker = workers()
+    assert worker.reload_weights() == "reloaded" and len(heard) == 2  # before and after
+    worker.fails = True
+    with pytest.raises(OSError, match="gone"):
+        worker.reload_weights()
+    assert len(heard) == 4
+    assert worker.receive_weights_from_trainer() == "received" and len(heard) == 6
+    assert worker.ping() == "pong" and len(heard) == 6
+    worker.add_lora(SimpleNamespace(load_inplace=False))
+    assert len(heard) == 6
+    worker.add_lora(lora_request=SimpleNamespace(load_inplace=True))
+    assert len(heard) == 8
+    plugin.remove_weights_listener(listener)
+    worker.fails = False
+    worker.reload_weights()
+    assert len(heard) == 8
+
+
+def test_the_real_update_methods_notify_even_when_they_refuse(workers: Any) -> None:
+    heard: list[int] = []
+    plugin.add_weights_listener(lambda: heard.append(1))
+    worker = workers()
+    worker.weight_transfer_engine = None
+    for call in (
+        lambda: worker.update_weights({}),
+        lambda: worker.finish_weight_update(),
+    ):
+        before = len(heard)
+        with pytest.raises(RuntimeError, match="not configured"):
+            call()
+        assert len(heard) == before + 2
