@@ -238,8 +238,7 @@ class DirectFile:
 
 def cpu_seconds() -> float:
     """User and system seconds of this process, all threads."""
-    times = os.times()
-    return times.user + times.system
+    return time.process_time()
 
 
 # -- processes -------------------------------------------------------------------------------

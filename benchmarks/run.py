@@ -104,7 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     default = getattr(options.module, "QUICK_SYSTEMS", SYSTEMS) if options.quick else SYSTEMS
     systems = chosen or list(default)
     if unknown := sorted(set(systems) - set(SYSTEMS)):
-        print(f"run.py: unknown system {unknown[0]!r}; known: {', '.join(SYSTEMS)}", file=sys.stderr)
+        print(
+            f"run.py: unknown system {unknown[0]!r}; known: {', '.join(SYSTEMS)}", file=sys.stderr
+        )
         return 2
     started = time.time()
     with scratch_dir(options.dir) as scratch, _display() as progress:
@@ -113,7 +115,11 @@ def main(argv: list[str] | None = None) -> int:
             scratch, systems, progress, options.quick, options.lock, options.keep_logs
         )
         body = options.module.run(context, options)
-    shown = {k: v for k, v in vars(options).items() if k not in ("module", "json", "save", "dir", "lock", "keep_logs")}
+    shown = {
+        k: v
+        for k, v in vars(options).items()
+        if k not in ("module", "json", "save", "dir", "lock", "keep_logs")
+    }
     result: Json = {"routine": options.routine, "machine": facts, "commit": commit()}
     result["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
     result["wall_s"] = round(time.time() - started, 1)

@@ -93,7 +93,13 @@ def _lmcache_command(ports: tuple[int, int], storage: Path | None, budget: Budge
     command += ["--l1-init-size-gb", str(math.ceil(budget.dram_gib))]
     command += ["--eviction-policy", "LRU", "--supported-transfer-mode", "auto"]
     command += ["--chunk-size", "256", "--port", str(ports[0]), "--http-port", str(ports[1])]
-    command += ["--http-host", "127.0.0.1", "--disable-observability", "--shm-name", f"kvbench-{uuid.uuid4().hex[:8]}"]
+    command += [
+        "--http-host",
+        "127.0.0.1",
+        "--disable-observability",
+        "--shm-name",
+        f"kvbench-{uuid.uuid4().hex[:8]}",
+    ]
     if storage is not None:
         (storage / "l2").mkdir(parents=True, exist_ok=True)
         adapter = {"type": "fs_native", "base_path": str(storage / "l2"), "num_workers": 4}
@@ -137,9 +143,7 @@ def _lmcache_server(
 
 
 @contextlib.contextmanager
-def running(
-    name: str, storage: Path | None, budget: Budget, scratch: Path
-) -> Iterator[Running]:
+def running(name: str, storage: Path | None, budget: Budget, scratch: Path) -> Iterator[Running]:
     """Settings for one engine life of ``name``; side processes live as long as the block.
 
     ``storage`` (None: DRAM only) outlives the block and is what a restart finds again.

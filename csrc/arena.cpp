@@ -119,6 +119,17 @@ static_assert(sizeof(ArenaHeader) <= kHeaderBytes);
 // -- mapping
 // ----------------------------------------------------------------------------------------
 
+// The kernel accepts MADV_HUGEPAGE on shared memory also where its own switch says it will not act
+// on it ("never", "deny").
+static bool shmem_thp() {
+    char text[128] = {};
+    const int fd = ::open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return false;
+    const ssize_t n = ::read(fd, text, sizeof text - 1);
+    ::close(fd);
+    return n > 0 && !std::strstr(text, "[never]") && !std::strstr(text, "[deny]");
+}
+
 void Arena::map(int fd, uint64_t total, bool hugepages) {
     // Reserve more than needed so that the data area can start on a huge page boundary.
     uint64_t reserve = total + kHuge;
@@ -145,7 +156,7 @@ void Arena::map(int fd, uint64_t total, bool hugepages) {
     data_ = base_ + g.data_at;
     // A core dump must not write tens of GiB of cache; failure to mark it costs only that.
     ::madvise(base_, total, MADV_DONTDUMP);
-    hugepages_ = hugepages && ::madvise(data_, data_bytes_, MADV_HUGEPAGE) == 0;
+    hugepages_ = hugepages && ::madvise(data_, data_bytes_, MADV_HUGEPAGE) == 0 && shmem_thp();
 }
 
 std::shared_ptr<Arena> Arena::create(uint64_t data_bytes, uint32_t max_slots, uint32_t n_ranks,

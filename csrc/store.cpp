@@ -11,349 +11,373 @@
 namespace kvo::store {
 
 namespace {
-const StoreOptions &checked(const StoreOptions &o) {
-  if (!o.threads || o.threads > 256) throw std::invalid_argument("threads must be 1 to 256");
-  return o;
+const StoreOptions& checked(const StoreOptions& o) {
+    if (!o.threads || o.threads > 256) throw std::invalid_argument("threads must be 1 to 256");
+    return o;
 }
 }  // namespace
 
-StoreImpl::StoreImpl(const StoreOptions &o) : opt(checked(o)), dir(opt) {}
+StoreImpl::StoreImpl(const StoreOptions& o) : opt(checked(o)), dir(opt) {}
 
 void StoreImpl::start() {
-  recover();
-  engine = make_thread_engine(opt.threads, faults);
-  keeper_alive = true;
-  keeper_thread = std::thread([self = shared_from_this()] { self->keeper(); });
+    recover();
+    engine = make_thread_engine(opt.threads, faults);
+    keeper_alive = true;
+    keeper_thread = std::thread([self = shared_from_this()] { self->keeper(); });
 }
 
 // ---- index
 
-StoreEntry *StoreImpl::find_live(const Key &key) {
-  auto it = index.find(key);
-  if (it == index.end()) return nullptr;
-  SegState st = it->second.seg->state;
-  if (st == SegState::kRecycling || st == SegState::kGone || it->second.gen != it->second.seg->gen)
-    return nullptr;
-  return &it->second;
+StoreEntry* StoreImpl::find_live(const Key& key) {
+    auto it = index.find(key);
+    if (it == index.end()) return nullptr;
+    SegState st = it->second.seg->state;
+    if (st == SegState::kRecycling || st == SegState::kGone ||
+        it->second.gen != it->second.seg->gen)
+        return nullptr;
+    return &it->second;
 }
 
 void StoreImpl::erase_entry(std::unordered_map<Key, StoreEntry, KeyHash>::iterator it) {
-  payload_bytes -= it->second.len;
-  index.erase(it);
+    payload_bytes -= it->second.len;
+    index.erase(it);
 }
 
-void StoreImpl::publish(StoreSegment &seg, const Record &r) {
-  auto it = index.find(r.key);
-  if (r.type == kDelete) {
-    uint64_t &t = tombs[r.key];
-    t = std::max(t, r.seq);
-    if (it != index.end() && it->second.seq < r.seq) erase_entry(it);
-    return;
-  }
-  if (it != index.end() && find_live(r.key) && it->second.seq >= r.seq) return;
-  if (auto t = tombs.find(r.key); t != tombs.end()) {
-    if (t->second >= r.seq) return;
-  }
-  if (it != index.end()) erase_entry(it);
-  index[r.key] = StoreEntry{&seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth};
-  payload_bytes += r.len;
-  seg.keys.push_back(r.key);
+void StoreImpl::publish(StoreSegment& seg, const Record& r) {
+    auto it = index.find(r.key);
+    if (r.type == kDelete) {
+        uint64_t& t = tombs[r.key];
+        t = std::max(t, r.seq);
+        if (it != index.end() && it->second.seq < r.seq) erase_entry(it);
+        return;
+    }
+    if (it != index.end() && find_live(r.key) && it->second.seq >= r.seq) return;
+    if (auto t = tombs.find(r.key); t != tombs.end()) {
+        if (t->second >= r.seq) return;
+    }
+    if (it != index.end()) erase_entry(it);
+    index[r.key] = StoreEntry{&seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth};
+    payload_bytes += r.len;
+    seg.keys.push_back(r.key);
 }
 
 // Takes a segment's entries out of the index; lets others in between. The state must already keep
 // readers away.
-void StoreImpl::unpublish(StoreSegment &seg, std::unique_lock<std::mutex> &lk) {
-  std::vector<Key> keys = std::move(seg.keys);
-  seg.keys.clear();
-  for (size_t i = 0; i < keys.size(); ++i) {
-    auto it = index.find(keys[i]);
-    if (it != index.end() && it->second.seg == &seg) erase_entry(it);
-    if (i % 512 == 511) {
-      lk.unlock();
-      lk.lock();
+void StoreImpl::unpublish(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
+    std::vector<Key> keys = std::move(seg.keys);
+    seg.keys.clear();
+    for (size_t i = 0; i < keys.size(); ++i) {
+        auto it = index.find(keys[i]);
+        if (it != index.end() && it->second.seg == &seg) erase_entry(it);
+        if (i % 512 == 511) {
+            lk.unlock();
+            lk.lock();
+        }
     }
-  }
 }
 
 uint64_t StoreImpl::next_seq() {
-  last_seq = std::max(last_seq + 1, uint64_t(unix_ns() / 1000));
-  return last_seq;
+    last_seq = std::max(last_seq + 1, uint64_t(unix_ns() / 1000));
+    return last_seq;
 }
 
-void StoreImpl::append_record(StoreSegment &seg, Record r) {
-  r.seq = r.seq ? r.seq : next_seq();
-  r.seg = seg.id;
-  r.gen = seg.gen;
-  seal_record(r, dir.uuid());
-  seg.records.push_back(r);
-  if (records_added++ == records_journalled) {
-    oldest_unwritten = Clock::now();
-    wake_keeper();  // starts its 10 ms
-  } else if (records_added - records_journalled >= kRecordsPerPage) {
-    wake_keeper();
-  }
+void StoreImpl::append_record(StoreSegment& seg, Record r) {
+    r.seq = r.seq ? r.seq : next_seq();
+    r.seg = seg.id;
+    r.gen = seg.gen;
+    seal_record(r, dir.uuid());
+    seg.records.push_back(r);
+    if (records_added++ == records_journalled) {
+        oldest_unwritten = Clock::now();
+        wake_keeper();  // starts its 10 ms
+    } else if (records_added - records_journalled >= kRecordsPerPage) {
+        wake_keeper();
+    }
 }
 
-void StoreImpl::bury(const Key &key) {
-  Record r{};
-  r.type = kDelete;
-  r.key = key;
-  r.seq = next_seq();
-  tombs[key] = r.seq;
-  tomb_queue.push_back(r);
+void StoreImpl::bury(const Key& key) {
+    Record r{};
+    r.type = kDelete;
+    r.key = key;
+    r.seq = next_seq();
+    tombs[key] = r.seq;
+    tomb_queue.push_back(r);
 }
 
 size_t StoreImpl::remove(std::span<const Key> keys) {
-  size_t found = 0;
-  for (const Key &k : keys) {
-    auto it = index.find(k);
-    if (it == index.end()) continue;
-    found += find_live(k) != nullptr;
-    erase_entry(it);
-    bury(k);
-  }
-  if (found) place_tombs();
-  return found;
+    size_t found = 0;
+    for (const Key& k : keys) {
+        auto it = index.find(k);
+        if (it == index.end()) continue;
+        found += find_live(k) != nullptr;
+        erase_entry(it);
+        bury(k);
+    }
+    if (found) place_tombs();
+    return found;
 }
 
 // ---- verify
 
 // 0 good, 1 bad, 2 gone meanwhile, 3 could not be read.
-int StoreImpl::verify_one(const Key &key, const StoreEntry &e, AlignedBuf &buf) {
-  uint64_t pad = round_up(e.len);
-  if (buf.size() < pad) buf = AlignedBuf(pad);
-  int err = 0;
-  size_t done = 0;
-  FilePtr f = file_of(*e.seg, err);
-  if (f) err = read_full(*f, buf.data(), pad, uint64_t(e.off4k) * kBlock, *faults, done);
-  if (!e.seg->own && foreign_gen(*e.seg) != e.gen) return 2;
-  if (!f || err) return 3;
-  if (done < e.len) return 1;
-  return checksum(buf.data(), e.len, seed_of(key.b)) == e.root ? 0 : 1;
+int StoreImpl::verify_one(const Key& key, const StoreEntry& e, AlignedBuf& buf) {
+    uint64_t pad = round_up(e.len);
+    if (buf.size() < pad) buf = AlignedBuf(pad);
+    int err = 0;
+    size_t done = 0;
+    FilePtr f = file_of(*e.seg, err);
+    if (f) err = read_full(*f, buf.data(), pad, uint64_t(e.off4k) * kBlock, *faults, done);
+    if (!e.seg->own && foreign_gen(*e.seg) != e.gen) return 2;
+    if (!f || err) return 3;
+    if (done < e.len) return 1;
+    return checksum(buf.data(), e.len, seed_of(key.b)) == e.root ? 0 : 1;
 }
 
 VerifyReport StoreImpl::verify(bool repair,
-                               const std::function<bool(uint64_t, uint64_t, uint64_t)> &progress) {
-  VerifyReport rep;
-  auto t0 = Clock::now();
-  std::vector<std::pair<Key, StoreEntry>> all;
-  {
-    std::lock_guard lk(mu);
-    if (closed) throw std::invalid_argument("store is closed");
-    if (repair && opt.read_only) throw OsError(EROFS, "chunk store " + dir.path() + ": read only");
-    all.assign(index.begin(), index.end());
-  }
-  std::sort(all.begin(), all.end(), [](auto &a, auto &b) {
-    return std::pair(a.second.seg, a.second.off4k) < std::pair(b.second.seg, b.second.off4k);
-  });
-  AlignedBuf buf;
-  for (size_t i = 0; i < all.size(); ++i) {
-    auto &[key, e] = all[i];
-    if (progress && i % 16 == 0 && !progress(i, all.size(), rep.bytes)) break;
-    std::unique_lock lk(mu);
-    StoreEntry *now = find_live(key);
-    if (closed) break;
-    if (!now || now->seg != e.seg || now->gen != e.gen || now->off4k != e.off4k) continue;
-    ++e.seg->pins;
-    lk.unlock();
-    int res = verify_one(key, e, buf);
-    lk.lock();
-    --e.seg->pins;
-    wake_keeper();
-    done_cv.notify_all();
-    if (res == 2) continue;
-    ++rep.checked;
-    rep.bytes += e.len;
-    if (res == 3) ++n.io_errors;
-    if (res == 1) ++n.corrupt;
-    if (!res) continue;
-    ++rep.bad;
-    if (repair) rep.dropped += remove(std::span(&key, 1));
-  }
-  if (progress) progress(all.size(), all.size(), rep.bytes);
-  rep.seconds = std::chrono::duration<double>(Clock::now() - t0).count();
-  return rep;
+                               const std::function<bool(uint64_t, uint64_t, uint64_t)>& progress) {
+    VerifyReport rep;
+    auto t0 = Clock::now();
+    std::vector<std::pair<Key, StoreEntry>> all;
+    {
+        std::lock_guard lk(mu);
+        if (closed) throw std::invalid_argument("store is closed");
+        if (repair && opt.read_only)
+            throw OsError(EROFS, "chunk store " + dir.path() + ": read only");
+        all.assign(index.begin(), index.end());
+    }
+    std::sort(all.begin(), all.end(), [](auto& a, auto& b) {
+        return std::pair(a.second.seg, a.second.off4k) < std::pair(b.second.seg, b.second.off4k);
+    });
+    AlignedBuf buf;
+    for (size_t i = 0; i < all.size(); ++i) {
+        auto& [key, e] = all[i];
+        if (progress && i % 16 == 0 && !progress(i, all.size(), rep.bytes)) break;
+        std::unique_lock lk(mu);
+        StoreEntry* now = find_live(key);
+        if (closed) break;
+        if (!now || now->seg != e.seg || now->gen != e.gen || now->off4k != e.off4k) continue;
+        ++e.seg->pins;
+        lk.unlock();
+        int res = verify_one(key, e, buf);
+        lk.lock();
+        --e.seg->pins;
+        wake_keeper();
+        done_cv.notify_all();
+        if (res == 2) continue;
+        ++rep.checked;
+        rep.bytes += e.len;
+        if (res == 3) ++n.io_errors;
+        if (res == 1) ++n.corrupt;
+        if (!res) continue;
+        ++rep.bad;
+        if (repair) rep.dropped += remove(std::span(&key, 1));
+    }
+    if (progress) progress(all.size(), all.size(), rep.bytes);
+    rep.seconds = std::chrono::duration<double>(Clock::now() - t0).count();
+    return rep;
 }
 
 // ---- check
 
 namespace {
-void must(bool ok, const std::string &what) {
-  if (!ok) throw CheckError("segment store: " + what);
+void must(bool ok, const std::string& what) {
+    if (!ok) throw CheckError("segment store: " + what);
 }
 }  // namespace
 
 void StoreImpl::check() const {
-  std::lock_guard lk(mu);
-  uint64_t sum = 0, waiting = 0, recs = 0, journalled = 0;
-  std::vector<std::array<uint64_t, 3>> extents;
-  std::unordered_map<const StoreSegment *, uint64_t> rank;
-  for (auto &s : segments) {
-    rank.emplace(s.get(), rank.size());
-    must(s->state != SegState::kOpen || s.get() == open, "an OPEN segment is not the open one");
-    must(s->state != SegState::kClean || s.get() == clean, "a CLEAN segment is not the clean one");
-    must(s->records.size() <= s->reserved, "more records than were reserved");
-    must(s->journalled <= s->records.size(), "journal is ahead of the records");
-    bool writing = s->state == SegState::kOpen || s->state == SegState::kFull;
-    must(!writing || s->tail + footer_bytes(s->reserved) <= s->bytes, "no room left for the footer");
-    recs += s->records.size();
-    journalled += s->journalled;
-  }
-  must(!open || (open->own && open->state == SegState::kOpen), "open segment's state");
-  must(!clean || (clean->own && clean->state == SegState::kClean), "clean segment's state");
-  for (auto &[key, e] : index) {
-    sum += e.len;
-    auto r = rank.find(e.seg);
-    must(r != rank.end(), "entry of an unknown segment");
-    must(e.len > 0 && e.off4k > 0, "entry without bytes");
-    if (e.gen != e.seg->gen || e.seg->state == SegState::kRecycling) continue;
-    must(e.seg->state != SegState::kGone && e.seg->state != SegState::kClean, "entry of a dead segment");
-    uint64_t off = uint64_t(e.off4k) * kBlock;
-    must(off + round_up(e.len) <= e.seg->bytes, "entry outside its segment");
-    must(e.seg != open || off + e.len <= open->tail, "entry behind the tail");
-    extents.push_back({r->second, off, off + round_up(e.len)});
-  }
-  must(sum == payload_bytes, "payload bytes");
-  std::sort(extents.begin(), extents.end());
-  for (size_t i = 1; i < extents.size(); ++i)
-    must(extents[i][0] != extents[i - 1][0] || extents[i][1] >= extents[i - 1][2], "entries overlap");
-  for (auto &w : put_queue) {
-    waiting += w.it.nbytes;
-    must(pending.count(w.it.key) == 1, "queued put is not pending");
-  }
-  must(waiting <= queued, "queued bytes");
-  must(queued > 0 || pending.empty(), "pending puts without bytes");
-  must(put_tickets.size() == ticket_of.size(), "put tickets");
-  must(records_journalled + (recs - journalled) >= records_added || killed, "records lost track of");
+    std::lock_guard lk(mu);
+    uint64_t sum = 0, waiting = 0, recs = 0, journalled = 0;
+    std::vector<std::array<uint64_t, 3>> extents;
+    std::unordered_map<const StoreSegment*, uint64_t> rank;
+    for (auto& s : segments) {
+        rank.emplace(s.get(), rank.size());
+        must(s->state != SegState::kOpen || s.get() == open, "an OPEN segment is not the open one");
+        must(s->state != SegState::kClean || s.get() == clean,
+             "a CLEAN segment is not the clean one");
+        must(s->records.size() <= s->reserved, "more records than were reserved");
+        must(s->journalled <= s->records.size(), "journal is ahead of the records");
+        bool writing = s->state == SegState::kOpen || s->state == SegState::kFull;
+        must(!writing || s->tail + footer_bytes(s->reserved) <= s->bytes,
+             "no room left for the footer");
+        recs += s->records.size();
+        journalled += s->journalled;
+    }
+    must(!open || (open->own && open->state == SegState::kOpen), "open segment's state");
+    must(!clean || (clean->own && clean->state == SegState::kClean), "clean segment's state");
+    for (auto& [key, e] : index) {
+        sum += e.len;
+        auto r = rank.find(e.seg);
+        must(r != rank.end(), "entry of an unknown segment");
+        must(e.len > 0 && e.off4k > 0, "entry without bytes");
+        if (e.gen != e.seg->gen || e.seg->state == SegState::kRecycling) continue;
+        must(e.seg->state != SegState::kGone && e.seg->state != SegState::kClean,
+             "entry of a dead segment");
+        uint64_t off = uint64_t(e.off4k) * kBlock;
+        must(off + round_up(e.len) <= e.seg->bytes, "entry outside its segment");
+        must(e.seg != open || off + e.len <= open->tail, "entry behind the tail");
+        extents.push_back({r->second, off, off + round_up(e.len)});
+    }
+    must(sum == payload_bytes, "payload bytes");
+    std::sort(extents.begin(), extents.end());
+    for (size_t i = 1; i < extents.size(); ++i)
+        must(extents[i][0] != extents[i - 1][0] || extents[i][1] >= extents[i - 1][2],
+             "entries overlap");
+    for (auto& w : put_queue) {
+        waiting += w.it.nbytes;
+        must(pending.count(w.it.key) == 1, "queued put is not pending");
+    }
+    must(waiting <= queued, "queued bytes");
+    must(queued > 0 || pending.empty(), "pending puts without bytes");
+    must(put_tickets.size() == ticket_of.size(), "put tickets");
+    must(records_journalled + (recs - journalled) >= records_added || killed,
+         "records lost track of");
 }
 
 // ---- surface
 
-SegmentStore::SegmentStore(const StoreOptions &opt) : s_(std::make_shared<StoreImpl>(opt)) {
-  s_->start();
+SegmentStore::SegmentStore(const StoreOptions& opt) : s_(std::make_shared<StoreImpl>(opt)) {
+    s_->start();
 }
-SegmentStore::~SegmentStore() { s_->close(5000, false); }
+SegmentStore::~SegmentStore() {
+    s_->close(5000, false);
+}
 
-std::string SegmentStore::path() const { return s_->dir.path(); }
-std::string SegmentStore::writer_dir() const { return s_->dir.writer_path(); }
+std::string SegmentStore::path() const {
+    return s_->dir.path();
+}
+std::string SegmentStore::writer_dir() const {
+    return s_->dir.writer_path();
+}
 
 void SegmentStore::put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items,
                        uint32_t ns) {
-  s_->submit_put(job, std::move(arena), items, ns);
+    s_->submit_put(job, std::move(arena), items, ns);
 }
 void SegmentStore::get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items) {
-  s_->submit_get(job, std::move(arena), items);
+    s_->submit_get(job, std::move(arena), items);
 }
 
 std::vector<StoreDone> SegmentStore::poll() {
-  std::lock_guard lk(s_->mu);
-  std::vector<StoreDone> out;
-  for (auto &j : s_->finished) {
-    out.push_back({j->id, j->kind, j->results, j->nbytes, j->ns});
-    s_->jobs.erase(j->id);
-  }
-  s_->finished.clear();
-  return out;
+    std::lock_guard lk(s_->mu);
+    std::vector<StoreDone> out;
+    for (auto& j : s_->finished) {
+        out.push_back({j->id, j->kind, j->results, j->nbytes, j->ns});
+        s_->jobs.erase(j->id);
+    }
+    s_->finished.clear();
+    return out;
 }
 
 bool SegmentStore::wait(int64_t id, int timeout_ms) {
-  std::unique_lock lk(s_->mu);
-  auto it = s_->jobs.find(id);
-  if (it == s_->jobs.end()) return true;
-  StoreJobPtr job = it->second;
-  return s_->done_cv.wait_for(lk, std::chrono::milliseconds(timeout_ms), [&] { return job->done; });
+    std::unique_lock lk(s_->mu);
+    auto it = s_->jobs.find(id);
+    if (it == s_->jobs.end()) return true;
+    StoreJobPtr job = it->second;
+    return s_->done_cv.wait_for(lk, std::chrono::milliseconds(timeout_ms),
+                                [&] { return job->done; });
 }
 
-void SegmentStore::contains(std::span<const Key> keys, uint8_t *out) {
-  std::lock_guard lk(s_->mu);
-  bool missed = false;
-  for (size_t i = 0; i < keys.size(); ++i) {
-    out[i] = !s_->closed && s_->find_live(keys[i]) != nullptr;
-    missed |= !out[i];
-  }
-  if (missed && !s_->miss_hint) {
-    s_->miss_hint = true;
-    s_->wake_keeper();
-  }
+void SegmentStore::contains(std::span<const Key> keys, uint8_t* out) {
+    std::lock_guard lk(s_->mu);
+    bool missed = false;
+    for (size_t i = 0; i < keys.size(); ++i) {
+        out[i] = !s_->closed && s_->find_live(keys[i]) != nullptr;
+        missed |= !out[i];
+    }
+    if (missed && !s_->miss_hint) {
+        s_->miss_hint = true;
+        s_->wake_keeper();
+    }
 }
 
-int64_t SegmentStore::length(const Key &key) {
-  std::lock_guard lk(s_->mu);
-  StoreEntry *e = s_->find_live(key);
-  return e && !s_->closed ? int64_t(e->len) : -1;
+int64_t SegmentStore::length(const Key& key) {
+    std::lock_guard lk(s_->mu);
+    StoreEntry* e = s_->find_live(key);
+    return e && !s_->closed ? int64_t(e->len) : -1;
 }
 
 size_t SegmentStore::remove(std::span<const Key> keys) {
-  std::lock_guard lk(s_->mu);
-  if (s_->closed) throw std::invalid_argument("store is closed");
-  if (s_->opt.read_only) throw OsError(EROFS, "chunk store " + s_->dir.path() + ": read only");
-  return s_->remove(keys);
+    std::lock_guard lk(s_->mu);
+    if (s_->closed) throw std::invalid_argument("store is closed");
+    if (s_->opt.read_only) throw OsError(EROFS, "chunk store " + s_->dir.path() + ": read only");
+    return s_->remove(keys);
 }
 
 uint64_t SegmentStore::queued_bytes() const {
-  std::lock_guard lk(s_->mu);
-  return s_->queued;
+    std::lock_guard lk(s_->mu);
+    return s_->queued;
 }
 
-bool SegmentStore::flush(int timeout_ms) { return s_->flush(timeout_ms); }
+bool SegmentStore::flush(int timeout_ms) {
+    return s_->flush(timeout_ms);
+}
 
 std::map<std::string, double> SegmentStore::stats() const {
-  std::lock_guard lk(s_->mu);
-  const StoreCounters &n = s_->n;
-  uint64_t count = 0;
-  std::set<uint32_t> writers;
-  for (auto &s : s_->segments) {
-    if (s->state == SegState::kGone) continue;
-    ++count;
-    writers.insert(s->writer);
-  }
-  return {{"entries", double(s_->index.size())},
-          {"payload_bytes", double(s_->payload_bytes)},
-          {"bytes_used", double(s_->charged)},
-          {"bytes_max", double(s_->dir.max_bytes())},
-          {"segment_bytes", double(s_->dir.segment_bytes())},
-          {"segments", double(count)},
-          {"writers", double(writers.size())},
-          {"puts", double(n.puts)},
-          {"gets", double(n.gets)},
-          {"hits", double(n.hits)},
-          {"misses", double(n.misses)},
-          {"corrupt", double(n.corrupt)},
-          {"io_errors", double(n.io_errors)},
-          {"no_space", double(n.no_space)},
-          {"dropped", double(n.dropped)},
-          {"bytes_written", double(n.bytes_written)},
-          {"bytes_read", double(n.bytes_read)},
-          {"journal_bytes", double(n.journal_bytes)},
-          {"sealed_segments", double(n.sealed_segments)},
-          {"recycled_segments", double(n.recycled_segments)},
-          {"recovered_entries", double(n.recovered_entries)},
-          {"recover_ms", s_->recover_ms},
-          {"queued_bytes", double(s_->queued)}};
+    std::lock_guard lk(s_->mu);
+    const StoreCounters& n = s_->n;
+    uint64_t count = 0;
+    std::set<uint32_t> writers;
+    for (auto& s : s_->segments) {
+        if (s->state == SegState::kGone) continue;
+        ++count;
+        writers.insert(s->writer);
+    }
+    return {{"entries", double(s_->index.size())},
+            {"payload_bytes", double(s_->payload_bytes)},
+            {"bytes_used", double(s_->charged)},
+            {"bytes_max", double(s_->dir.max_bytes())},
+            {"segment_bytes", double(s_->dir.segment_bytes())},
+            {"segments", double(count)},
+            {"writers", double(writers.size())},
+            {"puts", double(n.puts)},
+            {"gets", double(n.gets)},
+            {"hits", double(n.hits)},
+            {"misses", double(n.misses)},
+            {"corrupt", double(n.corrupt)},
+            {"io_errors", double(n.io_errors)},
+            {"no_space", double(n.no_space)},
+            {"dropped", double(n.dropped)},
+            {"bytes_written", double(n.bytes_written)},
+            {"bytes_read", double(n.bytes_read)},
+            {"journal_bytes", double(n.journal_bytes)},
+            {"sealed_segments", double(n.sealed_segments)},
+            {"recycled_segments", double(n.recycled_segments)},
+            {"recovered_entries", double(n.recovered_entries)},
+            {"recover_ms", s_->recover_ms},
+            {"queued_bytes", double(s_->queued)}};
 }
 
 std::vector<ListedChunk> SegmentStore::ls(size_t limit) const {
-  std::vector<ListedChunk> out;
-  {
-    std::lock_guard lk(s_->mu);
-    out.reserve(s_->index.size());
-    for (auto &[k, e] : s_->index)
-      out.push_back({k, e.ns, e.depth, e.len, e.seg->writer, e.seg->id, e.seq});
-  }
-  size_t keep = limit ? std::min(limit, out.size()) : out.size();
-  std::partial_sort(out.begin(), out.begin() + ptrdiff_t(keep), out.end(),
-                    [](auto &a, auto &b) { return a.seq > b.seq; });
-  out.resize(keep);
-  return out;
+    std::vector<ListedChunk> out;
+    {
+        std::lock_guard lk(s_->mu);
+        out.reserve(s_->index.size());
+        for (auto& [k, e] : s_->index)
+            out.push_back({k, e.ns, e.depth, e.len, e.seg->writer, e.seg->id, e.seq});
+    }
+    size_t keep = limit ? std::min(limit, out.size()) : out.size();
+    std::partial_sort(out.begin(), out.begin() + ptrdiff_t(keep), out.end(),
+                      [](auto& a, auto& b) { return a.seq > b.seq; });
+    out.resize(keep);
+    return out;
 }
 
 VerifyReport SegmentStore::verify(
-    bool repair, const std::function<bool(uint64_t, uint64_t, uint64_t)> &progress) {
-  return s_->verify(repair, progress);
+    bool repair, const std::function<bool(uint64_t, uint64_t, uint64_t)>& progress) {
+    return s_->verify(repair, progress);
 }
-void SegmentStore::inject(const std::string &what, int every) { s_->faults->set(what, every); }
-void SegmentStore::check() const { s_->check(); }
-bool SegmentStore::close(int timeout_ms) { return s_->close(timeout_ms, false); }
-void SegmentStore::abandon() { s_->close(1000, true); }
+void SegmentStore::inject(const std::string& what, int every) {
+    s_->faults->set(what, every);
+}
+void SegmentStore::check() const {
+    s_->check();
+}
+bool SegmentStore::close(int timeout_ms) {
+    return s_->close(timeout_ms, false);
+}
+void SegmentStore::abandon() {
+    s_->close(1000, true);
+}
 
 }  // namespace kvo::store

@@ -1,8 +1,8 @@
 // Log-structured chunk store in one directory; format and protocol: docs/format.md.
 //
 // Thread rules: every method is safe from any thread. Submits (put*, get*), poll, contains, length,
-// remove, stats and ls never do I/O and are O(items passed); the constructor, wait, flush, verify and
-// close block. Work runs on native threads; no failure of theirs is ever an exception.
+// remove, stats and ls never do I/O and are O(items passed); the constructor, wait, flush, verify
+// and close block. Work runs on native threads; no failure of theirs is ever an exception.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -19,79 +19,87 @@
 namespace kvo::store {
 
 // Same numbers as kvoffload.types.StoreResult.
-enum StoreResult : uint8_t { kOk = 0, kMiss = 1, kCorrupt = 2, kIoError = 3, kNoSpace = 4, kDropped = 5 };
+enum StoreResult : uint8_t {
+    kOk = 0,
+    kMiss = 1,
+    kCorrupt = 2,
+    kIoError = 3,
+    kNoSpace = 4,
+    kDropped = 5
+};
 
 struct StoreDone {
-  int64_t job;
-  int kind;  // 0 put, 1 get
-  std::vector<uint8_t> results;
-  uint64_t nbytes;
-  int64_t ns;
+    int64_t job;
+    int kind;  // 0 put, 1 get
+    std::vector<uint8_t> results;
+    uint64_t nbytes;
+    int64_t ns;
 };
 
 // One key's memory: a slot of an arena, or a plain buffer of the caller's (alive until the job is
 // done). Reads write to `data`, puts only read it.
 struct StoreItem {
-  Key key;
-  uint8_t *data;
-  uint64_t nbytes;
-  uint64_t *leaves = nullptr;  // arena slots only
-  uint32_t slot = 0;
-  uint64_t generation = 0;
-  uint32_t depth = 0;
+    Key key;
+    uint8_t* data;
+    uint64_t nbytes;
+    uint64_t* leaves = nullptr;  // arena slots only
+    uint32_t slot = 0;
+    uint64_t generation = 0;
+    uint32_t depth = 0;
 };
 
 struct ListedChunk {
-  Key key;
-  uint32_t ns, depth;
-  uint64_t nbytes;
-  uint32_t writer, seg;
-  uint64_t seq;
+    Key key;
+    uint32_t ns, depth;
+    uint64_t nbytes;
+    uint32_t writer, seg;
+    uint64_t seq;
 };
 
 struct VerifyReport {
-  uint64_t checked = 0, bad = 0, bytes = 0, dropped = 0;
-  double seconds = 0;
+    uint64_t checked = 0, bad = 0, bytes = 0, dropped = 0;
+    double seconds = 0;
 };
 
 struct StoreImpl;
 
 class SegmentStore {
- public:
-  // Throws OsError (one line naming the path), std::invalid_argument.
-  explicit SegmentStore(const StoreOptions &opt);
-  ~SegmentStore();  // close()
-  SegmentStore(const SegmentStore &) = delete;
-  SegmentStore &operator=(const SegmentStore &) = delete;
+  public:
+    // Throws OsError (one line naming the path), std::invalid_argument.
+    explicit SegmentStore(const StoreOptions& opt);
+    ~SegmentStore();  // close()
+    SegmentStore(const SegmentStore&) = delete;
+    SegmentStore& operator=(const SegmentStore&) = delete;
 
-  std::string path() const;
-  std::string writer_dir() const;
+    std::string path() const;
+    std::string writer_dir() const;
 
-  // Throw std::invalid_argument on a job id in use or a closed store, OsError(EROFS) when read only.
-  // `arena` is null for plain buffers.
-  void put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items, uint32_t ns);
-  void get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items);
-  std::vector<StoreDone> poll();
-  bool wait(int64_t job, int timeout_ms);
+    // Throw std::invalid_argument on a job id in use or a closed store, OsError(EROFS) when read
+    // only. `arena` is null for plain buffers.
+    void put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items, uint32_t ns);
+    void get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items);
+    std::vector<StoreDone> poll();
+    bool wait(int64_t job, int timeout_ms);
 
-  void contains(std::span<const Key> keys, uint8_t *out);
-  int64_t length(const Key &key);
-  size_t remove(std::span<const Key> keys);
-  uint64_t queued_bytes() const;
-  bool flush(int timeout_ms);
-  std::map<std::string, double> stats() const;
-  std::vector<ListedChunk> ls(size_t limit) const;
-  // `progress(done, total, bytes)` is called now and then; false from it stops early.
-  VerifyReport verify(bool repair, const std::function<bool(uint64_t, uint64_t, uint64_t)> &progress);
-  void inject(const std::string &what, int every);
-  void check() const;  // throws CheckError
-  // True when all threads ended; false: something hangs, and what it holds stays alive with it.
-  bool close(int timeout_ms);
-  // Test hook: stop as a kill would, nothing flushed, journalled or sealed.
-  void abandon();
+    void contains(std::span<const Key> keys, uint8_t* out);
+    int64_t length(const Key& key);
+    size_t remove(std::span<const Key> keys);
+    uint64_t queued_bytes() const;
+    bool flush(int timeout_ms);
+    std::map<std::string, double> stats() const;
+    std::vector<ListedChunk> ls(size_t limit) const;
+    // `progress(done, total, bytes)` is called now and then; false from it stops early.
+    VerifyReport verify(bool repair,
+                        const std::function<bool(uint64_t, uint64_t, uint64_t)>& progress);
+    void inject(const std::string& what, int every);
+    void check() const;  // throws CheckError
+    // True when all threads ended; false: something hangs, and what it holds stays alive with it.
+    bool close(int timeout_ms);
+    // Test hook: stop as a kill would, nothing flushed, journalled or sealed.
+    void abandon();
 
- private:
-  std::shared_ptr<StoreImpl> s_;
+  private:
+    std::shared_ptr<StoreImpl> s_;
 };
 
 }  // namespace kvo::store

@@ -21,460 +21,477 @@
 namespace kvo::store {
 namespace {
 
-constexpr const char *kManifest = "MANIFEST";
-constexpr const char *kManifestTmp = "MANIFEST.tmp";
-constexpr const char *kTitle = "kvoffload chunk store";
+constexpr const char* kManifest = "MANIFEST";
+constexpr const char* kManifestTmp = "MANIFEST.tmp";
+constexpr const char* kTitle = "kvoffload chunk store";
 constexpr uint32_t kMaxWriters = 256;
 
-bool parse_hex(const std::string &s, Uuid &out) {
-  if (s.size() != 32) return false;
-  for (size_t i = 0; i < 16; ++i) {
-    unsigned v;
-    if (std::sscanf(s.c_str() + 2 * i, "%2x", &v) != 1) return false;
-    out[i] = uint8_t(v);
-  }
-  return true;
+bool parse_hex(const std::string& s, Uuid& out) {
+    if (s.size() != 32) return false;
+    for (size_t i = 0; i < 16; ++i) {
+        unsigned v;
+        if (std::sscanf(s.c_str() + 2 * i, "%2x", &v) != 1) return false;
+        out[i] = uint8_t(v);
+    }
+    return true;
 }
 
 // Strictly digits, so that "w01", "w-1" or "seg-1.kv.bak" are never ours.
-std::optional<uint64_t> number_in(const std::string &name, const std::string &prefix,
-                                  const std::string &suffix, size_t min_digits) {
-  if (name.size() < prefix.size() + suffix.size() + 1 || name.rfind(prefix, 0) != 0) return {};
-  if (name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) return {};
-  std::string d = name.substr(prefix.size(), name.size() - prefix.size() - suffix.size());
-  if (d.size() < min_digits || d.size() > 10 || d.find_first_not_of("0123456789") != d.npos) return {};
-  if (d.size() > min_digits && d[0] == '0') return {};
-  uint64_t v = std::stoull(d);
-  return v < (uint64_t{1} << 32) ? std::optional(v) : std::nullopt;
+std::optional<uint64_t> number_in(const std::string& name, const std::string& prefix,
+                                  const std::string& suffix, size_t min_digits) {
+    if (name.size() < prefix.size() + suffix.size() + 1 || name.rfind(prefix, 0) != 0) return {};
+    if (name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) return {};
+    std::string d = name.substr(prefix.size(), name.size() - prefix.size() - suffix.size());
+    if (d.size() < min_digits || d.size() > 10 || d.find_first_not_of("0123456789") != d.npos)
+        return {};
+    if (d.size() > min_digits && d[0] == '0') return {};
+    uint64_t v = std::stoull(d);
+    return v < (uint64_t{1} << 32) ? std::optional(v) : std::nullopt;
 }
 
-void each_entry(int dirfd, const std::function<void(const std::string &)> &fn) {
-  int fd = ::openat(dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0) return;
-  DIR *d = ::fdopendir(fd);
-  if (!d) {
-    ::close(fd);
-    return;
-  }
-  while (dirent *e = ::readdir(d)) {
-    std::string name = e->d_name;
-    if (name != "." && name != "..") fn(name);
-  }
-  ::closedir(d);
+void each_entry(int dirfd, const std::function<void(const std::string&)>& fn) {
+    int fd = ::openat(dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return;
+    DIR* d = ::fdopendir(fd);
+    if (!d) {
+        ::close(fd);
+        return;
+    }
+    while (dirent* e = ::readdir(d)) {
+        std::string name = e->d_name;
+        if (name != "." && name != "..") fn(name);
+    }
+    ::closedir(d);
 }
 
-int64_t mtime_of(const struct stat &st) {
-  return int64_t(st.st_mtim.tv_sec) * 1000000000 + st.st_mtim.tv_nsec;
+int64_t mtime_of(const struct stat& st) {
+    return int64_t(st.st_mtim.tv_sec) * 1000000000 + st.st_mtim.tv_nsec;
 }
 
 std::string octal(unsigned mode) {
-  char buf[16];
-  std::snprintf(buf, sizeof buf, "%04o", mode & 07777);
-  return buf;
+    char buf[16];
+    std::snprintf(buf, sizeof buf, "%04o", mode & 07777);
+    return buf;
 }
 
 // "" or why a directory or file must not be used.
-std::string bad_owner(int fd, const std::string &shown, bool dir) {
-  struct stat st;
-  if (::fstat(fd, &st) != 0) return "cannot be examined";
-  if (!dir && !S_ISREG(st.st_mode)) return "not a regular file";
-  if (st.st_uid != ::geteuid())
-    return "owned by uid " + std::to_string(st.st_uid) + ", not by us (uid " +
-           std::to_string(::geteuid()) + ")";
-  if (st.st_mode & 077)
-    return "mode is " + octal(st.st_mode) + ", others could reach it (chmod " +
-           (dir ? "700 " : "600 ") + shown + ")";
-  return "";
+std::string bad_owner(int fd, const std::string& shown, bool dir) {
+    struct stat st;
+    if (::fstat(fd, &st) != 0) return "cannot be examined";
+    if (!dir && !S_ISREG(st.st_mode)) return "not a regular file";
+    if (st.st_uid != ::geteuid())
+        return "owned by uid " + std::to_string(st.st_uid) + ", not by us (uid " +
+               std::to_string(::geteuid()) + ")";
+    if (st.st_mode & 077)
+        return "mode is " + octal(st.st_mode) + ", others could reach it (chmod " +
+               (dir ? "700 " : "600 ") + shown + ")";
+    return "";
 }
 
 }  // namespace
 
 Fd::~Fd() {
-  if (fd_ >= 0) ::close(fd_);
+    if (fd_ >= 0) ::close(fd_);
 }
 
 PathLock::PathLock(int dirfd, int timeout_ms) : fd_(dirfd) {
-  for (int waited = 0;; waited += 2) {
-    if (::flock(fd_, LOCK_EX | LOCK_NB) == 0) {
-      held_ = true;
-      return;
+    for (int waited = 0;; waited += 2) {
+        if (::flock(fd_, LOCK_EX | LOCK_NB) == 0) {
+            held_ = true;
+            return;
+        }
+        if (errno != EWOULDBLOCK && errno != EINTR) return;
+        if (waited >= timeout_ms) return;
+        ::usleep(2000);
     }
-    if (errno != EWOULDBLOCK && errno != EINTR) return;
-    if (waited >= timeout_ms) return;
-    ::usleep(2000);
-  }
 }
 PathLock::~PathLock() {
-  if (held_) ::flock(fd_, LOCK_UN);
+    if (held_) ::flock(fd_, LOCK_UN);
 }
 
 std::string segment_name(uint32_t id) {
-  char buf[32];
-  std::snprintf(buf, sizeof buf, "seg-%05u.kv", id);
-  return buf;
+    char buf[32];
+    std::snprintf(buf, sizeof buf, "seg-%05u.kv", id);
+    return buf;
 }
-std::string journal_name(uint64_t epoch) { return "journal-" + std::to_string(epoch); }
+std::string journal_name(uint64_t epoch) {
+    return "journal-" + std::to_string(epoch);
+}
 
 int64_t unix_ns() {
-  timespec ts;
-  ::clock_gettime(CLOCK_REALTIME, &ts);
-  return int64_t(ts.tv_sec) * 1000000000 + ts.tv_nsec;
+    timespec ts;
+    ::clock_gettime(CLOCK_REALTIME, &ts);
+    return int64_t(ts.tv_sec) * 1000000000 + ts.tv_nsec;
 }
 
 uint64_t auto_segment_bytes(uint64_t max_bytes) {
-  uint64_t s = 256 << 20;
-  while (s > max_bytes / 8 && s > (8 << 20)) s /= 2;
-  return std::min(s, max_bytes / 4 / kBlock * kBlock);
+    uint64_t s = 256 << 20;
+    while (s > max_bytes / 8 && s > (8 << 20)) s /= 2;
+    return std::min(s, max_bytes / 4 / kBlock * kBlock);
 }
 
-std::string manifest_text(const Manifest &m) {
-  char hex[33];
-  for (size_t i = 0; i < 16; ++i) std::snprintf(hex + 2 * i, 3, "%02x", m.uuid[i]);
-  std::string t = std::string(kTitle) + "\nformat " + std::to_string(kFormatVersion) + "\nuuid " + hex +
-                  "\nsegment_bytes " + std::to_string(m.segment_bytes) + "\nmax_bytes " +
-                  std::to_string(m.max_bytes) + "\n";
-  char crc[24];
-  std::snprintf(crc, sizeof crc, "crc32c %08x\n", crc32c(t.data(), t.size()));
-  return t + crc;
+std::string manifest_text(const Manifest& m) {
+    char hex[33];
+    for (size_t i = 0; i < 16; ++i) std::snprintf(hex + 2 * i, 3, "%02x", m.uuid[i]);
+    std::string t = std::string(kTitle) + "\nformat " + std::to_string(kFormatVersion) + "\nuuid " +
+                    hex + "\nsegment_bytes " + std::to_string(m.segment_bytes) + "\nmax_bytes " +
+                    std::to_string(m.max_bytes) + "\n";
+    char crc[24];
+    std::snprintf(crc, sizeof crc, "crc32c %08x\n", crc32c(t.data(), t.size()));
+    return t + crc;
 }
 
-ManifestError parse_manifest(const std::string &text, Manifest &out, unsigned &version) {
-  version = 0;
-  std::string head = std::string(kTitle) + "\nformat ";
-  if (text.rfind(head, 0) != 0) return ManifestError::kForeign;
-  if (std::sscanf(text.c_str() + head.size(), "%u", &version) != 1) return ManifestError::kDamaged;
-  if (version > kFormatVersion) return ManifestError::kNewer;
-  char uuid[33] = {};
-  unsigned long long seg = 0, max = 0;
-  if (std::sscanf(text.c_str() + head.size(), "%*u uuid %32s segment_bytes %llu max_bytes %llu", uuid,
-                  &seg, &max) != 3 ||
-      !parse_hex(uuid, out.uuid))
-    return ManifestError::kDamaged;
-  out.segment_bytes = seg;
-  out.max_bytes = max;
-  // The text is canonical: what does not come out the same again is damaged.
-  return manifest_text(out) == text ? ManifestError::kNone : ManifestError::kDamaged;
+ManifestError parse_manifest(const std::string& text, Manifest& out, unsigned& version) {
+    version = 0;
+    std::string head = std::string(kTitle) + "\nformat ";
+    if (text.rfind(head, 0) != 0) return ManifestError::kForeign;
+    if (std::sscanf(text.c_str() + head.size(), "%u", &version) != 1)
+        return ManifestError::kDamaged;
+    if (version > kFormatVersion) return ManifestError::kNewer;
+    char uuid[33] = {};
+    unsigned long long seg = 0, max = 0;
+    if (std::sscanf(text.c_str() + head.size(), "%*u uuid %32s segment_bytes %llu max_bytes %llu",
+                    uuid, &seg, &max) != 3 ||
+        !parse_hex(uuid, out.uuid))
+        return ManifestError::kDamaged;
+    out.segment_bytes = seg;
+    out.max_bytes = max;
+    // The text is canonical: what does not come out the same again is damaged.
+    return manifest_text(out) == text ? ManifestError::kNone : ManifestError::kDamaged;
 }
 
-void StoreDir::refuse(int err, const std::string &why) const {
-  throw OsError(err, "chunk store " + path_ + ": " + why);
+void StoreDir::refuse(int err, const std::string& why) const {
+    throw OsError(err, "chunk store " + path_ + ": " + why);
 }
 
-StoreDir::StoreDir(const StoreOptions &opt) {
-  if (opt.path.empty() || opt.path.find('\0') != opt.path.npos)
-    throw std::invalid_argument("store path is empty or holds a NUL");
-  path_ = std::filesystem::absolute(opt.path).lexically_normal().string();
-  while (path_.size() > 1 && path_.back() == '/') path_.pop_back();  // "link/" would follow the link
-  open_root(opt);
-  PathLock lock(root_.get(), opt.read_only ? 0 : 10000);
-  if (!opt.read_only && !lock.held()) refuse(EBUSY, "another process holds the path lock");
-  open_manifest(opt);
-  size_up(opt);
-  if (!opt.read_only) pick_writer();
+StoreDir::StoreDir(const StoreOptions& opt) {
+    if (opt.path.empty() || opt.path.find('\0') != opt.path.npos)
+        throw std::invalid_argument("store path is empty or holds a NUL");
+    path_ = std::filesystem::absolute(opt.path).lexically_normal().string();
+    while (path_.size() > 1 && path_.back() == '/')
+        path_.pop_back();  // "link/" would follow the link
+    open_root(opt);
+    PathLock lock(root_.get(), opt.read_only ? 0 : 10000);
+    if (!opt.read_only && !lock.held()) refuse(EBUSY, "another process holds the path lock");
+    open_manifest(opt);
+    size_up(opt);
+    if (!opt.read_only) pick_writer();
 }
 
-void StoreDir::open_root(const StoreOptions &opt) {
-  struct stat st;
-  if (::lstat(path_.c_str(), &st) != 0) {
-    if (errno != ENOENT || opt.read_only) refuse(errno, "cannot be opened");
-    // umask never widens 0700; parents that are missing are ours alone too.
-    for (size_t at = path_.find('/', 1);; at = path_.find('/', at + 1)) {
-      std::string part = path_.substr(0, at);
-      if (::mkdir(part.c_str(), 0700) != 0 && errno != EEXIST) refuse(errno, "cannot be created");
-      if (at == path_.npos) break;
+void StoreDir::open_root(const StoreOptions& opt) {
+    struct stat st;
+    if (::lstat(path_.c_str(), &st) != 0) {
+        if (errno != ENOENT || opt.read_only) refuse(errno, "cannot be opened");
+        // umask never widens 0700; parents that are missing are ours alone too.
+        for (size_t at = path_.find('/', 1);; at = path_.find('/', at + 1)) {
+            std::string part = path_.substr(0, at);
+            if (::mkdir(part.c_str(), 0700) != 0 && errno != EEXIST)
+                refuse(errno, "cannot be created");
+            if (at == path_.npos) break;
+        }
+    } else if (S_ISLNK(st.st_mode)) {
+        refuse(ELOOP, "is a symbolic link");
+    } else if (!S_ISDIR(st.st_mode)) {
+        refuse(ENOTDIR, "is not a directory");
     }
-  } else if (S_ISLNK(st.st_mode)) {
-    refuse(ELOOP, "is a symbolic link");
-  } else if (!S_ISDIR(st.st_mode)) {
-    refuse(ENOTDIR, "is not a directory");
-  }
-  root_ = Fd(::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
-  if (!root_) refuse(errno, "cannot be opened");
-  std::string bad = bad_owner(root_.get(), path_, true);
-  if (!bad.empty()) refuse(EPERM, bad);
+    root_ = Fd(::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+    if (!root_) refuse(errno, "cannot be opened");
+    std::string bad = bad_owner(root_.get(), path_, true);
+    if (!bad.empty()) refuse(EPERM, bad);
 }
 
-void StoreDir::open_manifest(const StoreOptions &opt) {
-  Fd f(::openat(root_.get(), kManifest, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
-  if (!f) {
-    if (errno != ENOENT) refuse(errno, "MANIFEST cannot be opened");
-    if (opt.read_only) refuse(ENOENT, "holds no chunk store");
-    each_entry(root_.get(), [&](const std::string &name) {
-      if (name != kManifestTmp && name != "lost+found")
-        refuse(ENOTEMPTY, "not empty and not a kvoffload chunk store");
-    });
-    return create_manifest(opt);
-  }
-  std::string bad = bad_owner(f.get(), path_ + "/" + kManifest, false);
-  if (!bad.empty()) refuse(EPERM, "MANIFEST: " + bad);
-  char buf[4097];
-  ssize_t n = ::pread(f.get(), buf, sizeof buf, 0);
-  if (n < 0) refuse(errno, "MANIFEST cannot be read");
-  unsigned version;
-  switch (parse_manifest(std::string(buf, size_t(n)), manifest_, version)) {
-    case ManifestError::kNone:
-      return;
-    case ManifestError::kForeign:
-      refuse(EINVAL, "MANIFEST is not kvoffload's");
-    case ManifestError::kNewer:
-      refuse(EINVAL, "format " + std::to_string(version) + " is newer than this kvoffload reads (" +
-                         std::to_string(kFormatVersion) + ")");
-    case ManifestError::kDamaged:
-      refuse(EINVAL, "MANIFEST is damaged (the store is a cache: delete the directory to start anew)");
-  }
+void StoreDir::open_manifest(const StoreOptions& opt) {
+    Fd f(::openat(root_.get(), kManifest, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
+    if (!f) {
+        if (errno != ENOENT) refuse(errno, "MANIFEST cannot be opened");
+        if (opt.read_only) refuse(ENOENT, "holds no chunk store");
+        each_entry(root_.get(), [&](const std::string& name) {
+            if (name != kManifestTmp && name != "lost+found")
+                refuse(ENOTEMPTY, "not empty and not a kvoffload chunk store");
+        });
+        return create_manifest(opt);
+    }
+    std::string bad = bad_owner(f.get(), path_ + "/" + kManifest, false);
+    if (!bad.empty()) refuse(EPERM, "MANIFEST: " + bad);
+    char buf[4097];
+    ssize_t n = ::pread(f.get(), buf, sizeof buf, 0);
+    if (n < 0) refuse(errno, "MANIFEST cannot be read");
+    unsigned version;
+    switch (parse_manifest(std::string(buf, size_t(n)), manifest_, version)) {
+        case ManifestError::kNone:
+            return;
+        case ManifestError::kForeign:
+            refuse(EINVAL, "MANIFEST is not kvoffload's");
+        case ManifestError::kNewer:
+            refuse(EINVAL, "format " + std::to_string(version) +
+                               " is newer than this kvoffload reads (" +
+                               std::to_string(kFormatVersion) + ")");
+        case ManifestError::kDamaged:
+            refuse(
+                EINVAL,
+                "MANIFEST is damaged (the store is a cache: delete the directory to start anew)");
+    }
 }
 
-void StoreDir::create_manifest(const StoreOptions &opt) {
-  if (::getrandom(manifest_.uuid.data(), 16, 0) != 16) refuse(EIO, "no random bytes");
-  struct statvfs vfs;
-  manifest_.max_bytes = opt.max_bytes;
-  if (!opt.max_bytes && ::fstatvfs(root_.get(), &vfs) == 0)
-    manifest_.max_bytes = uint64_t(vfs.f_bavail) * vfs.f_frsize / 2;
-  size_up(opt);  // a bad size must not leave a store behind
-  manifest_.segment_bytes = segment_bytes_;
-  std::string text = manifest_text(manifest_);
-  Fd f(::openat(root_.get(), kManifestTmp,
-                O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0600));
-  if (!f) refuse(errno, "MANIFEST cannot be created");
-  if (::fchmod(f.get(), 0600) != 0) refuse(errno, "MANIFEST cannot be created");
-  errno = ENOSPC;
-  bool ok = ::write(f.get(), text.data(), text.size()) == ssize_t(text.size()) &&
-            ::fsync(f.get()) == 0 &&
-            ::renameat(root_.get(), kManifestTmp, root_.get(), kManifest) == 0 &&
-            ::fsync(root_.get()) == 0;
-  if (!ok) refuse(errno, "MANIFEST cannot be written");
+void StoreDir::create_manifest(const StoreOptions& opt) {
+    if (::getrandom(manifest_.uuid.data(), 16, 0) != 16) refuse(EIO, "no random bytes");
+    struct statvfs vfs;
+    manifest_.max_bytes = opt.max_bytes;
+    if (!opt.max_bytes && ::fstatvfs(root_.get(), &vfs) == 0)
+        manifest_.max_bytes = uint64_t(vfs.f_bavail) * vfs.f_frsize / 2;
+    size_up(opt);  // a bad size must not leave a store behind
+    manifest_.segment_bytes = segment_bytes_;
+    std::string text = manifest_text(manifest_);
+    Fd f(::openat(root_.get(), kManifestTmp,
+                  O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0600));
+    if (!f) refuse(errno, "MANIFEST cannot be created");
+    if (::fchmod(f.get(), 0600) != 0) refuse(errno, "MANIFEST cannot be created");
+    errno = ENOSPC;
+    bool ok = ::write(f.get(), text.data(), text.size()) == ssize_t(text.size()) &&
+              ::fsync(f.get()) == 0 &&
+              ::renameat(root_.get(), kManifestTmp, root_.get(), kManifest) == 0 &&
+              ::fsync(root_.get()) == 0;
+    if (!ok) refuse(errno, "MANIFEST cannot be written");
 }
 
-void StoreDir::size_up(const StoreOptions &opt) {
-  max_bytes_ = opt.max_bytes ? opt.max_bytes : manifest_.max_bytes;
-  segment_bytes_ = opt.segment_bytes ? opt.segment_bytes : auto_segment_bytes(max_bytes_);
-  if (opt.read_only) return;
-  if (opt.segment_bytes &&
-      (opt.segment_bytes % kBlock || opt.segment_bytes < kMinSegmentBytes ||
-       opt.segment_bytes > kMaxSegmentBytes))
-    throw std::invalid_argument("segment_bytes must be a multiple of 4096 from 64 KiB to 4 GiB");
-  // MANIFEST, LOCK, two directories, and journals of the open and the closing segment.
-  uint64_t need = 8 * kBlock + 2 * journal_reserve(segment_bytes_) + segment_bytes_;
-  if (segment_bytes_ < kMinSegmentBytes || need > max_bytes_)
-    refuse(EINVAL, "max_bytes " + std::to_string(max_bytes_) + " does not hold one segment");
+void StoreDir::size_up(const StoreOptions& opt) {
+    max_bytes_ = opt.max_bytes ? opt.max_bytes : manifest_.max_bytes;
+    segment_bytes_ = opt.segment_bytes ? opt.segment_bytes : auto_segment_bytes(max_bytes_);
+    if (opt.read_only) return;
+    if (opt.segment_bytes && (opt.segment_bytes % kBlock || opt.segment_bytes < kMinSegmentBytes ||
+                              opt.segment_bytes > kMaxSegmentBytes))
+        throw std::invalid_argument(
+            "segment_bytes must be a multiple of 4096 from 64 KiB to 4 GiB");
+    // MANIFEST, LOCK, two directories, and journals of the open and the closing segment.
+    uint64_t need = 8 * kBlock + 2 * journal_reserve(segment_bytes_) + segment_bytes_;
+    if (segment_bytes_ < kMinSegmentBytes || need > max_bytes_)
+        refuse(EINVAL, "max_bytes " + std::to_string(max_bytes_) + " does not hold one segment");
 }
 
 void StoreDir::pick_writer() {
-  for (uint32_t id = 0; id < kMaxWriters; ++id) {
-    std::string name = "w" + std::to_string(id);
-    if (::mkdirat(root_.get(), name.c_str(), 0700) != 0 && errno != EEXIST)
-      refuse(errno, name + " cannot be created");
-    Fd dir = open_writer(id);
-    if (!dir) continue;
-    Fd lock(::openat(dir.get(), "LOCK", O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0600));
-    if (!lock) {
-      if (errno == EROFS || errno == ENOSPC) refuse(errno, name + "/LOCK cannot be created");
-      continue;
+    for (uint32_t id = 0; id < kMaxWriters; ++id) {
+        std::string name = "w" + std::to_string(id);
+        if (::mkdirat(root_.get(), name.c_str(), 0700) != 0 && errno != EEXIST)
+            refuse(errno, name + " cannot be created");
+        Fd dir = open_writer(id);
+        if (!dir) continue;
+        Fd lock(::openat(dir.get(), "LOCK", O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK,
+                         0600));
+        if (!lock) {
+            if (errno == EROFS || errno == ENOSPC) refuse(errno, name + "/LOCK cannot be created");
+            continue;
+        }
+        if (!bad_owner(lock.get(), "", false).empty()) continue;
+        if (::flock(lock.get(), LOCK_EX | LOCK_NB) != 0) continue;
+        std::string pid =
+            std::to_string(::getpid()) + "\n";  // for people only; the lock is the flock
+        if (::ftruncate(lock.get(), 0) != 0 || ::pwrite(lock.get(), pid.data(), pid.size(), 0) < 0)
+            refuse(errno, name + "/LOCK cannot be written");
+        own_ = std::move(dir);
+        lock_ = std::move(lock);
+        writer_ = int(id);
+        return;
     }
-    if (!bad_owner(lock.get(), "", false).empty()) continue;
-    if (::flock(lock.get(), LOCK_EX | LOCK_NB) != 0) continue;
-    std::string pid = std::to_string(::getpid()) + "\n";  // for people only; the lock is the flock
-    if (::ftruncate(lock.get(), 0) != 0 || ::pwrite(lock.get(), pid.data(), pid.size(), 0) < 0)
-      refuse(errno, name + "/LOCK cannot be written");
-    own_ = std::move(dir);
-    lock_ = std::move(lock);
-    writer_ = int(id);
-    return;
-  }
-  refuse(EBUSY, "all " + std::to_string(kMaxWriters) + " writer directories are in use");
+    refuse(EBUSY, "all " + std::to_string(kMaxWriters) + " writer directories are in use");
 }
 
 std::string StoreDir::writer_path() const {
-  return writer_ < 0 ? "" : path_ + "/w" + std::to_string(writer_);
+    return writer_ < 0 ? "" : path_ + "/w" + std::to_string(writer_);
 }
 
 void StoreDir::release() {
-  lock_ = Fd();
-  own_ = Fd();
-  root_ = Fd();
+    lock_ = Fd();
+    own_ = Fd();
+    root_ = Fd();
 }
 
 std::vector<uint32_t> StoreDir::writers() const {
-  std::vector<uint32_t> out;
-  each_entry(root_.get(), [&](const std::string &name) {
-    auto id = number_in(name, "w", "", 1);
-    if (id && *id < kMaxWriters) out.push_back(uint32_t(*id));
-  });
-  std::sort(out.begin(), out.end());
-  return out;
+    std::vector<uint32_t> out;
+    each_entry(root_.get(), [&](const std::string& name) {
+        auto id = number_in(name, "w", "", 1);
+        if (id && *id < kMaxWriters) out.push_back(uint32_t(*id));
+    });
+    std::sort(out.begin(), out.end());
+    return out;
 }
 
 Fd StoreDir::open_writer(uint32_t id) const {
-  Fd dir(::openat(root_.get(), ("w" + std::to_string(id)).c_str(),
-                  O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
-  if (!dir || !bad_owner(dir.get(), "", true).empty()) return Fd();
-  return dir;
+    Fd dir(::openat(root_.get(), ("w" + std::to_string(id)).c_str(),
+                    O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+    if (!dir || !bad_owner(dir.get(), "", true).empty()) return Fd();
+    return dir;
 }
 
 uint64_t StoreDir::charged_bytes() const {
-  uint64_t total = kBlock;  // the path itself
-  auto size = [](const struct stat &st) {
-    return std::max(round_up(uint64_t(st.st_size)), uint64_t(st.st_blocks) * 512);
-  };
-  each_entry(root_.get(), [&](const std::string &name) {
-    struct stat st;
-    if (::fstatat(root_.get(), name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return;
-    total += size(st);
-    if (!S_ISDIR(st.st_mode) || !number_in(name, "w", "", 1)) return;
-    Fd dir(::openat(root_.get(), name.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
-    if (!dir) return;
-    uint64_t journals = 0, largest = 0;
-    each_entry(dir.get(), [&](const std::string &entry) {
-      if (::fstatat(dir.get(), entry.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return;
-      if (number_in(entry, "journal-", "", 1)) journals += size(st);
-      else total += size(st);
-      if (number_in(entry, "seg-", ".kv", 5)) largest = std::max(largest, uint64_t(st.st_size));
+    uint64_t total = kBlock;  // the path itself
+    auto size = [](const struct stat& st) {
+        return std::max(round_up(uint64_t(st.st_size)), uint64_t(st.st_blocks) * 512);
+    };
+    each_entry(root_.get(), [&](const std::string& name) {
+        struct stat st;
+        if (::fstatat(root_.get(), name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return;
+        total += size(st);
+        if (!S_ISDIR(st.st_mode) || !number_in(name, "w", "", 1)) return;
+        Fd dir(
+            ::openat(root_.get(), name.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+        if (!dir) return;
+        uint64_t journals = 0, largest = 0;
+        each_entry(dir.get(), [&](const std::string& entry) {
+            if (::fstatat(dir.get(), entry.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return;
+            if (number_in(entry, "journal-", "", 1))
+                journals += size(st);
+            else
+                total += size(st);
+            if (number_in(entry, "seg-", ".kv", 5))
+                largest = std::max(largest, uint64_t(st.st_size));
+        });
+        if (largest) largest = 2 * journal_reserve(std::max(largest, segment_bytes_));
+        total += std::max(journals, largest);
     });
-    if (largest) largest = 2 * journal_reserve(std::max(largest, segment_bytes_));
-    total += std::max(journals, largest);
-  });
-  return total;
+    return total;
 }
 
-bool StoreDir::reclaim_dead(int64_t than_ns, uint32_t &writer, uint32_t &seg) const {
-  int64_t best = than_ns;
-  bool found = false;
-  for (uint32_t id : writers()) {
-    if (int(id) == writer_) continue;
-    Fd dir = open_writer(id);
-    if (!dir) continue;
-    Fd lock(::openat(dir.get(), "LOCK", O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
-    if (!lock || ::flock(lock.get(), LOCK_EX | LOCK_NB) != 0) continue;
-    each_entry(dir.get(), [&](const std::string &name) {
-      auto n = number_in(name, "seg-", ".kv", 5);
-      struct stat st;
-      if (!n || ::fstatat(dir.get(), name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return;
-      if (mtime_of(st) < best) best = mtime_of(st), writer = id, seg = uint32_t(*n), found = true;
-    });
-  }
-  if (!found) return false;
-  // Nobody can have become its writer meanwhile: that needs the path lock the caller holds.
-  Fd dir = open_writer(writer);
-  return dir && ::unlinkat(dir.get(), segment_name(seg).c_str(), 0) == 0;
+bool StoreDir::reclaim_dead(int64_t than_ns, uint32_t& writer, uint32_t& seg) const {
+    int64_t best = than_ns;
+    bool found = false;
+    for (uint32_t id : writers()) {
+        if (int(id) == writer_) continue;
+        Fd dir = open_writer(id);
+        if (!dir) continue;
+        Fd lock(::openat(dir.get(), "LOCK", O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
+        if (!lock || ::flock(lock.get(), LOCK_EX | LOCK_NB) != 0) continue;
+        each_entry(dir.get(), [&](const std::string& name) {
+            auto n = number_in(name, "seg-", ".kv", 5);
+            struct stat st;
+            if (!n || ::fstatat(dir.get(), name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return;
+            if (mtime_of(st) < best)
+                best = mtime_of(st), writer = id, seg = uint32_t(*n), found = true;
+        });
+    }
+    if (!found) return false;
+    // Nobody can have become its writer meanwhile: that needs the path lock the caller holds.
+    Fd dir = open_writer(writer);
+    return dir && ::unlinkat(dir.get(), segment_name(seg).c_str(), 0) == 0;
 }
 
 namespace {
 
-bool read_exact(const File &f, void *p, size_t n, uint64_t off, Faults &faults, uint64_t &errors) {
-  size_t done = 0;
-  int err = read_full(f, p, n, off, faults, done);
-  if (err) ++errors;  // a short file is damage, not a failing disk
-  return !err && done == n;
+bool read_exact(const File& f, void* p, size_t n, uint64_t off, Faults& faults, uint64_t& errors) {
+    size_t done = 0;
+    int err = read_full(f, p, n, off, faults, done);
+    if (err) ++errors;  // a short file is damage, not a failing disk
+    return !err && done == n;
 }
 
-void scan_segment(int dirfd, const Uuid &uuid, uint32_t writer, SegmentScan &s,
-                  const SegmentScan *known, Faults &faults, uint64_t &errors) {
-  int err;
-  FilePtr f = open_file(dirfd, segment_name(s.id).c_str(), O_RDONLY, false, err);
-  struct stat st;
-  if (!f || ::fstat(f->fd(), &st) != 0) {
-    ++errors;
-    return;
-  }
-  s.bytes = uint64_t(st.st_size) / kBlock * kBlock;
-  s.mtime_ns = mtime_of(st);
-  if (s.bytes < 2 * kBlock || s.bytes > 2 * kMaxSegmentBytes) return;
-  auto page = std::make_unique<SegmentHeader>();
-  if (!read_exact(*f, page.get(), kBlock, 0, faults, errors)) return;
-  if (!header_ok(*page, uuid, writer, s.id)) return;
-  s.gen = page->gen;
-  if (known && known->sealed && known->gen == s.gen && known->bytes == s.bytes &&
-      known->mtime_ns == s.mtime_ns) {
+void scan_segment(int dirfd, const Uuid& uuid, uint32_t writer, SegmentScan& s,
+                  const SegmentScan* known, Faults& faults, uint64_t& errors) {
+    int err;
+    FilePtr f = open_file(dirfd, segment_name(s.id).c_str(), O_RDONLY, false, err);
+    struct stat st;
+    if (!f || ::fstat(f->fd(), &st) != 0) {
+        ++errors;
+        return;
+    }
+    s.bytes = uint64_t(st.st_size) / kBlock * kBlock;
+    s.mtime_ns = mtime_of(st);
+    if (s.bytes < 2 * kBlock || s.bytes > 2 * kMaxSegmentBytes) return;
+    auto page = std::make_unique<SegmentHeader>();
+    if (!read_exact(*f, page.get(), kBlock, 0, faults, errors)) return;
+    if (!header_ok(*page, uuid, writer, s.id)) return;
+    s.gen = page->gen;
+    if (known && known->sealed && known->gen == s.gen && known->bytes == s.bytes &&
+        known->mtime_ns == s.mtime_ns) {
+        s.sealed = true;
+        return;
+    }
+    auto t = std::make_unique<SegmentTrailer>();
+    if (!read_exact(*f, t.get(), kBlock, s.bytes - kBlock, faults, errors)) return;
+    if (!trailer_ok(*t, uuid, s.id, s.gen, s.bytes)) return;
+    s.records.resize(t->count);
+    size_t bytes = s.records.size() * sizeof(Record);
+    if (!read_exact(*f, s.records.data(), bytes, t->records_off, faults, errors) ||
+        crc32c(s.records.data(), bytes) != t->records_crc) {
+        s.records.clear();
+        return;
+    }
     s.sealed = true;
-    return;
-  }
-  auto t = std::make_unique<SegmentTrailer>();
-  if (!read_exact(*f, t.get(), kBlock, s.bytes - kBlock, faults, errors)) return;
-  if (!trailer_ok(*t, uuid, s.id, s.gen, s.bytes)) return;
-  s.records.resize(t->count);
-  size_t bytes = s.records.size() * sizeof(Record);
-  if (!read_exact(*f, s.records.data(), bytes, t->records_off, faults, errors) ||
-      crc32c(s.records.data(), bytes) != t->records_crc) {
-    s.records.clear();
-    return;
-  }
-  s.sealed = true;
-  std::erase_if(s.records,
-                [&](const Record &r) { return !record_ok(r, uuid, s.id, s.gen, s.bytes); });
+    std::erase_if(s.records,
+                  [&](const Record& r) { return !record_ok(r, uuid, s.id, s.gen, s.bytes); });
 }
 
 // Appends a journal's valid records to the unsealed segments they belong to. A damaged record is
 // left out alone: the next ones stand for themselves.
-void scan_journal(int dirfd, const Uuid &uuid, uint64_t epoch,
-                  const std::map<uint32_t, SegmentScan *> &segs, Faults &faults, uint64_t &errors) {
-  int err;
-  FilePtr f = open_file(dirfd, journal_name(epoch).c_str(), O_RDONLY, false, err);
-  struct stat st;
-  if (!f || ::fstat(f->fd(), &st) != 0) {
-    if (err != ENOENT) ++errors;  // its segment was sealed meanwhile
-    return;
-  }
-  uint64_t bytes = std::min<uint64_t>(uint64_t(st.st_size), journal_reserve(kMaxSegmentBytes));
-  std::vector<Record> recs(bytes / sizeof(Record));
-  size_t done = 0;
-  if (read_full(*f, recs.data(), recs.size() * sizeof(Record), 0, faults, done) != 0) ++errors;
-  recs.resize(done / sizeof(Record));
-  for (const Record &r : recs) {
-    if (r.magic != kRecordMagic) continue;
-    auto it = segs.find(r.seg);
-    if (it == segs.end() || it->second->sealed || !it->second->gen) continue;
-    if (record_ok(r, uuid, r.seg, it->second->gen, it->second->bytes))
-      it->second->records.push_back(r);
-  }
+void scan_journal(int dirfd, const Uuid& uuid, uint64_t epoch,
+                  const std::map<uint32_t, SegmentScan*>& segs, Faults& faults, uint64_t& errors) {
+    int err;
+    FilePtr f = open_file(dirfd, journal_name(epoch).c_str(), O_RDONLY, false, err);
+    struct stat st;
+    if (!f || ::fstat(f->fd(), &st) != 0) {
+        if (err != ENOENT) ++errors;  // its segment was sealed meanwhile
+        return;
+    }
+    uint64_t bytes = std::min<uint64_t>(uint64_t(st.st_size), journal_reserve(kMaxSegmentBytes));
+    std::vector<Record> recs(bytes / sizeof(Record));
+    size_t done = 0;
+    if (read_full(*f, recs.data(), recs.size() * sizeof(Record), 0, faults, done) != 0) ++errors;
+    recs.resize(done / sizeof(Record));
+    for (const Record& r : recs) {
+        if (r.magic != kRecordMagic) continue;
+        auto it = segs.find(r.seg);
+        if (it == segs.end() || it->second->sealed || !it->second->gen) continue;
+        if (record_ok(r, uuid, r.seg, it->second->gen, it->second->bytes))
+            it->second->records.push_back(r);
+    }
 }
 
 }  // namespace
 
-WriterScan StoreDir::scan(uint32_t id, Faults &faults,
-                          const std::map<uint32_t, SegmentScan> *known) const {
-  WriterScan out;
-  Fd dir = open_writer(id);
-  if (!dir) {
-    ++out.read_errors;
+WriterScan StoreDir::scan(uint32_t id, Faults& faults,
+                          const std::map<uint32_t, SegmentScan>* known) const {
+    WriterScan out;
+    Fd dir = open_writer(id);
+    if (!dir) {
+        ++out.read_errors;
+        return out;
+    }
+    each_entry(dir.get(), [&](const std::string& name) {
+        if (auto n = number_in(name, "seg-", ".kv", 5)) {
+            out.segments.emplace_back().id = uint32_t(*n);
+            out.max_id = std::max(out.max_id, uint32_t(*n));
+        } else if (auto e = number_in(name, "journal-", "", 1)) {
+            out.journals.push_back(*e);
+            if (*e < 0xF0000000u)
+                out.max_gen = std::max(out.max_gen, *e);  // a name alone proves little
+        }
+    });
+    size_t n = out.segments.size(), workers = std::min<size_t>(8, n / 16 + 1);
+    std::atomic<size_t> next{0};
+    std::atomic<uint64_t> errors{0};
+    auto work = [&] {
+        uint64_t bad = 0;
+        for (size_t i; (i = next.fetch_add(1)) < n;) {
+            SegmentScan& s = out.segments[i];
+            const SegmentScan* k = nullptr;
+            if (known)
+                if (auto it = known->find(s.id); it != known->end()) k = &it->second;
+            scan_segment(dir.get(), manifest_.uuid, id, s, k, faults, bad);
+        }
+        errors += bad;
+    };
+    std::vector<std::thread> threads;
+    for (size_t i = 1; i < workers; ++i) threads.emplace_back(work);
+    work();
+    for (auto& t : threads) t.join();
+    out.read_errors += errors;
+    std::map<uint32_t, SegmentScan*> by_id;
+    for (auto& s : out.segments) by_id[s.id] = &s;
+    for (uint64_t e : out.journals)
+        scan_journal(dir.get(), manifest_.uuid, e, by_id, faults, out.read_errors);
+    for (auto& s : out.segments) {
+        out.max_gen = std::max(out.max_gen, s.gen);
+        for (auto& r : s.records) out.max_seq = std::max(out.max_seq, r.seq);
+    }
     return out;
-  }
-  each_entry(dir.get(), [&](const std::string &name) {
-    if (auto n = number_in(name, "seg-", ".kv", 5)) {
-      out.segments.emplace_back().id = uint32_t(*n);
-      out.max_id = std::max(out.max_id, uint32_t(*n));
-    } else if (auto e = number_in(name, "journal-", "", 1)) {
-      out.journals.push_back(*e);
-      if (*e < 0xF0000000u) out.max_gen = std::max(out.max_gen, *e);  // a name alone proves little
-    }
-  });
-  size_t n = out.segments.size(), workers = std::min<size_t>(8, n / 16 + 1);
-  std::atomic<size_t> next{0};
-  std::atomic<uint64_t> errors{0};
-  auto work = [&] {
-    uint64_t bad = 0;
-    for (size_t i; (i = next.fetch_add(1)) < n;) {
-      SegmentScan &s = out.segments[i];
-      const SegmentScan *k = nullptr;
-      if (known)
-        if (auto it = known->find(s.id); it != known->end()) k = &it->second;
-      scan_segment(dir.get(), manifest_.uuid, id, s, k, faults, bad);
-    }
-    errors += bad;
-  };
-  std::vector<std::thread> threads;
-  for (size_t i = 1; i < workers; ++i) threads.emplace_back(work);
-  work();
-  for (auto &t : threads) t.join();
-  out.read_errors += errors;
-  std::map<uint32_t, SegmentScan *> by_id;
-  for (auto &s : out.segments) by_id[s.id] = &s;
-  for (uint64_t e : out.journals)
-    scan_journal(dir.get(), manifest_.uuid, e, by_id, faults, out.read_errors);
-  for (auto &s : out.segments) {
-    out.max_gen = std::max(out.max_gen, s.gen);
-    for (auto &r : s.records) out.max_seq = std::max(out.max_seq, r.seq);
-  }
-  return out;
 }
 
 }  // namespace kvo::store

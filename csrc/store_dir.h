@@ -15,99 +15,99 @@
 namespace kvo::store {
 
 struct StoreOptions {
-  std::string path;
-  uint64_t max_bytes = 0;      // 0: what the MANIFEST says; at creation half of the free space
-  uint64_t segment_bytes = 0;  // 0: 256 MiB, less where max_bytes is small
-  unsigned threads = 4;
-  uint64_t queue_bytes = 256 << 20;
-  bool direct = true;
-  bool read_only = false;
+    std::string path;
+    uint64_t max_bytes = 0;      // 0: what the MANIFEST says; at creation half of the free space
+    uint64_t segment_bytes = 0;  // 0: 256 MiB, less where max_bytes is small
+    unsigned threads = 4;
+    uint64_t queue_bytes = 256 << 20;
+    bool direct = true;
+    bool read_only = false;
 };
 
 class Fd {
- public:
-  explicit Fd(int fd = -1) : fd_(fd) {}
-  ~Fd();
-  Fd(Fd &&o) noexcept : fd_(o.fd_) { o.fd_ = -1; }
-  Fd &operator=(Fd &&o) noexcept {
-    std::swap(fd_, o.fd_);
-    return *this;
-  }
-  int get() const { return fd_; }
-  explicit operator bool() const { return fd_ >= 0; }
+  public:
+    explicit Fd(int fd = -1) : fd_(fd) {}
+    ~Fd();
+    Fd(Fd&& o) noexcept : fd_(o.fd_) { o.fd_ = -1; }
+    Fd& operator=(Fd&& o) noexcept {
+        std::swap(fd_, o.fd_);
+        return *this;
+    }
+    int get() const { return fd_; }
+    explicit operator bool() const { return fd_ >= 0; }
 
- private:
-  int fd_;
+  private:
+    int fd_;
 };
 
 // flock on the store's directory: held while a segment is taken or a writer id is chosen.
 class PathLock {
- public:
-  PathLock(int dirfd, int timeout_ms);
-  ~PathLock();
-  bool held() const { return held_; }
+  public:
+    PathLock(int dirfd, int timeout_ms);
+    ~PathLock();
+    bool held() const { return held_; }
 
- private:
-  int fd_;
-  bool held_ = false;
+  private:
+    int fd_;
+    bool held_ = false;
 };
 
 // What a file says about one segment. gen 0: the header is not usable.
 struct SegmentScan {
-  uint32_t id = 0;
-  uint64_t gen = 0, bytes = 0;
-  int64_t mtime_ns = 0;
-  bool sealed = false;          // the footer is valid; else records come from journals
-  std::vector<Record> records;  // all valid, in file order
+    uint32_t id = 0;
+    uint64_t gen = 0, bytes = 0;
+    int64_t mtime_ns = 0;
+    bool sealed = false;          // the footer is valid; else records come from journals
+    std::vector<Record> records;  // all valid, in file order
 };
 struct WriterScan {
-  std::vector<SegmentScan> segments;
-  std::vector<uint64_t> journals;  // epochs of the journal files found
-  uint64_t max_gen = 0, max_seq = 0;
-  uint32_t max_id = 0;
-  uint64_t read_errors = 0;
+    std::vector<SegmentScan> segments;
+    std::vector<uint64_t> journals;  // epochs of the journal files found
+    uint64_t max_gen = 0, max_seq = 0;
+    uint32_t max_id = 0;
+    uint64_t read_errors = 0;
 };
 
 class StoreDir {
- public:
-  // Throws OsError (one line naming the path), std::invalid_argument.
-  explicit StoreDir(const StoreOptions &opt);
+  public:
+    // Throws OsError (one line naming the path), std::invalid_argument.
+    explicit StoreDir(const StoreOptions& opt);
 
-  const std::string &path() const { return path_; }
-  std::string writer_path() const;
-  int fd() const { return root_.get(); }
-  int writer_fd() const { return own_.get(); }
-  int writer() const { return writer_; }  // -1: read only
-  const Uuid &uuid() const { return manifest_.uuid; }
-  uint64_t max_bytes() const { return max_bytes_; }
-  uint64_t segment_bytes() const { return segment_bytes_; }
+    const std::string& path() const { return path_; }
+    std::string writer_path() const;
+    int fd() const { return root_.get(); }
+    int writer_fd() const { return own_.get(); }
+    int writer() const { return writer_; }  // -1: read only
+    const Uuid& uuid() const { return manifest_.uuid; }
+    uint64_t max_bytes() const { return max_bytes_; }
+    uint64_t segment_bytes() const { return segment_bytes_; }
 
-  std::vector<uint32_t> writers() const;  // ids of all w<id> directories, sorted
-  Fd open_writer(uint32_t id) const;      // checked: ours, 0700, no symlink
-  // Bytes of everything under the path, room for each writer's journals included.
-  uint64_t charged_bytes() const;
-  // Reads a writer's directory. `known` (by segment id): segments whose size, time and generation did
-  // not change come back with empty records. Never throws for what files hold.
-  WriterScan scan(uint32_t id, Faults &faults,
-                  const std::map<uint32_t, SegmentScan> *known = nullptr) const;
-  // Unlinks the oldest segment of a writer nobody runs, when it is older than `than_ns` (unix ns).
-  // The caller holds the path lock. True and which one when something was freed.
-  bool reclaim_dead(int64_t than_ns, uint32_t &writer, uint32_t &seg) const;
-  void release();  // gives up the writer's lock
+    std::vector<uint32_t> writers() const;  // ids of all w<id> directories, sorted
+    Fd open_writer(uint32_t id) const;      // checked: ours, 0700, no symlink
+    // Bytes of everything under the path, room for each writer's journals included.
+    uint64_t charged_bytes() const;
+    // Reads a writer's directory. `known` (by segment id): segments whose size, time and generation
+    // did not change come back with empty records. Never throws for what files hold.
+    WriterScan scan(uint32_t id, Faults& faults,
+                    const std::map<uint32_t, SegmentScan>* known = nullptr) const;
+    // Unlinks the oldest segment of a writer nobody runs, when it is older than `than_ns` (unix
+    // ns). The caller holds the path lock. True and which one when something was freed.
+    bool reclaim_dead(int64_t than_ns, uint32_t& writer, uint32_t& seg) const;
+    void release();  // gives up the writer's lock
 
- private:
-  void open_root(const StoreOptions &opt);
-  void open_manifest(const StoreOptions &opt);
-  void create_manifest(const StoreOptions &opt);
-  void pick_writer();
-  void size_up(const StoreOptions &opt);
-  [[noreturn]] void refuse(int err, const std::string &why) const;
+  private:
+    void open_root(const StoreOptions& opt);
+    void open_manifest(const StoreOptions& opt);
+    void create_manifest(const StoreOptions& opt);
+    void pick_writer();
+    void size_up(const StoreOptions& opt);
+    [[noreturn]] void refuse(int err, const std::string& why) const;
 
-  std::string path_;
-  Fd root_, own_, lock_;
-  int writer_ = -1;
-  Manifest manifest_;
-  uint64_t max_bytes_ = 0, segment_bytes_ = 0;
+    std::string path_;
+    Fd root_, own_, lock_;
+    int writer_ = -1;
+    Manifest manifest_;
+    uint64_t max_bytes_ = 0, segment_bytes_ = 0;
 };
 
 std::string segment_name(uint32_t id);

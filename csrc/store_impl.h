@@ -30,174 +30,179 @@ using Clock = std::chrono::steady_clock;
 enum class SegState : uint8_t { kClean, kOpen, kFull, kSealed, kRecycling, kGone };
 
 struct StoreSegment {
-  uint32_t writer = 0, id = 0, gen = 0;
-  bool own = false;
-  SegState state = SegState::kSealed;
-  uint64_t bytes = 0;
-  uint64_t tail = kBlock;   // next free byte; own, OPEN
-  uint32_t reserved = 0;    // records promised: written, in flight and tombstones
-  uint32_t pins = 0;        // reads and writes under way
-  std::vector<Record> records;  // own and not sealed yet, in journal order
-  size_t journalled = 0;        // of records
-  bool journal_failed = false;
-  std::vector<Key> keys;    // what to take out of the index when it goes
-  int64_t mtime_ns = 0;     // other writers: to see changes cheaply
-  bool sealed = false;      // the footer is on disk
-  bool empty = false;       // nothing in it is worth keeping: recycled first
-  FilePtr file, header_file, journal;  // under files_mu
+    uint32_t writer = 0, id = 0, gen = 0;
+    bool own = false;
+    SegState state = SegState::kSealed;
+    uint64_t bytes = 0;
+    uint64_t tail = kBlock;       // next free byte; own, OPEN
+    uint32_t reserved = 0;        // records promised: written, in flight and tombstones
+    uint32_t pins = 0;            // reads and writes under way
+    std::vector<Record> records;  // own and not sealed yet, in journal order
+    size_t journalled = 0;        // of records
+    bool journal_failed = false;
+    std::vector<Key> keys;               // what to take out of the index when it goes
+    int64_t mtime_ns = 0;                // other writers: to see changes cheaply
+    bool sealed = false;                 // the footer is on disk
+    bool empty = false;                  // nothing in it is worth keeping: recycled first
+    FilePtr file, header_file, journal;  // under files_mu
 };
 
 struct StoreEntry {
-  StoreSegment *seg;
-  uint64_t root, seq;
-  uint32_t gen, off4k, len, ns, depth;
+    StoreSegment* seg;
+    uint64_t root, seq;
+    uint32_t gen, off4k, len, ns, depth;
 };
 
 struct StoreJob {
-  int64_t id;
-  int kind;
-  std::vector<uint8_t> results;
-  size_t left;
-  uint64_t nbytes = 0;
-  Clock::time_point start;
-  std::shared_ptr<Arena> arena;
-  bool done = false;
-  int64_t ns = 0;
+    int64_t id;
+    int kind;
+    std::vector<uint8_t> results;
+    size_t left;
+    uint64_t nbytes = 0;
+    Clock::time_point start;
+    std::shared_ptr<Arena> arena;
+    bool done = false;
+    int64_t ns = 0;
 };
 using StoreJobPtr = std::shared_ptr<StoreJob>;
 
 struct StoreWork {
-  StoreJobPtr job;
-  uint32_t index;  // in job->results
-  StoreItem it;
-  uint32_t ns = 0;
-  // put: where it goes. get: the entry as it was at submit.
-  uint64_t off = 0;
-  uint64_t root = 0;
-  bool usable = true;
+    StoreJobPtr job;
+    uint32_t index;  // in job->results
+    StoreItem it;
+    uint32_t ns = 0;
+    // put: where it goes. get: the entry as it was at submit.
+    uint64_t off = 0;
+    uint64_t root = 0;
+    bool usable = true;
 };
 
 struct StoreGroup {  // one request: adjacent extents of one segment
-  StoreSegment *seg;
-  uint32_t gen;
-  uint64_t off, bytes;  // bytes: padded
-  bool bounce;
-  std::vector<StoreWork> items;
+    StoreSegment* seg;
+    uint32_t gen;
+    uint64_t off, bytes;  // bytes: padded
+    bool bounce;
+    std::vector<StoreWork> items;
 };
 
 struct StoreCounters {
-  std::atomic<uint64_t> puts{0}, gets{0}, hits{0}, misses{0}, corrupt{0}, io_errors{0}, no_space{0},
-      dropped{0}, bytes_written{0}, bytes_read{0}, recycled_segments{0}, recovered_entries{0},
-      journal_bytes{0}, sealed_segments{0};
+    std::atomic<uint64_t> puts{0}, gets{0}, hits{0}, misses{0}, corrupt{0}, io_errors{0},
+        no_space{0}, dropped{0}, bytes_written{0}, bytes_read{0}, recycled_segments{0},
+        recovered_entries{0}, journal_bytes{0}, sealed_segments{0};
 };
 
 struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
-  explicit StoreImpl(const StoreOptions &opt);
-  void start();
+    explicit StoreImpl(const StoreOptions& opt);
+    void start();
 
-  // -- store_jobs.cpp
-  StoreEntry *find_live(const Key &key);  // mu held
-  void submit_put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> &items,
-                  uint32_t ns);
-  void submit_get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> &items);
-  StoreJobPtr new_job(int64_t id, int kind, size_t n, std::shared_ptr<Arena> arena);
-  void settle(const StoreJobPtr &job, uint32_t index, uint8_t result, uint64_t nbytes);  // mu held
-  void place();                                                                     // mu held
-  void place_tombs();                                                               // mu held
-  bool next_segment();                                                              // mu held
-  void send(std::shared_ptr<StoreGroup> g, bool write);
-  int prepare_put(StoreGroup &g, IoRequest &r);
-  void finish_put(StoreGroup &g, int err);
-  void settle_put(StoreWork &w, uint8_t result, uint64_t nbytes);  // mu held
-  void fail_queued_puts(uint8_t result);            // mu held
-  int prepare_get(StoreGroup &g, IoRequest &r);
-  void finish_get(StoreGroup &g, IoRequest &r, int err, size_t done);
-  uint8_t check_read(StoreWork &w, const uint8_t *data, std::vector<uint64_t> &tmp);
-  void drop_entry(const Key &key, const StoreSegment *seg, uint32_t gen, uint64_t off);  // mu held
-  uint64_t merge_limit(uint64_t total) const;
+    // -- store_jobs.cpp
+    StoreEntry* find_live(const Key& key);  // mu held
+    void submit_put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items,
+                    uint32_t ns);
+    void submit_get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items);
+    StoreJobPtr new_job(int64_t id, int kind, size_t n, std::shared_ptr<Arena> arena);
+    void settle(const StoreJobPtr& job, uint32_t index, uint8_t result,
+                uint64_t nbytes);  // mu held
+    void place();                  // mu held
+    void place_tombs();            // mu held
+    bool next_segment();           // mu held
+    void send(std::shared_ptr<StoreGroup> g, bool write);
+    int prepare_put(StoreGroup& g, IoRequest& r);
+    void finish_put(StoreGroup& g, int err);
+    void settle_put(StoreWork& w, uint8_t result, uint64_t nbytes);  // mu held
+    void fail_queued_puts(uint8_t result);                           // mu held
+    int prepare_get(StoreGroup& g, IoRequest& r);
+    void finish_get(StoreGroup& g, IoRequest& r, int err, size_t done);
+    uint8_t check_read(StoreWork& w, const uint8_t* data, std::vector<uint64_t>& tmp);
+    void drop_entry(const Key& key, const StoreSegment* seg, uint32_t gen,
+                    uint64_t off);  // mu held
+    uint64_t merge_limit(uint64_t total) const;
 
-  // -- store.cpp, mu held unless said
-  void publish(StoreSegment &seg, const Record &r);
-  void unpublish(StoreSegment &seg, std::unique_lock<std::mutex> &lk);
-  uint64_t next_seq();
-  void append_record(StoreSegment &seg, Record r);
-  void erase_entry(std::unordered_map<Key, StoreEntry, KeyHash>::iterator it);
-  size_t remove(std::span<const Key> keys);
-  void bury(const Key &key);  // tombstone
-  VerifyReport verify(bool repair, const std::function<bool(uint64_t, uint64_t, uint64_t)> &progress);
-  int verify_one(const Key &key, const StoreEntry &e, AlignedBuf &buf);  // no lock
-  void check() const;
+    // -- store.cpp, mu held unless said
+    void publish(StoreSegment& seg, const Record& r);
+    void unpublish(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+    uint64_t next_seq();
+    void append_record(StoreSegment& seg, Record r);
+    void erase_entry(std::unordered_map<Key, StoreEntry, KeyHash>::iterator it);
+    size_t remove(std::span<const Key> keys);
+    void bury(const Key& key);  // tombstone
+    VerifyReport verify(bool repair,
+                        const std::function<bool(uint64_t, uint64_t, uint64_t)>& progress);
+    int verify_one(const Key& key, const StoreEntry& e, AlignedBuf& buf);  // no lock
+    void check() const;
 
-  // -- store_keeper.cpp
-  void keeper();
-  bool keeper_step(std::unique_lock<std::mutex> &lk);  // false: nothing to do now
-  bool want_ahead();
-  void close_open();  // mu held
-  void recover();
-  void seal_recovered(StoreSegment &seg);
-  void load(uint32_t writer, WriterScan &scan, std::unique_lock<std::mutex> &lk);
-  void load_segment(uint32_t writer, SegmentScan &s, std::unique_lock<std::mutex> &lk);
-  StoreSegment *find_segment(uint32_t writer, uint32_t id);
-  void refresh(std::unique_lock<std::mutex> &lk);
-  void shrink(std::unique_lock<std::mutex> &lk);
-  void write_journal(StoreSegment &seg, std::unique_lock<std::mutex> &lk);
-  void write_journals(std::unique_lock<std::mutex> &lk);
-  void seal(StoreSegment &seg, std::unique_lock<std::mutex> &lk);
-  int write_footer(StoreSegment &seg, const std::vector<Record> &recs, uint64_t off, uint64_t trailer_off);
-  int take_segment(std::unique_lock<std::mutex> &lk);  // 0: `clean` is set; else an errno
-  int make_room(std::unique_lock<std::mutex> &lk);
-  int create_segment(std::unique_lock<std::mutex> &lk);
-  int recycle(StoreSegment &seg, std::unique_lock<std::mutex> &lk);
-  int make_clean(StoreSegment &seg, uint64_t gen);  // header + journal
-  void remove_segment(StoreSegment &seg, std::unique_lock<std::mutex> &lk);
-  StoreSegment *oldest_own();
-  StoreSegment *sealable();
-  void drain_keeper(std::unique_lock<std::mutex> &lk);
-  FilePtr file_of(StoreSegment &seg, int &err);
-  uint64_t foreign_gen(StoreSegment &seg);  // 0: unreadable
-  bool flush(int timeout_ms);
-  bool close(int timeout_ms, bool kill);
-  void release();
-  void wake_keeper() { keeper_cv.notify_one(); }
+    // -- store_keeper.cpp
+    void keeper();
+    bool keeper_step(std::unique_lock<std::mutex>& lk);  // false: nothing to do now
+    bool want_ahead();
+    void close_open();  // mu held
+    void recover();
+    void seal_recovered(StoreSegment& seg);
+    void load(uint32_t writer, WriterScan& scan, std::unique_lock<std::mutex>& lk);
+    void load_segment(uint32_t writer, SegmentScan& s, std::unique_lock<std::mutex>& lk);
+    StoreSegment* find_segment(uint32_t writer, uint32_t id);
+    void refresh(std::unique_lock<std::mutex>& lk);
+    void shrink(std::unique_lock<std::mutex>& lk);
+    void write_journal(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+    void write_journals(std::unique_lock<std::mutex>& lk);
+    void seal(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+    int write_footer(StoreSegment& seg, const std::vector<Record>& recs, uint64_t off,
+                     uint64_t trailer_off);
+    int take_segment(std::unique_lock<std::mutex>& lk);  // 0: `clean` is set; else an errno
+    int make_room(std::unique_lock<std::mutex>& lk);
+    int create_segment(std::unique_lock<std::mutex>& lk);
+    int recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+    int make_clean(StoreSegment& seg, uint64_t gen);  // header + journal
+    void remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+    StoreSegment* oldest_own();
+    StoreSegment* sealable();
+    void drain_keeper(std::unique_lock<std::mutex>& lk);
+    FilePtr file_of(StoreSegment& seg, int& err);
+    uint64_t foreign_gen(StoreSegment& seg);  // 0: unreadable
+    bool flush(int timeout_ms);
+    bool close(int timeout_ms, bool kill);
+    void release();
+    void wake_keeper() { keeper_cv.notify_one(); }
 
-  StoreOptions opt;
-  StoreDir dir;
-  std::shared_ptr<Faults> faults = std::make_shared<Faults>();
-  std::shared_ptr<IoEngine> engine;
-  StoreCounters n;
+    StoreOptions opt;
+    StoreDir dir;
+    std::shared_ptr<Faults> faults = std::make_shared<Faults>();
+    std::shared_ptr<IoEngine> engine;
+    StoreCounters n;
 
-  mutable std::mutex mu;
-  std::condition_variable done_cv, keeper_cv, keeper_gone_cv;
-  std::unordered_map<Key, StoreEntry, KeyHash> index;
-  std::unordered_map<Key, uint64_t, KeyHash> tombs;  // seq of the newest delete
-  std::vector<std::unique_ptr<StoreSegment>> segments;    // never shrinks: pointers stay valid
-  StoreSegment *open = nullptr, *clean = nullptr;
-  uint64_t payload_bytes = 0;  // of all entries
+    mutable std::mutex mu;
+    std::condition_variable done_cv, keeper_cv, keeper_gone_cv;
+    std::unordered_map<Key, StoreEntry, KeyHash> index;
+    std::unordered_map<Key, uint64_t, KeyHash> tombs;     // seq of the newest delete
+    std::vector<std::unique_ptr<StoreSegment>> segments;  // never shrinks: pointers stay valid
+    StoreSegment *open = nullptr, *clean = nullptr;
+    uint64_t payload_bytes = 0;  // of all entries
 
-  std::unordered_map<int64_t, StoreJobPtr> jobs;
-  std::vector<StoreJobPtr> finished;
-  std::deque<StoreWork> put_queue;  // not placed yet
-  std::deque<Record> tomb_queue;   // deletes that wait for a segment
-  std::unordered_map<Key, std::vector<StoreWork>, KeyHash> pending;  // key -> puts that wait for the same
-  std::set<uint64_t> put_tickets;  // jobs not settled, in order of submission
-  std::unordered_map<const StoreJob *, uint64_t> ticket_of;
-  uint64_t last_ticket = 0;
-  uint64_t queued = 0;             // payload bytes of puts not settled
-  uint64_t records_added = 0, records_journalled = 0, journal_failures = 0;
-  bool need_segment = false, miss_hint = false, stop_keeper = false, keeper_alive = false;
-  bool closed = false;   // no new jobs
-  bool discard = false;  // queued work is given up; nothing more is sent to the engine
-  bool killed = false;   // abandon(): nothing more is written at all
-  bool released = false;
-  unsigned flush_waiters = 0;
-  const StoreSegment *ahead_tried = nullptr;  // taking one ahead failed while this one was open
-  Clock::time_point last_refresh{}, oldest_unwritten{};
-  uint64_t last_gen = 0, last_seq = 0, last_id = 0, charged = 0;
-  double recover_ms = 0;
-  std::thread keeper_thread;
+    std::unordered_map<int64_t, StoreJobPtr> jobs;
+    std::vector<StoreJobPtr> finished;
+    std::deque<StoreWork> put_queue;  // not placed yet
+    std::deque<Record> tomb_queue;    // deletes that wait for a segment
+    std::unordered_map<Key, std::vector<StoreWork>, KeyHash>
+        pending;                     // key -> puts that wait for the same
+    std::set<uint64_t> put_tickets;  // jobs not settled, in order of submission
+    std::unordered_map<const StoreJob*, uint64_t> ticket_of;
+    uint64_t last_ticket = 0;
+    uint64_t queued = 0;  // payload bytes of puts not settled
+    uint64_t records_added = 0, records_journalled = 0, journal_failures = 0;
+    bool need_segment = false, miss_hint = false, stop_keeper = false, keeper_alive = false;
+    bool closed = false;   // no new jobs
+    bool discard = false;  // queued work is given up; nothing more is sent to the engine
+    bool killed = false;   // abandon(): nothing more is written at all
+    bool released = false;
+    unsigned flush_waiters = 0;
+    const StoreSegment* ahead_tried = nullptr;  // taking one ahead failed while this one was open
+    Clock::time_point last_refresh{}, oldest_unwritten{};
+    uint64_t last_gen = 0, last_seq = 0, last_id = 0, charged = 0;
+    double recover_ms = 0;
+    std::thread keeper_thread;
 
-  std::mutex files_mu;
-  std::deque<StoreSegment *> open_files;  // in order of opening
+    std::mutex files_mu;
+    std::deque<StoreSegment*> open_files;  // in order of opening
 };
 
 }  // namespace kvo::store

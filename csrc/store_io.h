@@ -17,83 +17,85 @@ namespace kvo::store {
 
 // Test hooks. "every n-th" counters; 0 is off. `hang_read` blocks reads until it is 0 again.
 struct Faults {
-  std::atomic<int> read_eio{0}, write_eio{0}, enospc{0}, short_read{0}, slow_read_ms{0}, hang_read{0};
-  std::atomic<uint64_t> reads{0}, writes{0};
-  // Throws std::invalid_argument on an unknown name.
-  void set(const std::string &what, int every);
+    std::atomic<int> read_eio{0}, write_eio{0}, enospc{0}, short_read{0}, slow_read_ms{0},
+        hang_read{0};
+    std::atomic<uint64_t> reads{0}, writes{0};
+    // Throws std::invalid_argument on an unknown name.
+    void set(const std::string& what, int every);
 };
 
 // An open descriptor. Closed with the last reference, so a hung thread keeps its own file alive.
 class File {
- public:
-  File(int fd, bool direct) : fd_(fd), direct_(direct) {}
-  ~File();
-  File(const File &) = delete;
-  File &operator=(const File &) = delete;
-  int fd() const { return fd_; }
-  bool direct() const { return direct_.load(std::memory_order_relaxed); }
-  // Some file systems accept O_DIRECT at open and refuse it at the first transfer.
-  bool drop_direct();
+  public:
+    File(int fd, bool direct) : fd_(fd), direct_(direct) {}
+    ~File();
+    File(const File&) = delete;
+    File& operator=(const File&) = delete;
+    int fd() const { return fd_; }
+    bool direct() const { return direct_.load(std::memory_order_relaxed); }
+    // Some file systems accept O_DIRECT at open and refuse it at the first transfer.
+    bool drop_direct();
 
- private:
-  int fd_;
-  std::atomic<bool> direct_;
+  private:
+    int fd_;
+    std::atomic<bool> direct_;
 };
 using FilePtr = std::shared_ptr<File>;
 
 // openat with O_NOFOLLOW|O_CLOEXEC|O_NONBLOCK; refuses what is not a regular file of ours (EPERM).
 // O_DIRECT is dropped where the file system refuses it. Returns null and sets err.
-FilePtr open_file(int dirfd, const char *name, int flags, bool direct, int &err);
+FilePtr open_file(int dirfd, const char* name, int flags, bool direct, int& err);
 
 // 4 KiB-aligned memory.
 class AlignedBuf {
- public:
-  explicit AlignedBuf(size_t n = 0);
-  ~AlignedBuf();
-  AlignedBuf(AlignedBuf &&o) noexcept : p_(o.p_), n_(o.n_) { o.p_ = nullptr, o.n_ = 0; }
-  AlignedBuf &operator=(AlignedBuf &&o) noexcept;
-  uint8_t *data() const { return p_; }
-  size_t size() const { return n_; }
+  public:
+    explicit AlignedBuf(size_t n = 0);
+    ~AlignedBuf();
+    AlignedBuf(AlignedBuf&& o) noexcept : p_(o.p_), n_(o.n_) { o.p_ = nullptr, o.n_ = 0; }
+    AlignedBuf& operator=(AlignedBuf&& o) noexcept;
+    uint8_t* data() const { return p_; }
+    size_t size() const { return n_; }
 
- private:
-  uint8_t *p_ = nullptr;
-  size_t n_ = 0;
+  private:
+    uint8_t* p_ = nullptr;
+    size_t n_ = 0;
 };
 
 // Transfers until done, end of file (done < wanted, result 0) or error (errno).
-int read_full(const File &f, const iovec *iov, size_t n, uint64_t off, Faults &faults, size_t &done);
-int write_full(File &f, const iovec *iov, size_t n, uint64_t off, Faults &faults);
-int read_full(const File &f, void *p, size_t n, uint64_t off, Faults &faults, size_t &done);
-int write_full(File &f, const void *p, size_t n, uint64_t off, Faults &faults);
-int sync_data(const File &f);
+int read_full(const File& f, const iovec* iov, size_t n, uint64_t off, Faults& faults,
+              size_t& done);
+int write_full(File& f, const iovec* iov, size_t n, uint64_t off, Faults& faults);
+int read_full(const File& f, void* p, size_t n, uint64_t off, Faults& faults, size_t& done);
+int write_full(File& f, const void* p, size_t n, uint64_t off, Faults& faults);
+int sync_data(const File& f);
 
 struct IoRequest {
-  bool write = false;
-  uint64_t offset = 0;
-  FilePtr file;            // set by prepare at the latest
-  std::vector<iovec> iov;  // set by prepare at the latest
-  AlignedBuf bounce;       // taken from the engine's pool by prepare, given back after finish
-  // Both run on an engine thread that holds no lock. prepare returns 0, or an errno: then the
-  // transfer is left out and finish gets the errno. ECANCELED: the engine was stopped before.
-  std::function<int(IoRequest &)> prepare;
-  std::function<void(IoRequest &, int err, size_t done)> finish;
+    bool write = false;
+    uint64_t offset = 0;
+    FilePtr file;            // set by prepare at the latest
+    std::vector<iovec> iov;  // set by prepare at the latest
+    AlignedBuf bounce;       // taken from the engine's pool by prepare, given back after finish
+    // Both run on an engine thread that holds no lock. prepare returns 0, or an errno: then the
+    // transfer is left out and finish gets the errno. ECANCELED: the engine was stopped before.
+    std::function<int(IoRequest&)> prepare;
+    std::function<void(IoRequest&, int err, size_t done)> finish;
 };
 
 // Runs requests, reads before writes. Engines: a pread/pwrite thread pool (this file).
 class IoEngine {
- public:
-  virtual ~IoEngine() = default;
-  // Never blocks. After stop(): finish(ECANCELED) on the caller's thread.
-  virtual void submit(std::unique_ptr<IoRequest> r) = 0;
-  // Cancels what has not started (finish(ECANCELED)), waits for what has. False on timeout: the
-  // threads are then detached and hold all they use.
-  virtual bool stop(int timeout_ms) = 0;
-  virtual AlignedBuf take_buffer(size_t n) = 0;
+  public:
+    virtual ~IoEngine() = default;
+    // Never blocks. After stop(): finish(ECANCELED) on the caller's thread.
+    virtual void submit(std::unique_ptr<IoRequest> r) = 0;
+    // Cancels what has not started (finish(ECANCELED)), waits for what has. False on timeout: the
+    // threads are then detached and hold all they use.
+    virtual bool stop(int timeout_ms) = 0;
+    virtual AlignedBuf take_buffer(size_t n) = 0;
 };
 
 std::shared_ptr<IoEngine> make_thread_engine(unsigned threads, std::shared_ptr<Faults> faults);
 
 // Names the calling thread and blocks all signals in it.
-void setup_native_thread(const char *name);
+void setup_native_thread(const char* name);
 
 }  // namespace kvo::store

@@ -12,381 +12,394 @@ namespace {
 constexpr size_t kMaxParts = 256;  // iovecs per request
 
 uint8_t result_of(int err) {
-  if (err == ENOSPC || err == EDQUOT) return kNoSpace;
-  return err == ECANCELED ? kDropped : kIoError;
+    if (err == ENOSPC || err == EDQUOT) return kNoSpace;
+    return err == ECANCELED ? kDropped : kIoError;
 }
 
 }  // namespace
 
 // Requests big enough to be cheap, small enough that all threads have one.
 uint64_t StoreImpl::merge_limit(uint64_t total) const {
-  return std::clamp<uint64_t>(total / std::max(1u, opt.threads), 256 << 10, 4 << 20);
+    return std::clamp<uint64_t>(total / std::max(1u, opt.threads), 256 << 10, 4 << 20);
 }
 
 StoreJobPtr StoreImpl::new_job(int64_t id, int kind, size_t n_items, std::shared_ptr<Arena> arena) {
-  if (closed) throw std::invalid_argument("store is closed");
-  if (kind == 0 && opt.read_only) throw OsError(EROFS, "chunk store " + dir.path() + ": read only");
-  auto job = std::make_shared<StoreJob>();
-  job->id = id;
-  job->kind = kind;
-  job->results.assign(n_items, kDropped);
-  job->left = n_items;
-  job->start = Clock::now();
-  job->arena = std::move(arena);
-  if (!jobs.emplace(id, job).second) throw std::invalid_argument("job id is in use");
-  if (kind == 0) {
-    ticket_of[job.get()] = ++last_ticket;
-    put_tickets.insert(last_ticket);
-  }
-  if (!n_items) {  // nothing will ever settle it
-    job->left = 1;
-    job->results.assign(1, kOk);
-    settle(job, 0, kOk, 0);
-    job->results.clear();
-  }
-  return job;
+    if (closed) throw std::invalid_argument("store is closed");
+    if (kind == 0 && opt.read_only)
+        throw OsError(EROFS, "chunk store " + dir.path() + ": read only");
+    auto job = std::make_shared<StoreJob>();
+    job->id = id;
+    job->kind = kind;
+    job->results.assign(n_items, kDropped);
+    job->left = n_items;
+    job->start = Clock::now();
+    job->arena = std::move(arena);
+    if (!jobs.emplace(id, job).second) throw std::invalid_argument("job id is in use");
+    if (kind == 0) {
+        ticket_of[job.get()] = ++last_ticket;
+        put_tickets.insert(last_ticket);
+    }
+    if (!n_items) {  // nothing will ever settle it
+        job->left = 1;
+        job->results.assign(1, kOk);
+        settle(job, 0, kOk, 0);
+        job->results.clear();
+    }
+    return job;
 }
 
-void StoreImpl::settle(const StoreJobPtr &job, uint32_t i, uint8_t result, uint64_t nbytes) {
-  if (job->done) return;  // given up by close()
-  job->results[i] = result;
-  job->nbytes += nbytes;
-  if (result == kNoSpace) ++n.no_space;
-  if (result == kDropped) ++n.dropped;
-  if (--job->left) return;
-  job->done = true;
-  job->ns = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - job->start).count();
-  job->arena.reset();
-  if (auto t = ticket_of.find(job.get()); t != ticket_of.end()) {
-    put_tickets.erase(t->second);
-    ticket_of.erase(t);
-  }
-  finished.push_back(job);
-  done_cv.notify_all();
+void StoreImpl::settle(const StoreJobPtr& job, uint32_t i, uint8_t result, uint64_t nbytes) {
+    if (job->done) return;  // given up by close()
+    job->results[i] = result;
+    job->nbytes += nbytes;
+    if (result == kNoSpace) ++n.no_space;
+    if (result == kDropped) ++n.dropped;
+    if (--job->left) return;
+    job->done = true;
+    job->ns =
+        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - job->start).count();
+    job->arena.reset();
+    if (auto t = ticket_of.find(job.get()); t != ticket_of.end()) {
+        put_tickets.erase(t->second);
+        ticket_of.erase(t);
+    }
+    finished.push_back(job);
+    done_cv.notify_all();
 }
 
 // ---- put
 
-void StoreImpl::submit_put(int64_t id, std::shared_ptr<Arena> arena, std::vector<StoreItem> &items,
+void StoreImpl::submit_put(int64_t id, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items,
                            uint32_t ns) {
-  std::lock_guard lk(mu);
-  StoreJobPtr job = new_job(id, 0, items.size(), std::move(arena));
-  n.puts += items.size();
-  for (uint32_t i = 0; i < items.size(); ++i) {
-    StoreItem &it = items[i];
-    if (find_live(it.key)) {
-      settle(job, i, kOk, 0);
-      continue;
+    std::lock_guard lk(mu);
+    StoreJobPtr job = new_job(id, 0, items.size(), std::move(arena));
+    n.puts += items.size();
+    for (uint32_t i = 0; i < items.size(); ++i) {
+        StoreItem& it = items[i];
+        if (find_live(it.key)) {
+            settle(job, i, kOk, 0);
+            continue;
+        }
+        if (it.nbytes > max_payload(dir.segment_bytes())) {
+            settle(job, i, kNoSpace, 0);
+            continue;
+        }
+        StoreWork w{job, i, it, ns};
+        if (auto p = pending.find(it.key); p != pending.end()) {
+            p->second.push_back(std::move(w));
+            continue;
+        }
+        if (queued && queued + it.nbytes > opt.queue_bytes) {
+            settle(job, i, kDropped, 0);
+            continue;
+        }
+        queued += it.nbytes;
+        pending.emplace(it.key, std::vector<StoreWork>{});
+        put_queue.push_back(std::move(w));
     }
-    if (it.nbytes > max_payload(dir.segment_bytes())) {
-      settle(job, i, kNoSpace, 0);
-      continue;
-    }
-    StoreWork w{job, i, it, ns};
-    if (auto p = pending.find(it.key); p != pending.end()) {
-      p->second.push_back(std::move(w));
-      continue;
-    }
-    if (queued && queued + it.nbytes > opt.queue_bytes) {
-      settle(job, i, kDropped, 0);
-      continue;
-    }
-    queued += it.nbytes;
-    pending.emplace(it.key, std::vector<StoreWork>{});
-    put_queue.push_back(std::move(w));
-  }
-  place();
+    place();
 }
 
-void StoreImpl::settle_put(StoreWork &w, uint8_t result, uint64_t nbytes) {
-  queued -= w.it.nbytes;
-  settle(w.job, w.index, result, nbytes);
-  auto p = pending.find(w.it.key);
-  auto waiters = std::move(p->second);
-  pending.erase(p);
-  for (auto &o : waiters) settle(o.job, o.index, result, 0);
+void StoreImpl::settle_put(StoreWork& w, uint8_t result, uint64_t nbytes) {
+    queued -= w.it.nbytes;
+    settle(w.job, w.index, result, nbytes);
+    auto p = pending.find(w.it.key);
+    auto waiters = std::move(p->second);
+    pending.erase(p);
+    for (auto& o : waiters) settle(o.job, o.index, result, 0);
 }
 
 void StoreImpl::fail_queued_puts(uint8_t result) {
-  auto q = std::move(put_queue);
-  put_queue.clear();
-  for (auto &w : q) settle_put(w, result, 0);
-  tomb_queue.clear();
-  done_cv.notify_all();
+    auto q = std::move(put_queue);
+    put_queue.clear();
+    for (auto& w : q) settle_put(w, result, 0);
+    tomb_queue.clear();
+    done_cv.notify_all();
 }
 
 // Makes `open` usable; else asks the keeper for a segment.
 bool StoreImpl::next_segment() {
-  if (open) return true;
-  if (clean) {
-    open = clean;
-    clean = nullptr;
-    open->state = SegState::kOpen;
+    if (open) return true;
+    if (clean) {
+        open = clean;
+        clean = nullptr;
+        open->state = SegState::kOpen;
+        wake_keeper();
+        return true;
+    }
+    need_segment = true;
     wake_keeper();
-    return true;
-  }
-  need_segment = true;
-  wake_keeper();
-  return false;
+    return false;
 }
 
 void StoreImpl::place_tombs() {
-  while (!tomb_queue.empty() && next_segment()) {
-    if (open->tail + footer_bytes(open->reserved + 1) > open->bytes) {
-      close_open();
-      continue;
+    while (!tomb_queue.empty() && next_segment()) {
+        if (open->tail + footer_bytes(open->reserved + 1) > open->bytes) {
+            close_open();
+            continue;
+        }
+        ++open->reserved;
+        append_record(*open, tomb_queue.front());
+        tomb_queue.pop_front();
+        if (tomb_queue.empty()) done_cv.notify_all();
     }
-    ++open->reserved;
-    append_record(*open, tomb_queue.front());
-    tomb_queue.pop_front();
-    if (tomb_queue.empty()) done_cv.notify_all();
-  }
 }
 
 // Gives queued puts their extents, in order: what came together lies together.
 void StoreImpl::place() {
-  if (discard) return;
-  place_tombs();
-  uint64_t limit = merge_limit(queued);
-  while (!put_queue.empty() && next_segment()) {
-    auto g = std::make_shared<StoreGroup>();
-    g->seg = open;
-    g->gen = open->gen;
-    g->off = open->tail;
-    g->bytes = 0;
-    g->bounce = !put_queue.front().job->arena;
-    while (!put_queue.empty() && g->items.size() < kMaxParts) {
-      StoreWork &w = put_queue.front();
-      uint64_t pad = round_up(w.it.nbytes);
-      if (open->tail + pad + footer_bytes(open->reserved + 1) > open->bytes) break;
-      if (g->bounce != !w.job->arena || (g->bytes && g->bytes + pad > limit)) break;
-      w.off = open->tail;
-      open->tail += pad;
-      g->bytes += pad;
-      ++open->reserved;
-      g->items.push_back(std::move(w));
-      put_queue.pop_front();
+    if (discard) return;
+    place_tombs();
+    uint64_t limit = merge_limit(queued);
+    while (!put_queue.empty() && next_segment()) {
+        auto g = std::make_shared<StoreGroup>();
+        g->seg = open;
+        g->gen = open->gen;
+        g->off = open->tail;
+        g->bytes = 0;
+        g->bounce = !put_queue.front().job->arena;
+        while (!put_queue.empty() && g->items.size() < kMaxParts) {
+            StoreWork& w = put_queue.front();
+            uint64_t pad = round_up(w.it.nbytes);
+            if (open->tail + pad + footer_bytes(open->reserved + 1) > open->bytes) break;
+            if (g->bounce != !w.job->arena || (g->bytes && g->bytes + pad > limit)) break;
+            w.off = open->tail;
+            open->tail += pad;
+            g->bytes += pad;
+            ++open->reserved;
+            g->items.push_back(std::move(w));
+            put_queue.pop_front();
+        }
+        if (g->items.empty()) {
+            close_open();
+            continue;
+        }
+        ++g->seg->pins;
+        send(std::move(g), true);
     }
-    if (g->items.empty()) {
-      close_open();
-      continue;
-    }
-    ++g->seg->pins;
-    send(std::move(g), true);
-  }
 }
 
 void StoreImpl::send(std::shared_ptr<StoreGroup> g, bool write) {
-  auto r = std::make_unique<IoRequest>();
-  r->write = write;
-  r->offset = g->off;
-  auto self = shared_from_this();
-  if (write) {
-    r->prepare = [self, g](IoRequest &q) { return self->prepare_put(*g, q); };
-    r->finish = [self, g](IoRequest &, int err, size_t) { self->finish_put(*g, err); };
-  } else {
-    r->prepare = [self, g](IoRequest &q) { return self->prepare_get(*g, q); };
-    r->finish = [self, g](IoRequest &q, int err, size_t done) { self->finish_get(*g, q, err, done); };
-  }
-  engine->submit(std::move(r));
+    auto r = std::make_unique<IoRequest>();
+    r->write = write;
+    r->offset = g->off;
+    auto self = shared_from_this();
+    if (write) {
+        r->prepare = [self, g](IoRequest& q) { return self->prepare_put(*g, q); };
+        r->finish = [self, g](IoRequest&, int err, size_t) { self->finish_put(*g, err); };
+    } else {
+        r->prepare = [self, g](IoRequest& q) { return self->prepare_get(*g, q); };
+        r->finish = [self, g](IoRequest& q, int err, size_t done) {
+            self->finish_get(*g, q, err, done);
+        };
+    }
+    engine->submit(std::move(r));
 }
 
-int StoreImpl::prepare_put(StoreGroup &g, IoRequest &r) {
-  int err = 0;
-  r.file = file_of(*g.seg, err);
-  if (!r.file) return err;
-  std::vector<uint64_t> leaves;
-  if (g.bounce) {
-    r.bounce = engine->take_buffer(g.bytes);
-    r.iov.push_back({r.bounce.data(), g.bytes});
-  }
-  for (auto &w : g.items) {
-    uint64_t seed = seed_of(w.it.key.b);
-    size_t count = leaf_count(w.it.nbytes);
-    if (!g.bounce) {
-      // The extent is ours either way; bytes of a slot that moved on are written and never named.
-      w.usable = w.job->arena && w.job->arena->state_of(w.it.slot, w.it.generation) == kReady;
-      w.root = root_of(w.it.leaves, count, seed);
-      r.iov.push_back({w.it.data, w.it.nbytes});
-      continue;
+int StoreImpl::prepare_put(StoreGroup& g, IoRequest& r) {
+    int err = 0;
+    r.file = file_of(*g.seg, err);
+    if (!r.file) return err;
+    std::vector<uint64_t> leaves;
+    if (g.bounce) {
+        r.bounce = engine->take_buffer(g.bytes);
+        r.iov.push_back({r.bounce.data(), g.bytes});
     }
-    uint8_t *to = r.bounce.data() + (w.off - g.off);
-    uint64_t pad = round_up(w.it.nbytes);
-    std::memcpy(to, w.it.data, w.it.nbytes);
-    std::memset(to + w.it.nbytes, 0, pad - w.it.nbytes);
-    leaves.resize(count);
-    leaf_hashes(to, w.it.nbytes, seed, leaves.data());
-    w.root = root_of(leaves.data(), count, seed);
-  }
-  return 0;
+    for (auto& w : g.items) {
+        uint64_t seed = seed_of(w.it.key.b);
+        size_t count = leaf_count(w.it.nbytes);
+        if (!g.bounce) {
+            // The extent is ours either way; bytes of a slot that moved on are written and never
+            // named.
+            w.usable = w.job->arena && w.job->arena->state_of(w.it.slot, w.it.generation) == kReady;
+            w.root = root_of(w.it.leaves, count, seed);
+            r.iov.push_back({w.it.data, w.it.nbytes});
+            continue;
+        }
+        uint8_t* to = r.bounce.data() + (w.off - g.off);
+        uint64_t pad = round_up(w.it.nbytes);
+        std::memcpy(to, w.it.data, w.it.nbytes);
+        std::memset(to + w.it.nbytes, 0, pad - w.it.nbytes);
+        leaves.resize(count);
+        leaf_hashes(to, w.it.nbytes, seed, leaves.data());
+        w.root = root_of(leaves.data(), count, seed);
+    }
+    return 0;
 }
 
-void StoreImpl::finish_put(StoreGroup &g, int err) {
-  std::lock_guard lk(mu);
-  StoreSegment &seg = *g.seg;
-  --seg.pins;
-  if (err && err != ECANCELED) {
-    ++n.io_errors;
-    if (open == &seg) close_open();  // abandoned: what it holds stays, nothing more goes in
-  }
-  if (!err) n.bytes_written += g.bytes;
-  for (auto &w : g.items) {
-    if (err || killed) {
-      settle_put(w, err ? result_of(err) : uint8_t(kDropped), 0);
-      continue;
+void StoreImpl::finish_put(StoreGroup& g, int err) {
+    std::lock_guard lk(mu);
+    StoreSegment& seg = *g.seg;
+    --seg.pins;
+    if (err && err != ECANCELED) {
+        ++n.io_errors;
+        if (open == &seg) close_open();  // abandoned: what it holds stays, nothing more goes in
     }
-    if (w.job->arena && w.job->arena->state_of(w.it.slot, w.it.generation) != kReady) w.usable = false;
-    if (!w.usable) {
-      settle_put(w, kDropped, 0);
-      continue;
+    if (!err) n.bytes_written += g.bytes;
+    for (auto& w : g.items) {
+        if (err || killed) {
+            settle_put(w, err ? result_of(err) : uint8_t(kDropped), 0);
+            continue;
+        }
+        if (w.job->arena && w.job->arena->state_of(w.it.slot, w.it.generation) != kReady)
+            w.usable = false;
+        if (!w.usable) {
+            settle_put(w, kDropped, 0);
+            continue;
+        }
+        Record r{};
+        r.type = kPut;
+        r.key = w.it.key;
+        r.off4k = uint32_t(w.off / kBlock);
+        r.len = uint32_t(w.it.nbytes);
+        r.root = w.root;
+        r.ns = w.ns;
+        r.depth = w.it.depth;
+        append_record(seg, r);
+        publish(seg, seg.records.back());
+        settle_put(w, kOk, w.it.nbytes);
     }
-    Record r{};
-    r.type = kPut;
-    r.key = w.it.key;
-    r.off4k = uint32_t(w.off / kBlock);
-    r.len = uint32_t(w.it.nbytes);
-    r.root = w.root;
-    r.ns = w.ns;
-    r.depth = w.it.depth;
-    append_record(seg, r);
-    publish(seg, seg.records.back());
-    settle_put(w, kOk, w.it.nbytes);
-  }
-  if (seg.state == SegState::kFull && !seg.pins) wake_keeper();
-  place();
+    if (seg.state == SegState::kFull && !seg.pins) wake_keeper();
+    place();
 }
 
 // ---- get
 
-void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena, std::vector<StoreItem> &items) {
-  std::vector<std::shared_ptr<StoreGroup>> groups;
-  {
-    std::lock_guard lk(mu);
-    StoreJobPtr job = new_job(id, 1, items.size(), arena);
-    n.gets += items.size();
-    std::vector<std::pair<StoreEntry, StoreWork>> found;
-    uint64_t total = 0;
-    for (uint32_t i = 0; i < items.size(); ++i) {
-      StoreEntry *e = find_live(items[i].key);
-      if (!e || e->len != items[i].nbytes) {
-        if (!e) miss_hint = true;
-        ++n.misses;
-        if (arena) arena->fail(items[i].slot, items[i].generation);
-        settle(job, i, kMiss, 0);
-        continue;
-      }
-      StoreWork w{job, i, items[i], e->ns, e->off4k * kBlock, e->root};
-      total += round_up(e->len);
-      found.emplace_back(*e, std::move(w));
+void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena,
+                           std::vector<StoreItem>& items) {
+    std::vector<std::shared_ptr<StoreGroup>> groups;
+    {
+        std::lock_guard lk(mu);
+        StoreJobPtr job = new_job(id, 1, items.size(), arena);
+        n.gets += items.size();
+        std::vector<std::pair<StoreEntry, StoreWork>> found;
+        uint64_t total = 0;
+        for (uint32_t i = 0; i < items.size(); ++i) {
+            StoreEntry* e = find_live(items[i].key);
+            if (!e || e->len != items[i].nbytes) {
+                if (!e) miss_hint = true;
+                ++n.misses;
+                if (arena) arena->fail(items[i].slot, items[i].generation);
+                settle(job, i, kMiss, 0);
+                continue;
+            }
+            StoreWork w{job, i, items[i], e->ns, e->off4k * kBlock, e->root};
+            total += round_up(e->len);
+            found.emplace_back(*e, std::move(w));
+        }
+        if (miss_hint) wake_keeper();
+        std::stable_sort(found.begin(), found.end(), [](auto& a, auto& b) {
+            return a.first.seg != b.first.seg ? a.first.seg < b.first.seg
+                                              : a.second.off < b.second.off;
+        });
+        uint64_t limit = merge_limit(total);
+        for (auto& [e, w] : found) {
+            uint64_t pad = round_up(e.len);
+            StoreGroup* g = groups.empty() ? nullptr : groups.back().get();
+            if (!g || g->seg != e.seg || g->gen != e.gen || g->off + g->bytes != w.off ||
+                g->bytes + pad > limit || g->items.size() >= kMaxParts) {
+                g = groups.emplace_back(std::make_shared<StoreGroup>()).get();
+                g->seg = e.seg;
+                g->gen = e.gen;
+                g->off = w.off;
+                g->bytes = 0;
+                g->bounce = !arena;
+                ++g->seg->pins;
+            }
+            g->bytes += pad;
+            g->items.push_back(std::move(w));
+        }
     }
-    if (miss_hint) wake_keeper();
-    std::stable_sort(found.begin(), found.end(), [](auto &a, auto &b) {
-      return a.first.seg != b.first.seg ? a.first.seg < b.first.seg : a.second.off < b.second.off;
-    });
-    uint64_t limit = merge_limit(total);
-    for (auto &[e, w] : found) {
-      uint64_t pad = round_up(e.len);
-      StoreGroup *g = groups.empty() ? nullptr : groups.back().get();
-      if (!g || g->seg != e.seg || g->gen != e.gen || g->off + g->bytes != w.off ||
-          g->bytes + pad > limit || g->items.size() >= kMaxParts) {
-        g = groups.emplace_back(std::make_shared<StoreGroup>()).get();
-        g->seg = e.seg;
-        g->gen = e.gen;
-        g->off = w.off;
-        g->bytes = 0;
-        g->bounce = !arena;
-        ++g->seg->pins;
-      }
-      g->bytes += pad;
-      g->items.push_back(std::move(w));
-    }
-  }
-  for (auto &g : groups) send(g, false);
+    for (auto& g : groups) send(g, false);
 }
 
-int StoreImpl::prepare_get(StoreGroup &g, IoRequest &r) {
-  int err = 0;
-  r.file = file_of(*g.seg, err);
-  if (!r.file) return err;
-  if (g.bounce) {
-    r.bounce = engine->take_buffer(g.bytes);
-    r.iov.push_back({r.bounce.data(), g.bytes});
+int StoreImpl::prepare_get(StoreGroup& g, IoRequest& r) {
+    int err = 0;
+    r.file = file_of(*g.seg, err);
+    if (!r.file) return err;
+    if (g.bounce) {
+        r.bounce = engine->take_buffer(g.bytes);
+        r.iov.push_back({r.bounce.data(), g.bytes});
+        return 0;
+    }
+    uint64_t lost = 0;
+    for (auto& w : g.items) {
+        w.usable = w.job->arena && w.job->arena->state_of(w.it.slot, w.it.generation) == kFilling;
+        if (!w.usable) lost = std::max(lost, w.it.nbytes);
+    }
+    // A slot that moved on is somebody else's memory: its extent is read past it.
+    if (lost) r.bounce = engine->take_buffer(lost);
+    for (auto& w : g.items) r.iov.push_back({w.usable ? w.it.data : r.bounce.data(), w.it.nbytes});
     return 0;
-  }
-  uint64_t lost = 0;
-  for (auto &w : g.items) {
-    w.usable = w.job->arena && w.job->arena->state_of(w.it.slot, w.it.generation) == kFilling;
-    if (!w.usable) lost = std::max(lost, w.it.nbytes);
-  }
-  // A slot that moved on is somebody else's memory: its extent is read past it.
-  if (lost) r.bounce = engine->take_buffer(lost);
-  for (auto &w : g.items)
-    r.iov.push_back({w.usable ? w.it.data : r.bounce.data(), w.it.nbytes});
-  return 0;
 }
 
 // Verifies one item's bytes; leaf hashes go to the arena where there is one.
-uint8_t StoreImpl::check_read(StoreWork &w, const uint8_t *data, std::vector<uint64_t> &tmp) {
-  uint64_t seed = seed_of(w.it.key.b);
-  size_t count = leaf_count(w.it.nbytes);
-  uint64_t *leaves = w.it.leaves;
-  if (!leaves) {
-    tmp.resize(count);
-    leaves = tmp.data();
-  }
-  leaf_hashes(data, w.it.nbytes, seed, leaves);
-  return root_of(leaves, count, seed) == w.root ? kOk : kCorrupt;
+uint8_t StoreImpl::check_read(StoreWork& w, const uint8_t* data, std::vector<uint64_t>& tmp) {
+    uint64_t seed = seed_of(w.it.key.b);
+    size_t count = leaf_count(w.it.nbytes);
+    uint64_t* leaves = w.it.leaves;
+    if (!leaves) {
+        tmp.resize(count);
+        leaves = tmp.data();
+    }
+    leaf_hashes(data, w.it.nbytes, seed, leaves);
+    return root_of(leaves, count, seed) == w.root ? kOk : kCorrupt;
 }
 
-void StoreImpl::finish_get(StoreGroup &g, IoRequest &r, int err, size_t done) {
-  std::vector<uint64_t> tmp;
-  std::vector<uint8_t> results(g.items.size());
-  // Another writer's segment may have been recycled under the read; ours is pinned.
-  bool moved = !g.seg->own && err != ECANCELED && foreign_gen(*g.seg) != g.gen;
-  for (size_t i = 0; i < g.items.size(); ++i) {
-    StoreWork &w = g.items[i];
-    uint64_t end = w.off - g.off + w.it.nbytes;
-    const uint8_t *data = g.bounce ? r.bounce.data() + (w.off - g.off) : w.it.data;
-    uint8_t res = kOk;
-    if (err == ECANCELED || !w.usable) res = kDropped;
-    else if (moved) res = kMiss;
-    else if (err || done < end) res = kIoError;
-    else res = check_read(w, data, tmp);
-    if (res == kOk && g.bounce) std::memcpy(w.it.data, data, w.it.nbytes);
-    if (Arena *a = w.job->arena.get()) {
-      if (res != kOk) a->fail(w.it.slot, w.it.generation);
-      else if (!a->fill_done(w.it.slot, w.it.generation)) res = kDropped;
+void StoreImpl::finish_get(StoreGroup& g, IoRequest& r, int err, size_t done) {
+    std::vector<uint64_t> tmp;
+    std::vector<uint8_t> results(g.items.size());
+    // Another writer's segment may have been recycled under the read; ours is pinned.
+    bool moved = !g.seg->own && err != ECANCELED && foreign_gen(*g.seg) != g.gen;
+    for (size_t i = 0; i < g.items.size(); ++i) {
+        StoreWork& w = g.items[i];
+        uint64_t end = w.off - g.off + w.it.nbytes;
+        const uint8_t* data = g.bounce ? r.bounce.data() + (w.off - g.off) : w.it.data;
+        uint8_t res = kOk;
+        if (err == ECANCELED || !w.usable)
+            res = kDropped;
+        else if (moved)
+            res = kMiss;
+        else if (err || done < end)
+            res = kIoError;
+        else
+            res = check_read(w, data, tmp);
+        if (res == kOk && g.bounce) std::memcpy(w.it.data, data, w.it.nbytes);
+        if (Arena* a = w.job->arena.get()) {
+            if (res != kOk)
+                a->fail(w.it.slot, w.it.generation);
+            else if (!a->fill_done(w.it.slot, w.it.generation))
+                res = kDropped;
+        }
+        results[i] = res;
     }
-    results[i] = res;
-  }
-  std::lock_guard lk(mu);
-  --g.seg->pins;
-  if (!g.seg->own || g.seg->state == SegState::kFull) wake_keeper();
-  done_cv.notify_all();  // the keeper may wait for the pin
-  bool io = false;
-  for (size_t i = 0; i < g.items.size(); ++i) {
-    StoreWork &w = g.items[i];
-    uint8_t res = results[i];
-    io |= res == kIoError;
-    // EIO may pass; bytes that are wrong, gone or cut off will not come back.
-    if (res == kCorrupt || res == kMiss || (res == kIoError && (!err || err == ENOENT)))
-      drop_entry(w.it.key, g.seg, g.gen, w.off);
-    if (res == kCorrupt) ++n.corrupt;
-    if (res == kMiss) ++n.misses;
-    if (res == kOk) {
-      ++n.hits;
-      n.bytes_read += w.it.nbytes;
+    std::lock_guard lk(mu);
+    --g.seg->pins;
+    if (!g.seg->own || g.seg->state == SegState::kFull) wake_keeper();
+    done_cv.notify_all();  // the keeper may wait for the pin
+    bool io = false;
+    for (size_t i = 0; i < g.items.size(); ++i) {
+        StoreWork& w = g.items[i];
+        uint8_t res = results[i];
+        io |= res == kIoError;
+        // EIO may pass; bytes that are wrong, gone or cut off will not come back.
+        if (res == kCorrupt || res == kMiss || (res == kIoError && (!err || err == ENOENT)))
+            drop_entry(w.it.key, g.seg, g.gen, w.off);
+        if (res == kCorrupt) ++n.corrupt;
+        if (res == kMiss) ++n.misses;
+        if (res == kOk) {
+            ++n.hits;
+            n.bytes_read += w.it.nbytes;
+        }
+        settle(w.job, w.index, res, res == kOk ? w.it.nbytes : 0);
     }
-    settle(w.job, w.index, res, res == kOk ? w.it.nbytes : 0);
-  }
-  if (io) ++n.io_errors;
+    if (io) ++n.io_errors;
 }
 
-void StoreImpl::drop_entry(const Key &key, const StoreSegment *seg, uint32_t gen, uint64_t off) {
-  auto it = index.find(key);
-  if (it != index.end() && it->second.seg == seg && it->second.gen == gen &&
-      it->second.off4k == off / kBlock)
-    erase_entry(it);
+void StoreImpl::drop_entry(const Key& key, const StoreSegment* seg, uint32_t gen, uint64_t off) {
+    auto it = index.find(key);
+    if (it != index.end() && it->second.seg == seg && it->second.gen == gen &&
+        it->second.off4k == off / kBlock)
+        erase_entry(it);
 }
 
 }  // namespace kvo::store

@@ -11,7 +11,7 @@ the payload is cut into leaves of ``LEAF_BYTES`` (the last may be shorter),
 ``leaf[i] = XXH3_64(leaf bytes, seed)`` and ``root = XXH3_64(concatenated little-endian leaf hashes, seed)``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -233,11 +233,18 @@ class SegmentStore:
         """All puts so far are written and journalled. False on timeout."""
     def stats(self) -> dict[str, int | float]:
         """entries, bytes_used, bytes_max, segments, puts, gets, hits, misses, corrupt, io_errors, no_space,
-        dropped, bytes_written, bytes_read, recycled_segments, recovered_entries, recover_ms, queued_bytes"""
+        dropped, bytes_written, bytes_read, recycled_segments, recovered_entries, recover_ms, queued_bytes;
+        also payload_bytes, segment_bytes, writers, journal_bytes, sealed_segments"""
     def ls(self, limit: int = 0) -> list[tuple[bytes, int, int, int, int, int]]:
         """(key, namespace, depth, nbytes, segment, seq), newest first."""
-    def verify(self, repair: bool = False) -> dict[str, int | float]:
-        """Read every payload and check it: {checked, bad, bytes, seconds, dropped}."""
+    def verify(
+        self, repair: bool = False, progress: Callable[[int, int, int], object] | None = None
+    ) -> dict[str, int | float]:
+        """Read every payload and check it: {checked, bad, bytes, seconds, dropped}.
+        ``progress(done, total, bytes)`` is called now and then on the calling thread; what it raises
+        ends the verification and is raised."""
+    def _abandon(self) -> None:
+        """Test hook: stop as a kill would; nothing is flushed, journalled or sealed."""
     def inject(self, what: str, every: int) -> None:
         """Test hook at the I/O seam: "read_eio", "write_eio", "enospc", "short_read", "slow_read_ms",
         "hang_read" (until turned off with 0)."""

@@ -424,14 +424,14 @@ class Demo:
         tokens = statistics.median(a.prompt_tokens for a in self.steps[0].answers)
         table = Table(title=f"{len(self.prompts)} prompts of {tokens:.0f} tokens, SmolLM2-135M")
         table.add_column("state of the caches", no_wrap=True)
-        for title in ("first token", "speed-up", "HBM", "DRAM", "NVMe", "same output"):
-            table.add_column(title, justify="right")
+        for title in ("ms", "speed", "HBM", "DRAM", "NVMe", "same output"):
+            table.add_column(title, justify="right", no_wrap=True)
         for step in self.steps:
             cells = [f"{step.loaded.get(place, 0):,}" for place in ("hbm", "dram", "nvme")]
             speed = f"{cold / step.ttft_ms:.1f}x"
-            name, first = TITLES[step.name], f"{step.ttft_ms:,.0f} ms"
+            name, first = TITLES[step.name], f"{step.ttft_ms:,.0f}"
             table.add_row(name, first, speed, *cells, self.same_output(step))
-        table.caption = "first token: median; HBM, DRAM, NVMe: prompt tokens taken from there, all prompts together"
+        table.caption = "ms: to the first token, median. HBM, DRAM, NVMe: prompt tokens taken from there, in all."
         return table
 
     def result(self) -> dict[str, Any]:

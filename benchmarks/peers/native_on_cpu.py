@@ -41,14 +41,20 @@ class HostCopyWorker(OffloadingWorker):
         self._stores: dict[int, Future[TransferResult]] = {}
         self._done: deque[TransferResult] = deque()
 
-    def _copy(self, job: int, engine: GPULoadStoreSpec, host: LoadStoreSpec, store: bool) -> TransferResult:
+    def _copy(
+        self, job: int, engine: GPULoadStoreSpec, host: LoadStoreSpec, store: bool
+    ) -> TransferResult:
         assert isinstance(host, CPULoadStoreSpec)
         start, moved, at = time.perf_counter(), 0, 0
         blocks, chunks = engine.block_ids.tolist(), host.chunk_ids.tolist()
         for group, size in enumerate(engine.group_sizes):
             pairs = list(zip(blocks[at : at + size], chunks[at : at + size], strict=True))
             for ref in self._refs[group]:
-                pages, rows, n = self._pages[ref.tensor_idx], self._host[ref.tensor_idx], ref.page_size_bytes
+                pages, rows, n = (
+                    self._pages[ref.tensor_idx],
+                    self._host[ref.tensor_idx],
+                    ref.page_size_bytes,
+                )
                 for block, chunk in pairs:
                     if store:
                         rows[chunk, :n].copy_(pages[block, :n])
@@ -58,7 +64,9 @@ class HostCopyWorker(OffloadingWorker):
             at += size
         return TransferResult(job, True, moved, time.perf_counter() - start)
 
-    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
+    def submit_store(
+        self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec
+    ) -> bool:
         self._stores[job_id] = self._storer.submit(self._copy, job_id, src_spec, dst_spec, True)
         return True
 

@@ -99,6 +99,12 @@ def _report(pairs: list[tuple[Figures, Figures]]) -> Json:
     return out
 
 
+def _floor(bases: list[Figures]) -> Json | None:
+    """The same ratios between lives without a connector: what a ratio may move by chance."""
+    each = [_ratios(b, a) for a, b in zip(bases, bases[1:], strict=False)]
+    return {key: summary([e[key] for e in each], 4) for key in RATIOS} if each else None
+
+
 class Run:
     """State of one routine call."""
 
@@ -122,7 +128,7 @@ class Run:
         rng = random.Random(opt.seed * 1000 + number)
         names = [f"u{i}" for i in range(opt.requests)]
         prompts = {n: [rng.randrange(3, 4096) for _ in range(opt.prompt_tokens)] for n in names}
-        prompts |= {n: prompts["u0"][::-1] for n in ("warm",)}
+        prompts["warm"] = prompts["u0"][::-1]
         ops: list[Json] = [
             {"op": "generate", "prompts": ["warm"], "max_tokens": opt.output_tokens},
             {
@@ -158,7 +164,8 @@ def run(context: Context, options: argparse.Namespace) -> Json:
                 pairs.setdefault(system, []).append((own, base))
             number += 1
     reports = {s: {"skipped": skipped[s]} if s in skipped else _report(pairs[s]) for s in systems}
-    out: Json = {"config": run_.place.describe(), "systems": reports}
+    floor = _floor([base for done in pairs.values() for _, base in done])
+    out: Json = {"config": run_.place.describe(), "systems": reports, "floor": floor}
     if "kvoffload" in reports:
         out |= {k: v for k, v in reports["kvoffload"].items() if k not in ("own", "none", "pairs")}
     return out

@@ -184,7 +184,7 @@ class Client:
             self._turn_done[turn.session, turn.number].set()
 
     async def run(self, turns: list[Turn], concurrency: int) -> float:
-        """Seconds for all turns. A queue in order cannot deadlock: turn n-1 is always taken first."""
+        """Seconds for all turns. Cannot deadlock: turn n-1 of a session is always taken first."""
         import aiohttp
 
         limit = aiohttp.ClientTimeout(total=REQUEST_S)
@@ -219,7 +219,9 @@ def _arguments(place: Workplace, port: int, transfer: Json | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def _server(place: Workplace, system: str, here: Path) -> Iterator[tuple[str, subprocess.Popen[Any]]]:
+def _server(
+    place: Workplace, system: str, here: Path
+) -> Iterator[tuple[str, subprocess.Popen[Any]]]:
     """A ready server of ``system``: (base URL, process). Raises Skip or LifeFailed."""
     port, log = _free_port(), here / "server.log"
     storage = None if system == "none" else here / "tier"
@@ -325,7 +327,9 @@ class Run:
                 before, client = _hits(base), Client(base, "bench", self.options.output_tokens)
                 wall = asyncio.run(client.run(turns, self.options.concurrency))
                 if not psutil.pid_exists(process.pid) or process.poll() is not None:
-                    raise LifeFailed(f"the server died during {name}\n{log_tail(here / 'server.log')}")
+                    raise LifeFailed(
+                        f"the server died during {name}\n{log_tail(here / 'server.log')}"
+                    )
                 after = _hits(base)
                 hits = {t: int(v - before.get(t, 0.0)) for t, v in after.items()}
                 outcomes[name] = Outcome(client.answers, wall, hits)

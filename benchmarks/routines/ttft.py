@@ -1,8 +1,8 @@
 """``ttft``: time to first token of a long prompt, cold and from every tier, system beside system.
 
 Per round and system two engine lives: the first takes every prompt cold, again from HBM, then from
-DRAM after the HBM prefix cache was reset, and waits for the write-behind; the second, after the page
-cache was dropped, takes the same prompts from NVMe. Systems alternate within a round. Every request
+DRAM after the HBM prefix cache was reset, and waits for the write-behind; the second, after the
+page cache was dropped, takes the same prompts from NVMe. Systems alternate within a round. Every request
 streams 8 greedy tokens with logprobs, so that the very reload that was timed is also the one whose
 output is compared with the cold run without a connector.
 """
@@ -186,7 +186,9 @@ class Run:
         if storage is None:
             return
         if not life.ops[-1]["complete"]:
-            self.notes.append(f"{system} round {number}: wrote {life.ops[-1]['written']} bytes only")
+            self.notes.append(
+                f"{system} round {number}: wrote {life.ops[-1]['written']} bytes only"
+            )
         self.context.page_cache = drop_page_cache(storage)
         order = list(prompts)
         random.Random(number + 1).shuffle(order)
@@ -281,7 +283,17 @@ def table(result: Json) -> tuple[list[str], list[list[str]]]:
             delta = figures["max_abs_dlogprob"]
             last = [same, "-" if delta is None else f"{delta:.1e}"]
             rows.append([str(case["prompt_tokens"]), system, *cells, *loads, *last])
-    head = ["tokens", "system", "cold", "HBM", "DRAM", "NVMe", "load DRAM", "load NVMe", "arrival-loaded NVMe"]
+    head = [
+        "tokens",
+        "system",
+        "cold",
+        "HBM",
+        "DRAM",
+        "NVMe",
+        "load DRAM",
+        "load NVMe",
+        "arrival-loaded NVMe",
+    ]
     return [*head, "equal", "dlogp"], rows
 
 

@@ -330,6 +330,7 @@ def _environment(changes: dict[str, str | None]) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         # The first request compiles a kernel or two (10 s): keep them between lives and runs.
         "TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / "inductor"),
+        "XDG_CACHE_HOME": str(ROOT / ".cache" / "xdg"),
         "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }

@@ -56,7 +56,13 @@ def sliding(seed: int = 0, window: int = 256) -> Path:
 
 
 def mla(seed: int = 0) -> Path:
-    """DeepSeek-V2 style multi-head latent attention (512 + 64 wide), dense MLPs."""
+    """DeepSeek-V2 style multi-head latent attention (512 + 64 wide), dense MLPs.
+
+    On a CPU: with AMX start it with ``dtype="bfloat16"`` (prefix caching works, blocks of 128; float32
+    is refused); without AMX, or with ``attention_config={"backend": "CPU_MLA"}``, float32 works but
+    vLLM turns prefix caching off. In bf16 a prefix hit differs from a cold run by rounding alone: send
+    one request at a time and compare a reload with an HBM hit of the same length.
+    """
     config = _dense_config("DeepseekV2ForCausalLM", "deepseek_v2", _LAYERS) | {
         "num_key_value_heads": _HEADS,
         "q_lora_rank": None,

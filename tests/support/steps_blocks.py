@@ -309,9 +309,7 @@ class KVGroups:
             full = min(tokens // spec.block_tokens, len(request.block_hashes))
             for i in range(self._n_cached[g][request.request_id], full):
                 self.pool.cache(table[i], g, request.block_hashes[i])
-            self._n_cached[g][request.request_id] = max(
-                full, self._n_cached[g][request.request_id]
-            )
+            self._n_cached[g][request.request_id] = max(full, self._n_cached[g][request.request_id])
 
     def remove_skipped(self, request: MiniRequest, processed: int) -> None:
         """Free blocks that left the window of every token still to come."""

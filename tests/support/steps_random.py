@@ -114,7 +114,9 @@ class Driver:
         self.engine.clock.now += self.engine.options.deadline_ms / 1000.0
 
 
-def drive(options: Options, script: Sequence[tuple[int, int]], *, faults: bool = False) -> MiniEngine:
+def drive(
+    options: Options, script: Sequence[tuple[int, int]], *, faults: bool = False
+) -> MiniEngine:
     """Run a script and every final check; the engine is closed in any case."""
     driver = Driver(options, faults=faults)
     try:

@@ -83,7 +83,9 @@ class KVMemory:
         """Bytes (tokens, token_bytes) that a layer of a group holds for these digests."""
         key = (group, layer, weights)
         if key not in self._patterns:
-            self._patterns[key] = pattern(self.rank, group, layer, weights, self.geometry.token_bytes)
+            self._patterns[key] = pattern(
+                self.rank, group, layer, weights, self.geometry.token_bytes
+            )
         repeat = -(-self.geometry.token_bytes // 32)
         tiled = np.tile(digests, (1, repeat))[:, : self.geometry.token_bytes]
         out: Bytes = tiled ^ self._patterns[key]
@@ -94,7 +96,9 @@ class KVMemory:
             assert NULL_BLOCK not in blocks
             self.pages[:, blocks] = GARBAGE
 
-    def write(self, group: int, table: Sequence[int], at: int, digests: Bytes, weights: int) -> None:
+    def write(
+        self, group: int, table: Sequence[int], at: int, digests: Bytes, weights: int
+    ) -> None:
         where = np.arange(at, at + len(digests))
         blocks = np.asarray(table, np.int64)[where // self.block_tokens]
         assert (blocks != NULL_BLOCK).all(), "writing KV into the null block"

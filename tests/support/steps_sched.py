@@ -7,7 +7,7 @@ of a step; with two steps in flight the engine calls schedule twice before the f
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +114,7 @@ class MiniScheduler:
         self.preemptions = 0
         self.failed_loads = 0
         self.parked = 0
+        self.computed: Counter[str] = Counter()
 
     # -- arrival and end
 
@@ -199,6 +200,7 @@ class MiniScheduler:
         return out
 
     def _after_schedule(self, request: MiniRequest, n: int) -> None:
+        self.computed[request.request_id] += n
         request.num_computed_tokens += n
         request.num_in_flight_tokens += n
         request.last_sched_seq = self.seq
@@ -241,7 +243,12 @@ class MiniScheduler:
             >= request.num_prompt_tokens + request.max_tokens
         ):
             return 0  # the step in flight ends it
-        n = request.num_tokens + request.num_spec_tokens + placeholders - request.num_computed_tokens
+        n = (
+            request.num_tokens
+            + request.num_spec_tokens
+            + placeholders
+            - request.num_computed_tokens
+        )
         return min(n, left)
 
     def _allocate_or_preempt(self, request: MiniRequest, n: int) -> tuple[list[int], ...] | None:
@@ -436,7 +443,9 @@ class MiniScheduler:
     def _handle_invalid(self, invalid: set[int], step: StepOutput) -> set[str]:
         if not invalid:
             return set()
-        assert len(self.kv.specs) == 1, "block-level failures with several KV groups kill the engine"
+        assert len(self.kv.specs) == 1, (
+            "block-level failures with several KV groups kill the engine"
+        )
         loading = [r for r in self.holding if r.status is Status.REMOTE]
         hit = self._truncate(loading, invalid, {})
         self.failed_recving |= hit

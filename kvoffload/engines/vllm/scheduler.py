@@ -173,7 +173,7 @@ class SchedulerHalf:
             self._commit(request, blocks.get_block_ids(), num_external)
         except Exception as exc:
             self.guard.record("update_state_after_alloc", exc)
-            self._commit_failed(request, blocks, num_external)
+            self._commit_failed(request, num_external)
 
     def _commit(self, request: Any, block_ids: Any, num_external: int) -> None:
         state = self._state(request)
@@ -212,7 +212,7 @@ class SchedulerHalf:
         nvme = min(total, held.lease.tokens_by_tier.get(Tier.NVME, 0))
         return {Tier.DRAM: total - nvme, Tier.NVME: nvme}
 
-    def _commit_failed(self, request: Any, blocks: Any, num_external: int) -> None:
+    def _commit_failed(self, request: Any, num_external: int) -> None:
         """vLLM will park the request: make sure that an attempt exists and is failed at once."""
         if num_external <= 0:
             return
@@ -228,13 +228,9 @@ class SchedulerHalf:
                 request_id, lease, start, start + num_external, self._clock(), 0.0
             )
         self._unsent = [o for o in self._unsent if o.attempt != attempt.attempt]
-        if attempt.attempt not in self._load_blocks:
-            try:
-                ids = blocks.get_block_ids()
-                self._load_blocks[attempt.attempt] = [int(b) for g in ids for b in g if b > 0]
-            except Exception as exc:
-                self.guard.record("update_state_after_alloc.blocks", exc)
-                self._load_blocks[attempt.attempt] = []
+        # No blocks named: the ranks answer with failed_recving. The request's blocks include those of
+        # its HBM hit, which running requests share; naming these would make vLLM truncate them.
+        self._load_blocks[attempt.attempt] = []
         attempt.next_order = 0.0
 
     def hit_sources(self, request: Any, num_external: int) -> dict[Tier, int] | None:
@@ -405,6 +401,8 @@ class SchedulerHalf:
 
     def _finish(self, attempt: Attempt) -> None:
         self._load_blocks.pop(attempt.attempt, None)
+        if attempt.request_id not in self._states:
+            self._loads.forget(attempt.request_id)  # aborted while loading: no ban to keep
         self.manager.release(attempt.lease.id)
         seconds = self._clock() - attempt.opened
         if attempt.failed:

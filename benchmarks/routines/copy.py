@@ -1,0 +1,267 @@
+"""``copy``: arena slots <-> paged KV blocks on the CPU, beside plain memcpy and per-block torch copies.
+
+``d2h`` is KV blocks to arena (a store), ``h2d`` arena to KV blocks (a load), as on a GPU. Blocks are
+taken in random order, every load is checked against what was stored. kvoffload's copies include
+checksums: hashing on store, verification on load; ``kvoffload_unverified`` loads without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from common import Json, quantile, summary
+from context import Context
+
+NAME = "copy"
+LEAF = 16384
+WAIT_MS = 60_000
+Bytes = npt.NDArray[np.uint8]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this routine."""
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--fragments-kib", default="32,128", help="bytes of one layer's page")
+    parser.add_argument("--blocks", type=int, default=64, help="blocks per copy")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+
+
+class Pages:
+    """KV memory of one engine: ``layers`` pages of ``fragment`` bytes per block.
+
+    layout ``per_layer``: one array per layer (LBNHC); ``block_contiguous``: all layers of a block
+    side by side (BLHNC).
+    """
+
+    def __init__(self, layout: str, layers: int, fragment: int, num_blocks: int) -> None:
+        self.layout, self.fragment, self.layers = layout, fragment, layers
+        self.num_blocks, self.block_bytes = num_blocks, layers * fragment
+        rng = np.random.default_rng(1)
+        total = layers * fragment * num_blocks
+        self.memory: Bytes = rng.integers(0, 256, total, dtype=np.uint8)
+        if layout == "block_contiguous":
+            self.views = [self.memory.reshape(num_blocks, self.block_bytes)]
+        else:
+            self.views = list(self.memory.reshape(layers, num_blocks, fragment))
+
+    def fragments(self) -> list[tuple[int, int, int]]:
+        """(base, stride, nbytes) per fragment, what ``add_group`` takes."""
+        return [(v.ctypes.data, v.strides[0], v.shape[1]) for v in self.views]
+
+
+def _median_rate(seconds: list[float], nbytes: int) -> float:
+    return round(nbytes / quantile(seconds, 0.5) / 1e9, 3)
+
+
+def _timed(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Memcpy:
+    """The limit: the same bytes in one piece per thread."""
+
+    def __init__(self, nbytes: int, threads: int) -> None:
+        self._from = np.full(nbytes, 7, np.uint8)
+        self._to = np.zeros(nbytes, np.uint8)
+        step = -(-nbytes // threads)
+        self._parts = [slice(i * step, (i + 1) * step) for i in range(threads)]
+        self._pool = ThreadPoolExecutor(threads)
+        self.run()  # starts the threads and faults the pages in
+
+    def _one(self, part: slice) -> None:
+        np.copyto(self._to[part], self._from[part])  # without the GIL
+
+    def run(self) -> None:
+        list(self._pool.map(self._one, self._parts))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+class TorchBlocks:
+    """One torch copy per block and fragment: what vLLM-style code does without a batched kernel."""
+
+    def __init__(self, pages: Pages, blocks: int) -> None:
+        import torch
+
+        self._views = [torch.from_numpy(v) for v in pages.views]
+        self._host = torch.zeros((blocks, pages.block_bytes), dtype=torch.uint8)
+        self._pages = pages
+
+    def _copy(self, ids: npt.NDArray[np.int32], store: bool) -> None:
+        for row, block in enumerate(ids.tolist()):
+            at = 0
+            for view in self._views:
+                n = view.shape[1]
+                page, cell = view[block], self._host[row, at : at + n]
+                (cell.copy_(page) if store else page.copy_(cell))
+                at += n
+
+    def store(self, ids: npt.NDArray[np.int32]) -> None:
+        self._copy(ids, True)
+
+    def load(self, ids: npt.NDArray[np.int32], verify: bool = True) -> None:
+        self._copy(ids, False)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class Kvoffload:
+    """``CpuCopyPool`` between an arena and the pages, one chunk of blocks per slot."""
+
+    def __init__(self, pages: Pages, blocks: int, threads: int) -> None:
+        from kvoffload import _core
+
+        per_chunk = max(1, (1 << 20) // pages.block_bytes)
+        self._shape = (blocks // per_chunk, per_chunk)
+        chunks = self._shape[0]
+        shard = -(-pages.block_bytes * per_chunk // LEAF) * LEAF
+        self._arena = _core.Arena.create(max(4 << 20, chunks * shard + (2 << 20)), chunks, 1)
+        self._arena.set_attached(0)
+        self._arena.view(0, chunks * shard)[:] = bytes(chunks * shard)  # fault the pages in
+        self._pool = _core.CpuCopyPool(self._arena, 0, threads)
+        self._group = self._pool.add_group(pages.fragments(), pages.num_blocks, shard)
+        self._slots = np.arange(chunks, dtype=np.uint32)
+        self._offsets = np.arange(chunks, dtype=np.uint64) * shard
+        self._keys = b"".join(
+            hashlib.blake2b(b"%d" % i, digest_size=16).digest() for i in range(chunks)
+        )
+        self._generations = np.zeros(chunks, np.uint64)
+        self._job = 0
+
+    def _finish(self) -> None:
+        self._pool.wait(self._job, WAIT_MS)
+        done = [d for d in self._pool.poll() if d.job == self._job]
+        if not done or done[0].status != 0:
+            raise RuntimeError(f"copy job did not succeed: {done}")
+
+    def _ids(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        return np.ascontiguousarray(ids[: self._slots.size * self._shape[1]].reshape(self._shape))
+
+    def store(self, ids: npt.NDArray[np.int32]) -> None:
+        for slot in self._slots.tolist():
+            self._generations[slot] = self._arena.begin_fill(slot, 1)
+        self._job += 1
+        self._pool.submit_store(
+            self._job,
+            self._group,
+            self._slots,
+            self._generations,
+            self._offsets,
+            self._keys,
+            self._ids(ids),
+        )
+        self._finish()
+
+    def load(self, ids: npt.NDArray[np.int32], verify: bool = True) -> None:
+        self._job += 1
+        self._pool.submit_load(
+            self._job,
+            self._group,
+            self._slots,
+            self._generations,
+            self._offsets,
+            self._keys,
+            self._ids(ids),
+            WAIT_MS,
+            verify,
+        )
+        self._finish()
+
+    def close(self) -> None:
+        self._pool.check()
+        self._pool.close()
+        self._arena.close()
+
+
+def _check_load(pages: Pages, side: Any, ids: npt.NDArray[np.int32]) -> None:
+    """Store, wipe, load: the blocks hold the same bytes again."""
+    side.store(ids)
+    want = [view[ids].copy() for view in pages.views]
+    for view in pages.views:
+        view[ids] = 0
+    side.load(ids)
+    for view, expected in zip(pages.views, want, strict=True):
+        assert np.array_equal(view[ids], expected), "a load brought back other bytes"
+
+
+def _case(context: Context, options: argparse.Namespace, layout: str, fragment: int) -> list[Json]:
+    pages = Pages(layout, options.layers, fragment, 2 * options.blocks)
+    nbytes = options.blocks * pages.block_bytes
+    sides: dict[str, Any] = {"vllm_torch": TorchBlocks(pages, options.blocks)}
+    if importlib.util.find_spec("kvoffload._core") is not None:
+        sides["kvoffload"] = Kvoffload(pages, options.blocks, options.threads)
+    limit = Memcpy(nbytes, options.threads)
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    rng = np.random.default_rng(2)
+    for name, side in sides.items():
+        context.progress(f"{layout}, {fragment >> 10} KiB pages: checking {name}")
+        _check_load(
+            pages, side, rng.permutation(pages.num_blocks)[: options.blocks].astype(np.int32)
+        )
+    for _ in range(options.repeats):
+        ids = rng.permutation(pages.num_blocks)[: options.blocks].astype(np.int32)
+        seconds["limit", "both"].append(_timed(limit.run))
+        for name, side in sides.items():
+            seconds[name, "d2h"].append(_timed(lambda s=side: s.store(ids)))
+            seconds[name, "h2d"].append(_timed(lambda s=side: s.load(ids)))
+            if name == "kvoffload":
+                unverified = _timed(lambda s=side: s.load(ids, False))
+                seconds["kvoffload_unverified", "h2d"].append(unverified)
+    top = _median_rate(seconds["limit", "both"], nbytes)
+    out = []
+    for name in dict.fromkeys(engine for engine, _ in seconds):
+        row: Json = {"layout": layout, "fragment_bytes": pages.views[0].shape[1]}
+        row |= {"blocks": options.blocks, "engine": name, "bytes": nbytes}
+        for way in ("h2d", "d2h"):
+            values = seconds.get((name, way)) or seconds.get((name, "both"))
+            row[f"{way}_gbps"] = _median_rate(values, nbytes) if values else None
+            row[f"{way}_ms"] = summary([1e3 * s for s in values]) if values else None
+        row["vs_limit"] = {
+            w: row[f"{w}_gbps"] and round(row[f"{w}_gbps"] / top, 3) for w in ("h2d", "d2h")
+        }
+        out.append(row)
+    for side in (*sides.values(), limit):
+        side.close()
+    return out
+
+
+def run(context: Context, options: argparse.Namespace) -> Json:
+    """All layouts and page sizes on the CPU."""
+    if options.quick:
+        options.blocks, options.repeats, options.fragments_kib = 16, 2, "32"
+    cases: list[Json] = []
+    for layout in ("per_layer", "block_contiguous"):
+        for kib in map(int, options.fragments_kib.split(",")):
+            cases += _case(context, options, layout, kib << 10)
+    top = max(c["h2d_gbps"] for c in cases if c["engine"] == "limit")
+    out: Json = {"device": "cpu", "limit": {"h2d_gbps": top, "d2h_gbps": top}, "cases": cases}
+    if not any(c["engine"] == "kvoffload" for c in cases):
+        out["systems"] = {"kvoffload": {"skipped": "kvoffload._core is not built"}}
+    return out
+
+
+def table(result: Json) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the final table."""
+    rows = []
+    for c in result["cases"]:
+        rates = [c["h2d_gbps"], c["d2h_gbps"], c["vs_limit"]["h2d"], c["vs_limit"]["d2h"]]
+        cells = ["-" if r is None else f"{r:.2f}" for r in rates]
+        rows.append(
+            [c["layout"], str(c["fragment_bytes"] >> 10), str(c["blocks"]), c["engine"], *cells]
+        )
+    head = ["layout", "fragment KiB", "blocks", "engine", "load GB/s", "store GB/s"]
+    return [*head, "load/limit", "store/limit"], rows

@@ -1,0 +1,317 @@
+// Native test of the chunk store, meant for ASan/UBSan and TSan builds (run_store.sh).
+//   test_store DIRECTORY [rounds of the hostile-file test]
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <random>
+#include <thread>
+
+#include "../arena.h"
+#include "../checksum.h"
+#include "../errors.h"
+#include "../store.h"
+#include "../store_format.h"
+
+namespace fs = std::filesystem;
+using namespace kvo::store;
+
+#define MUST(cond)                                                                  \
+    do {                                                                            \
+        if (!(cond)) {                                                              \
+            std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #cond); \
+            std::exit(1);                                                           \
+        }                                                                           \
+    } while (0)
+
+namespace {
+
+std::mt19937_64 rng(20261122);
+
+Key key_of(uint64_t i) {
+    Key k;
+    uint64_t a = i * 0x9E3779B97F4A7C15ull, b = ~i * 0xC2B2AE3D27D4EB4Full;
+    std::memcpy(k.b, &a, 8);
+    std::memcpy(k.b + 8, &b, 8);
+    return k;
+}
+
+// The payload is a function of the key: any wrong byte shows.
+std::vector<uint8_t> payload_of(uint64_t i) {
+    std::mt19937_64 r(i + 1);
+    std::vector<uint8_t> v(1 + r() % 70000);
+    for (auto& b : v) b = uint8_t(r());
+    return v;
+}
+
+StoreOptions options(const fs::path& p, uint64_t max = 8 << 20) {
+    StoreOptions o;
+    o.path = p.string();
+    o.max_bytes = max;
+    o.segment_bytes = 512 << 10;
+    o.threads = 3;
+    return o;
+}
+
+std::vector<uint8_t> run(SegmentStore& s, int64_t job) {
+    MUST(s.wait(job, 20000));
+    for (auto& d : s.poll())
+        if (d.job == job) return d.results;
+    MUST(!"job not polled");
+    return {};
+}
+
+std::vector<uint8_t> put(SegmentStore& s, uint64_t from, uint64_t to) {
+    std::vector<std::vector<uint8_t>> data;
+    std::vector<StoreItem> items;
+    for (uint64_t i = from; i < to; ++i) {
+        data.push_back(payload_of(i));
+        items.push_back({key_of(i), data.back().data(), data.back().size()});
+    }
+    s.put(1, nullptr, items, 7);
+    return run(s, 1);
+}
+
+// Number of hits; a hit with other bytes than were put ends the test.
+int get(SegmentStore& s, uint64_t from, uint64_t to) {
+    std::vector<std::vector<uint8_t>> want, got;
+    std::vector<StoreItem> items;
+    for (uint64_t i = from; i < to; ++i) {
+        want.push_back(payload_of(i));
+        got.emplace_back(want.back().size(), uint8_t(0xEE));
+        items.push_back({key_of(i), got.back().data(), got.back().size()});
+    }
+    s.get(2, nullptr, items);
+    auto res = run(s, 2);
+    int hits = 0;
+    for (size_t i = 0; i < res.size(); ++i) {
+        if (res[i] == kOk) {
+            MUST(got[i] == want[i]);
+            ++hits;
+        } else {
+            MUST(got[i] == std::vector<uint8_t>(want[i].size(), 0xEE));
+        }
+    }
+    return hits;
+}
+
+void format() {
+    MUST(crc32c("123456789", 9) == 0xE3069283u);  // the check value of CRC-32C
+    MUST(crc32c("6789", 4, crc32c("12345", 5)) == 0xE3069283u);
+    Uuid u{1, 2, 3};
+    Record r{};
+    r.type = kPut;
+    r.seg = 3;
+    r.gen = 9;
+    r.off4k = 1;
+    r.len = 5000;
+    seal_record(r, u);
+    MUST(record_ok(r, u, 3, 9, 4 * kBlock) && !record_ok(r, u, 3, 9, 2 * kBlock));
+    MUST(!record_ok(r, u, 3, 8, 4 * kBlock) && !record_ok(r, Uuid{}, 3, 9, 4 * kBlock));
+    for (size_t bit = 0; bit < 512; ++bit) {
+        Record f = r;
+        reinterpret_cast<uint8_t*>(&f)[bit / 8] ^= uint8_t(1 << bit % 8);
+        MUST(!record_ok(f, u, 3, 9, 4 * kBlock));
+    }
+    Manifest m, back;
+    m.uuid = u;
+    m.segment_bytes = 4096;
+    unsigned version;
+    std::string text = manifest_text(m);
+    MUST(parse_manifest(text, back, version) == ManifestError::kNone && back.uuid == u);
+    for (size_t i = 0; i < text.size(); ++i) {
+        std::string bad = text;
+        bad[i] = char(bad[i] ^ (1 << i % 7));
+        MUST(parse_manifest(bad, back, version) != ManifestError::kNone);
+        MUST(parse_manifest(text.substr(0, i), back, version) != ManifestError::kNone);
+    }
+}
+
+void basics(const fs::path& p) {
+    {
+        SegmentStore s(options(p));
+        auto res = put(s, 0, 60);
+        MUST(std::count(res.begin(), res.end(), kOk) == 60);
+        MUST(get(s, 0, 60) == 60 && get(s, 100, 110) == 0);
+        Key k = key_of(5);
+        MUST(s.remove(std::span(&k, 1)) == 1 && s.length(k) == -1);
+        s.check();
+        MUST(s.flush(5000));
+    }
+    SegmentStore s(options(p));
+    s.check();
+    MUST(get(s, 0, 60) == 59);
+    // Three times the bound goes through it.
+    for (uint64_t i = 60; i < 760; i += 20) put(s, i, i + 20);
+    s.check();
+    MUST(s.stats()["recycled_segments"] > 10);
+    MUST(get(s, 740, 760) == 20 && get(s, 0, 60) == 0);
+}
+
+void slots(const fs::path& p) {
+    auto arena = kvo::Arena::create(8 << 20, 16, 1, false);
+    constexpr uint64_t n = 256 << 10;
+    SegmentStore s(options(p));
+    auto items = [&] {
+        std::vector<StoreItem> v;
+        for (uint32_t i = 0; i < 8; ++i) {
+            uint64_t off = ((i * 5) % 16) * n;  // scattered in memory
+            uint64_t gen = arena->begin_fill(i, 1);
+            v.push_back({key_of(i), arena->data() + off, n, arena->leaf_ptr(off), i, gen, i});
+        }
+        return v;
+    };
+    auto v = items();
+    for (auto& it : v) {
+        for (uint64_t b = 0; b < n; ++b) it.data[b] = uint8_t(b * 7 + it.slot);
+        kvo::leaf_hashes(it.data, n, kvo::seed_of(it.key.b), it.leaves);
+        arena->fill_done(it.slot, it.generation);
+    }
+    arena->fail(v[7].slot, v[7].generation);  // not READY: must not be stored
+    s.put(1, arena, v, 0);
+    auto res = run(s, 1);
+    MUST(std::count(res.begin(), res.end(), kOk) == 7 && res[7] == kDropped);
+    std::memset(arena->data(), 0, arena->data_bytes());
+    v = items();
+    arena->begin_fill(3, 1);  // slot 3 moved on: its memory is somebody else's now
+    s.get(2, arena, v);
+    res = run(s, 2);
+    for (auto& it : v) {
+        bool good = it.slot != 3 && it.slot != 7;
+        MUST(res[it.slot] == (good ? kOk : it.slot == 3 ? kDropped : kMiss));
+        MUST(it.slot == 3 || arena->state(it.slot) == (good ? kvo::kReady : kvo::kFailed));
+        for (uint64_t b = 0; b < n; ++b) MUST(it.data[b] == (good ? uint8_t(b * 7 + it.slot) : 0));
+    }
+    s.check();
+}
+
+void threads(const fs::path& p) {
+    SegmentStore s(options(p));
+    std::vector<std::thread> ts;
+    for (int t = 0; t < 4; ++t)
+        ts.emplace_back([&, t] {
+            for (int round = 0; round < 6; ++round) {
+                int64_t job = 1000 + t * 100 + round * 2;
+                std::vector<std::vector<uint8_t>> data;
+                std::vector<StoreItem> puts;
+                uint64_t from = uint64_t((t / 2) * 60 + round * 8);  // pairs put the same keys
+                for (uint64_t i = from; i < from + 8; ++i) {
+                    data.push_back(payload_of(i));
+                    puts.push_back({key_of(i), data.back().data(), data.back().size()});
+                }
+                s.put(job, nullptr, puts, 0);
+                MUST(s.wait(job, 20000));
+                uint8_t held[8];
+                Key keys[8];
+                for (int i = 0; i < 8; ++i) keys[i] = key_of(from + uint64_t(i));
+                s.contains(keys, held);
+                if (t == 0) s.remove(std::span(keys, 1));
+                if (t == 1) s.verify(false, {});
+                s.stats();
+                s.check();
+            }
+        });
+    for (auto& t : ts) t.join();
+    MUST(s.flush(5000));
+    s.poll();
+    get(s, 0, 120);
+    s.check();
+}
+
+void faults(const fs::path& p) {
+    SegmentStore s(options(p));
+    put(s, 0, 10);
+    s.inject("hang_read", 1);
+    auto v = payload_of(1);
+    std::vector<uint8_t> buf(v.size());
+    s.get(5, nullptr, {{key_of(1), buf.data(), buf.size()}});
+    MUST(!s.wait(5, 50));
+    auto t0 = std::chrono::steady_clock::now();
+    MUST(!s.close(300));  // hangs, but close does not
+    MUST(std::chrono::steady_clock::now() - t0 < std::chrono::seconds(3));
+    auto done = s.poll();
+    MUST(done.size() == 1 && done[0].results[0] == kDropped);
+    s.inject("hang_read", 0);
+    for (int i = 0; i < 5000 && buf != v; ++i)
+        ::usleep(1000);  // the late read still has its memory
+    ::usleep(20000);
+}
+
+void damage(const fs::path& file) {
+    auto size = fs::file_size(file);
+    if (rng() % 4 == 0) {
+        fs::resize_file(file, rng() % (size + 1));
+        return;
+    }
+    std::fstream f(file, std::ios::in | std::ios::out | std::ios::binary);
+    for (int n = 1 + int(rng() % 30); n && size; --n) {
+        // Metadata sits at the ends; flips only in the middle would mostly find payload.
+        uint64_t at = rng() % 3   ? rng() % size
+                      : rng() % 2 ? rng() % std::min<uint64_t>(size, 4096)
+                                  : size - 1 - rng() % std::min<uint64_t>(size, 8192);
+        f.seekg(std::streamoff(at));
+        char c = char(f.get() ^ (1 << rng() % 8));
+        f.seekp(std::streamoff(at));
+        f.put(c);
+    }
+}
+
+void hostile(const fs::path& base, int rounds) {
+    fs::path master = base / "master";
+    {
+        SegmentStore s(options(master, 4 << 20));
+        put(s, 0, 80);
+        Key k = key_of(3);
+        s.remove(std::span(&k, 1));
+        s.flush(5000);
+        s.close(5000);
+    }
+    int refused = 0, hits = 0;
+    for (int r = 0; r < rounds; ++r) {
+        fs::path p = base / "copy";
+        fs::remove_all(p);
+        fs::copy(master, p, fs::copy_options::recursive);
+        for (auto& e : fs::recursive_directory_iterator(p))
+            ::chmod(e.path().c_str(), e.is_directory() ? 0700 : 0600);
+        ::chmod(p.c_str(), 0700);
+        std::vector<fs::path> files;
+        for (auto& e : fs::recursive_directory_iterator(p))
+            if (e.is_regular_file() && (r % 10 == 0 || e.path().filename() != "MANIFEST"))
+                files.push_back(e.path());
+        for (int n = 1 + int(rng() % 3); n; --n) damage(files[rng() % files.size()]);
+        try {
+            SegmentStore s(options(p, 4 << 20));
+            s.check();
+            hits += get(s, 0, 80);
+            put(s, 80, 100);
+            auto rep = s.verify(true, {});
+            MUST(rep.dropped == rep.bad);
+            s.check();
+            MUST(s.verify(false, {}).bad == 0);
+        } catch (const kvo::OsError& e) {
+            ++refused;
+            MUST(std::string(e.what()).find(p.string()) != std::string::npos);
+        }
+    }
+    std::printf("hostile: %d rounds, %d hits, %d refused\n", rounds, hits, refused);
+    MUST(hits > 0);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    MUST(argc >= 2);
+    fs::path dir = argv[1];
+    fs::create_directories(dir);
+    format();
+    basics(dir / "basics");
+    slots(dir / "slots");
+    threads(dir / "threads");
+    faults(dir / "faults");
+    hostile(dir, argc > 2 ? std::atoi(argv[2]) : 60);
+    std::puts("test_store: ok");
+}

@@ -1,0 +1,46 @@
+"""Deterministic token-id prompts for the tiny models, and small helpers shared by the e2e modules."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tests.support.models import VOCAB
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    """``tokens`` random ids; the first ids already differ between seeds."""
+    rng = random.Random(f"kvoffload-{seed}")
+    return [rng.randrange(3, VOCAB) for _ in range(tokens)]
+
+
+def connector(**extra: Any) -> dict[str, Any]:
+    """The one flag, with extra keys."""
+    config = {"dram_gib": 0.25, **extra}
+    return {
+        "kv_connector": "KVOffloadConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": config,
+    }
+
+
+def total(metrics: dict[str, float], name: str, **labels: str) -> float:
+    """Sum of all series of a metric whose labels match."""
+    wanted = [f'{k}="{v}"' for k, v in labels.items()]
+    return sum(
+        v
+        for k, v in metrics.items()
+        if (k == name or k.startswith(name + "{")) and all(w in k for w in wanted)
+    )
+
+
+def until(condition: Callable[[], bool], timeout: float = 30.0, every: float = 0.2) -> bool:
+    """Poll until true; False on timeout."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(every)
+    return True

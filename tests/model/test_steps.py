@@ -1,0 +1,541 @@
+"""Both halves of the connector, step by step, over real bytes: every case that has a name.
+
+The oracle is in tests/support/steps.py: every forward checks the bytes it attends to, every test ends
+with ``finish``, which checks that nothing is left over and that all that is kept is filed rightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvoffload import _core
+from tests.support.steps import LOAD, MiniEngine, Options, tokens
+from tests.support.steps_blocks import GroupSpec, Status
+
+FULL = (GroupSpec(),)  # chunks of 8 tokens, blocks of 4
+HYBRID = (GroupSpec(), GroupSpec(window=9))
+ENGINES = {
+    "one step": Options(),
+    "two in flight": Options(in_flight=2),
+    "two in flight, eager": Options(in_flight=2, late_ranks=False, random_lag=3),
+    "same process": Options(in_flight=2, pickled=False),
+    "two ranks": Options(ranks=2, in_flight=2, late_ranks=False, random_lag=3),
+    "replicated KV": Options(ranks=2, replicated=True),
+    "block outermost": Options(kv_layout="BLHNC"),
+    "strided pages": Options(pad=64, layers=3),
+    "chunks of two leaves": Options(groups=(GroupSpec(blocks_per_chunk=3),), token_bytes=1024),
+    "hybrid": Options(groups=HYBRID, in_flight=2, blocks=128),
+    "hybrid, two ranks": Options(groups=HYBRID, ranks=2, blocks=128, random_lag=2),
+    "drafts": Options(spec_tokens=3, in_flight=2),
+    "drafts, one step": Options(spec_tokens=2),
+    "EAGLE": Options(spec_tokens=2, eagle=True, in_flight=2),
+    "no prefix caching": Options(caching=False, in_flight=2),
+    "vLLM 0.33": Options(defer_alloc=True, in_flight=2),
+    "small steps": Options(budget=8, in_flight=2),
+}
+
+
+@pytest.fixture(params=ENGINES.values(), ids=ENGINES.keys())
+def engine(request: pytest.FixtureRequest) -> Iterator[MiniEngine]:
+    made = MiniEngine(request.param)
+    yield made
+    made.close()
+
+
+def test_a_prompt_comes_back(engine: MiniEngine) -> None:
+    """Store, forget HBM, load: same tokens, loaded and not computed."""
+    prompt = tokens(37)
+    first = engine.ask(prompt, 6)
+    assert engine.stores_done() and not engine.loads_done()
+    engine.forget_hbm()
+    again = engine.ask(prompt, 6)
+    assert again.chain.tokens == first.chain.tokens
+    assert again.loads == 1 and engine.loads_done()
+    assert engine.computed(again) <= engine.computed(first) - 24
+    engine.finish()
+
+
+def test_generated_tokens_are_stored_and_shared_prefixes_found(engine: MiniEngine) -> None:
+    """A second turn loads the first turn's answer too; another tenant's salt finds nothing."""
+    first = engine.ask(tokens(30), 20)
+    engine.forget_hbm()
+    turn = list(first.chain.tokens[:-1]) + tokens(5, 9)
+    second = engine.ask(turn, 4)
+    assert second.loads == 1 and engine.computed(second) < 30
+    engine.forget_hbm()
+    other = engine.ask(turn, 4, salt=b"other tenant")
+    assert other.loads == 0
+    engine.finish()
+
+
+def test_many_at_once(engine: MiniEngine) -> None:
+    """Shared prefixes, all in one batch, twice over, with HBM too small for everybody."""
+    for _ in range(3):
+        asked = [engine.add(tokens(40)[: 8 + 4 * i] + tokens(i, i), 3 + i) for i in range(7)]
+        engine.run()
+        assert all(r.is_finished() for r in asked)
+        engine.settle()
+        engine.forget_hbm()
+    assert engine.scheduler.parked >= 7
+    engine.finish()
+
+
+# -- what exactly is loaded
+
+
+def test_full_prompt_hit_is_returned_whole() -> None:
+    """vLLM recomputes one token itself."""
+    engine = MiniEngine()
+    prompt = tokens(32)
+    engine.ask(prompt)
+    engine.forget_hbm()
+    again = engine.ask(prompt)
+    assert engine.loads_done() == 4 and engine.computed(again) == 1
+    engine.finish()
+
+
+def test_hbm_hit_that_ends_inside_a_chunk() -> None:
+    """The chunk's other half is loaded; the blocks that HBM has are not written."""
+    engine = MiniEngine(Options(in_flight=2))
+    prompt = tokens(32)
+    engine.ask(prompt)
+    engine.forget_hbm()
+    engine.ask(prompt[:13])  # leaves 12 tokens in HBM: one chunk and a half
+    before = engine.loads_done()
+    request = engine.add(prompt)
+    engine.until_loading(request)
+    order = engine.queue[-1].metadata.loads[0]
+    assert order.copies[0].block_ids[0, 0] == -1, "a block that HBM has is left alone"
+    assert (order.copies[0].block_ids.ravel()[1:] > 0).all()
+    engine.run()
+    assert engine.loads_done() - before == 3 and engine.computed(request) == 1
+    engine.finish()
+
+
+def test_chunked_prefill_above_a_load() -> None:
+    """A load, then a prefill of several steps; the tail is stored as it completes."""
+    engine = MiniEngine(Options(budget=8, in_flight=2))
+    engine.ask(tokens(24))
+    engine.forget_hbm()
+    request = engine.ask(tokens(24) + tokens(40, 5), 3)
+    assert request.loads == 1 and engine.computed(request) == 40 + 2
+    engine.forget_hbm()
+    assert engine.ask(tokens(24) + tokens(40, 5), 3).loads == 1
+    engine.finish()
+
+
+def test_skip_reading_prefix_cache_never_loads() -> None:
+    engine = MiniEngine()
+    engine.ask(tokens(32))
+    engine.forget_hbm()
+    request = engine.add(tokens(32), skip=True)
+    engine.run()
+    assert request.loads == 0 and engine.computed(request) == 32
+    engine.finish()
+
+
+def test_sliding_window_loads_only_its_window() -> None:
+    """The window's blocks come back, the ones before are null and never written."""
+    engine = MiniEngine(Options(groups=HYBRID, blocks=128))
+    engine.ask(tokens(41))
+    engine.forget_hbm()
+    request = engine.add(tokens(41))
+    engine.until_loading(request)
+    by_group = {c.group: c for c in engine.queue[-1].metadata.loads[0].copies} if engine.queue else {}
+    if by_group:
+        assert by_group[0].block_ids.size == 10 and by_group[1].block_ids.size == 2
+    engine.run()
+    assert engine.computed(request) == 1
+    engine.finish()
+
+
+# -- preemption and aborts
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_preempted_requests_resume_from_the_tier(groups: Any, in_flight: int) -> None:
+    blocks = 22 if groups is FULL else 44
+    engine = MiniEngine(Options(groups=groups, in_flight=in_flight, blocks=blocks, caching=False))
+    asked = [engine.add(tokens(16, i), 36) for i in range(3)]
+    engine.run()
+    assert engine.scheduler.preemptions and any(r.num_preemptions and r.loads for r in asked)
+    engine.finish()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_abort_while_loading_keeps_the_blocks_until_the_answer(ranks: int) -> None:
+    """Nobody gets the aborted request's blocks while a copy may still write them."""
+    engine = MiniEngine(Options(ranks=ranks, in_flight=2, blocks=24, load_lag=8, late_ranks=False))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    request = engine.add(tokens(40))
+    engine.until_loading(request)
+    held = {b for ids in engine.kv.block_ids(request.request_id) for b in ids}
+    engine.abort(request)
+    others = [engine.add(tokens(30, 50 + i), 8) for i in range(3)]
+    for _ in range(4):
+        engine.step()
+        for other in others:
+            assert held.isdisjoint(*engine.kv.block_ids(other.request_id))
+    assert request.is_finished()
+    engine.run()
+    engine.settle()
+    engine.forget_hbm()
+    assert engine.ask(tokens(40)).loads == 1
+    engine.finish()
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_abort_at_every_step(steps: int) -> None:
+    engine = MiniEngine(Options(in_flight=2, load_lag=2, store_lag=2, spec_tokens=1))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    request = engine.add(tokens(40) + tokens(9, 3), 6)
+    for _ in range(steps):
+        engine.step()
+    engine.abort(request)
+    if not engine.queue:
+        engine._take_aborts()
+    engine.add(tokens(44, 4), 5)
+    engine.finish()
+
+
+def test_abort_between_parking_and_a_deferred_alloc() -> None:
+    """0.33: update_state_after_alloc may never come; the provisional lease goes with the request."""
+    engine = MiniEngine(Options(defer_alloc=True))
+    engine.ask(tokens(32))
+    engine.forget_hbm()
+    request = engine.add(tokens(32))
+    engine.until_loading(request)
+    assert engine.scheduler.owed == [request] and engine.manager.occupancy().bytes_pinned
+    engine.scheduler.abort(request.request_id)
+    engine.known[request.request_id].aborted = True
+    assert not engine.manager.occupancy().bytes_pinned
+    engine.finish()
+
+
+# -- the fence
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_blocks_are_reused_while_their_store_is_out(ranks: int, in_flight: int) -> None:
+    """Stores that only start when someone waits for them: only the fence gets them right bytes."""
+    options = Options(ranks=ranks, in_flight=in_flight, blocks=14, store_lag=10_000, caching=False)
+    engine = MiniEngine(options)
+    for i in range(6):
+        engine.add(tokens(40, i), 2)
+    for _ in range(60):
+        engine.step()
+    assert engine.manager.counters.stored >= 5 * 5, "the fence made the stores happen"
+    for lazy in engine.engines:
+        lazy.flush()
+    engine.run()
+    engine.settle()
+    assert engine.audit_dram() == 6 * 5
+    engine.finish()
+
+
+def test_a_load_into_blocks_whose_store_is_out() -> None:
+    """The reuse is by a load, not by a forward."""
+    engine = MiniEngine(Options(blocks=14, store_lag=3, in_flight=2))
+    engine.ask(tokens(40))
+    engine.options = replace(engine.options, store_lag=10_000)
+    engine.forget_hbm()
+    engine.add(tokens(40, 1), 1)
+    engine.until(lambda: not engine.scheduler.running and not engine.scheduler.waiting)
+    engine.drain_queue()
+    request = engine.add(tokens(40))
+    engine.until_loading(request)
+    for _ in range(10):
+        engine.step()
+    for lazy in engine.engines:
+        lazy.flush()
+    engine.run()
+    engine.settle()
+    assert engine.audit_dram() == 10
+    engine.finish()
+
+
+# -- failures
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+@pytest.mark.parametrize("caching", [True, False])
+def test_corrupt_slot_is_recomputed_and_dropped(groups: Any, caching: bool) -> None:
+    """Never used, never offered to the same request again, gone for the next one."""
+    engine = MiniEngine(Options(groups=groups, in_flight=2, blocks=128, caching=caching))
+    engine.expect_bad = True
+    prompt = tokens(40)
+    first = engine.ask(prompt, 3)
+    engine.forget_hbm()
+    known = engine.known[first.request_id]
+    chain = engine.chain_of(known)
+    lease = engine.manager.acquire("test", chain, 0, 40)
+    assert lease is not None
+    victim = next(i for i in lease.items if i.group == 0 and i.chunk == 2)
+    engine.manager.release(lease.id)
+    engine.arena.view(victim.ref.offset, 64)[5] ^= 1
+    second = engine.ask(prompt, 3)
+    assert second.chain.tokens == first.chain.tokens
+    assert second.loads == 1 and engine.scheduler.failed_loads == 1
+    assert engine.manager.counters.slot_failed == 1 and engine.bad_chunks == 1
+    engine.forget_hbm()
+    third = engine.ask(prompt, 3)
+    assert third.loads == 1 and engine.scheduler.failed_loads == 1, "stored again, loads again"
+    engine.finish()
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+def test_one_rank_of_two_fails(groups: Any) -> None:
+    """One rank's load fails, the other's does not and comes later: recomputed on both."""
+    engine = MiniEngine(Options(groups=groups, ranks=2, in_flight=2, blocks=128))
+    engine.ask(tokens(40))
+    for bad in range(2):
+        engine.forget_hbm()
+        engine.engines[bad].inner._pool.inject(1)
+        engine.engines[1 - bad].lag = lambda kind: 4 if kind == LOAD else 0
+        request = engine.ask(tokens(40))
+        assert request.loads == 1 and engine.scheduler.failed_loads == bad + 1
+        for lazy in engine.engines:
+            lazy.inner._pool.inject(0)
+            lazy.lag = lambda kind: 0
+    assert engine.manager.counters.slot_failed == 0, "the chunks are good"
+    engine.forget_hbm()
+    request = engine.ask(tokens(40))
+    assert request.loads == 1 and engine.scheduler.failed_loads == 2
+    engine.finish()
+
+
+def test_valid_prefix_of_a_failed_load_is_kept() -> None:
+    """One KV group: only from the first bad block on is recomputed."""
+    engine = MiniEngine()
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    engine.engines[0].inner._pool.inject(4)  # the fourth chunk
+    request = engine.ask(tokens(40))
+    assert engine.scheduler.failed_loads == 1 and 16 <= engine.computed(request) <= 24
+    engine.finish()
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_load_that_never_ends_is_failed_at_its_deadline(groups: Any, ranks: int) -> None:
+    """The scheduler's own deadline: the ranks cancel, answer, and the prompt is recomputed."""
+    engine = MiniEngine(Options(groups=groups, ranks=ranks, in_flight=2, blocks=128, load_lag=10**6))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    request = engine.add(tokens(40), 2)
+    engine.until_loading(request)
+    for _ in range(20):
+        engine.step()
+    assert request.status is Status.REMOTE
+    engine.clock.now += 5.0
+    engine.run()
+    assert request.is_finished() and request.loads == 1 and engine.scheduler.failed_loads == 1
+    engine.finish()
+
+
+def test_abort_and_deadline_together() -> None:
+    """An aborted load is failed at its deadline too, and its blocks come back."""
+    engine = MiniEngine(Options(in_flight=2, load_lag=10**6))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    request = engine.add(tokens(40), 2)
+    engine.until_loading(request)
+    engine.abort(request)
+    for _ in range(5):
+        engine.step()
+    assert request.request_id in engine.scheduler.requests
+    engine.clock.now += 5.0
+    engine.finish()
+
+
+def test_refused_submissions() -> None:
+    """A device that refuses a copy: a failed attempt, a skipped store, and both recover."""
+    engine = MiniEngine(Options(in_flight=2))
+    refused: list[int] = []
+    engine.ask(tokens(8))
+    engine.engines[0].fail_submit = lambda kind: not refused.append(kind)  # type: ignore[func-returns-value]
+    engine.forget_hbm()
+    request = engine.ask(tokens(8) + tokens(16, 2))
+    assert request.loads == 1 and engine.scheduler.failed_loads == 1 and len(refused) >= 2
+    assert engine.manager.counters.store_failed
+    engine.engines[0].fail_submit = lambda kind: False
+    engine.forget_hbm()
+    assert engine.ask(tokens(24, 7)).loads == 0
+    engine.forget_hbm()
+    assert engine.ask(tokens(24, 7)).loads == 1
+    engine.finish()
+
+
+def test_a_rank_that_cannot_attach_means_no_cache() -> None:
+    """Neither loads nor stores, and the idle engine stops stepping after a while."""
+
+    def attach(path: str, inode: int) -> Any:
+        calls.append(path)
+        if len(calls) > 1:
+            raise OSError("planted: not readable here")
+        return _core.Arena.attach(path, inode)
+
+    calls: list[str] = []
+    engine = MiniEngine(Options(ranks=2), attach=attach)
+    engine.add(tokens(40), 3)
+    engine.until(lambda: not engine.scheduler.requests)
+    assert engine.scheduler.has_requests(), "steps on so that late workers can attach"
+    engine.clock.now += 31.0
+    engine.run()
+    engine.add(tokens(40), 3)
+    engine.run()
+    assert not engine.stores_done() and not engine.loads_done()
+    engine.finish()
+
+
+def test_namespace_not_known_yet() -> None:
+    """While the weights are being digested nothing is stored or loaded; afterwards both."""
+    engine = MiniEngine()
+    engine.namespaces.known = False
+    engine.ask(tokens(40))
+    assert not engine.stores_done()
+    engine.namespaces.known = True
+    engine.forget_hbm()
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    assert engine.ask(tokens(40)).loads == 1
+    engine.finish()
+
+
+# -- resets
+
+
+def test_reset_hides_what_was_stored() -> None:
+    engine = MiniEngine(Options(in_flight=2))
+    engine.ask(tokens(40))
+    assert engine.reset(connector=True)
+    request = engine.ask(tokens(40))
+    assert request.loads == 0 and engine.computed(request) == 40
+    engine.forget_hbm()
+    assert engine.ask(tokens(40)).loads == 1
+    engine.finish()
+
+
+def test_reset_of_hbm_alone_keeps_the_tiers() -> None:
+    engine = MiniEngine()
+    engine.ask(tokens(40))
+    assert engine.reset(connector=False)
+    assert engine.ask(tokens(40)).loads == 1
+    engine.finish()
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+def test_reset_while_loading_fails_the_load(groups: Any) -> None:
+    engine = MiniEngine(Options(groups=groups, in_flight=2, blocks=128, load_lag=6))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    request = engine.add(tokens(40), 2)
+    engine.until_loading(request)
+    engine.reset(connector=True)
+    engine.run()
+    assert request.loads == 1 and engine.scheduler.failed_loads == 1
+    engine.finish()
+
+
+def test_reset_between_parking_and_a_deferred_alloc() -> None:
+    """0.33: the lease is gone when the blocks come. Failed at once, and nobody else is touched."""
+    engine = MiniEngine(Options(defer_alloc=True, in_flight=2, budget=48))
+    engine.ask(tokens(40), 1)
+    engine.forget_hbm()
+    runner = engine.add(tokens(17), 200)  # holds the first chunks in HBM and goes on running
+    engine.until(lambda: runner.num_output_tokens > 2)
+    request = engine.add(tokens(40), 2)
+    engine.until_loading(request)
+    assert engine.scheduler.owed
+    engine.reset(connector=True)
+    engine.until(request.is_finished)
+    assert not runner.is_finished() and request.loads == 1
+    engine.finish()
+
+
+@pytest.mark.parametrize("connector", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_changed_in_place(connector: bool, ranks: int) -> None:
+    """Old bytes are hidden by the shared epoch even when nobody resets the connector."""
+    engine = MiniEngine(Options(ranks=ranks, in_flight=2, store_lag=3))
+    engine.ask(tokens(40))
+    running = engine.add(tokens(24, 1), 12)
+    engine.until(lambda: running.num_output_tokens > 3)
+    engine.change_weights()
+    assert engine.reset(connector=connector, running=True)
+    request = engine.ask(tokens(40))
+    assert request.loads == 0, "the old weights' KV is not offered"
+    engine.forget_hbm()
+    assert engine.ask(tokens(40)).loads == 1
+    engine.finish()
+
+
+def test_weights_changed_while_requests_run_on_their_old_kv() -> None:
+    """Without a reset vLLM goes on with what is in HBM; such KV must never be stored."""
+    engine = MiniEngine()
+    request = engine.add(tokens(12), 30)
+    engine.until(lambda: request.num_output_tokens > 2)
+    stored = engine.stores_done()
+    engine.arena.bump_epoch()
+    engine.run()
+    engine.settle()
+    assert request.is_finished() and engine.stores_done() == stored > 0
+    assert engine.audit_dram() == 0
+    engine.finish()
+
+
+# -- NVMe
+
+
+def test_restart_finds_what_was_written(tmp_path: Path) -> None:
+    """DRAM -> NVMe, a new process, NVMe -> DRAM -> HBM."""
+    options = Options(nvme=str(tmp_path), in_flight=2)
+    engine = MiniEngine(options)
+    engine.ask(tokens(40), 9)
+    engine.finish()
+    engine = MiniEngine(options)
+    request = engine.ask(tokens(40), 9)
+    assert request.loads == 1 and engine.computed(request) == 1 + 8
+    assert engine.manager.counters.nvme_read == 5
+    engine.finish()
+
+
+def test_nvme_that_does_not_answer_costs_one_deadline(tmp_path: Path) -> None:
+    """The worker's own deadline, in real time: failed, recomputed, slot kept until the read is back."""
+    options = Options(nvme=str(tmp_path), in_flight=2)
+    engine = MiniEngine(options)
+    engine.ask(tokens(40), 2)
+    engine.finish()
+    engine = MiniEngine(replace(options, deadline_ms=50))
+    engine.store.inject("hang_read", 1)
+    request = engine.add(tokens(40), 2)
+    engine.run()
+    assert request.is_finished() and request.loads == 1 and engine.scheduler.failed_loads == 1
+    engine.store.inject("hang_read", 0)
+    engine.expect_bad = True
+    engine.finish()
+
+
+@pytest.mark.parametrize("what", ["read_eio", "short_read"])
+def test_nvme_read_errors_are_misses(tmp_path: Path, what: str) -> None:
+    options = Options(nvme=str(tmp_path), groups=HYBRID, blocks=128)
+    engine = MiniEngine(options)
+    engine.ask(tokens(40), 2)
+    engine.finish()
+    engine = MiniEngine(options)
+    engine.expect_bad = True
+    engine.store.inject(what, 1)
+    request = engine.add(tokens(40), 2)
+    engine.run()
+    assert request.is_finished() and request.loads <= 1
+    engine.store.inject(what, 0)
+    engine.finish()

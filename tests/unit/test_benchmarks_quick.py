@@ -1,0 +1,170 @@
+"""Every benchmark routine runs tiny and keeps the keys that others read."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ROOT / "benchmarks" / "run.py"
+needs_core = pytest.mark.skipif(
+    importlib.util.find_spec("kvoffload._core") is None, reason="kvoffload._core is not built"
+)
+
+
+def bench(routine: str, *options: str, timeout: float = 120.0) -> dict[str, Any]:
+    """One driver call; the JSON object must be the last and only thing on stdout."""
+    command = [sys.executable, str(RUN), routine, "--quick", "--json", "-", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["routine"] == routine
+    facts = {"cpu", "cores", "ram_gib", "disk", "gpu", "vllm", "torch"}
+    assert facts <= result["machine"].keys()
+    assert {"commit", "config"} <= result.keys()
+    return result
+
+
+@needs_core
+def test_store_keys(tmp_path: Path) -> None:
+    result = bench("store", "--dir", str(tmp_path))
+    assert {"read_gbps", "write_gbps"} <= result["limit"].keys()
+    assert {"size", "depth", "engine"} <= result["cases"][0].keys()
+    ours = result["systems"]["kvoffload"]
+    for key in ("put_gbps", "get_gbps", "restore_gbps", "put_vs_limit", "restore_vs_limit"):
+        assert ours[key] > 0
+    assert ours["put_ms"]["p50"] <= ours["put_ms"]["p99"]
+    assert "skipped" in result["systems"]["lmcache"]  # said, not left out
+    assert not list(tmp_path.iterdir()), "the temp dir was left behind"
+
+
+@needs_core
+def test_index_keys() -> None:
+    result = bench("index")
+    for key in ("lookup_ns_per_key", "insert_ns_per_key", "bytes_per_chunk"):
+        assert result[key] > 0
+        assert result[key] == result["systems"]["kvoffload"][key]
+
+
+@needs_core
+def test_copy_keys() -> None:
+    pytest.importorskip("torch")
+    result = bench("copy")
+    assert result["device"] == "cpu"
+    assert result["limit"]["h2d_gbps"] > 0
+    engines = {case["engine"] for case in result["cases"]}
+    assert {"limit", "kvoffload", "vllm_torch"} <= engines
+    assert {case["layout"] for case in result["cases"]} == {"per_layer", "block_contiguous"}
+
+
+def test_unknown_system_is_refused() -> None:
+    command = [sys.executable, str(RUN), "index", "--systems", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 2
+    assert "unknown system 'nothing'" in done.stderr
+
+
+@pytest.fixture
+def bench_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.usefixtures("bench_modules")
+def test_statistics() -> None:
+    common = importlib.import_module("common")
+    assert common.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert common.quantile([1.0, 2.0], 0.25) == 1.25
+    assert common.summary([]) is None
+    assert common.summary([2.0, 1.0, 9.0]) == {"min": 1.0, "median": 2.0, "max": 9.0, "n": 3}
+    few = common.percentiles([float(i) for i in range(50)], (50, 99))
+    assert "p99" not in few and few["p50_lo"] <= few["p50"] <= few["p50_hi"]
+    assert "p99" in common.percentiles([float(i) for i in range(200)], (50, 99))
+
+
+@pytest.mark.usefixtures("bench_modules")
+def test_probe_times_a_load_from_alloc_to_the_output_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "probe"))
+    module = importlib.import_module("connector_probe")
+
+    class Request:
+        request_id = "r1"
+
+    class Output:
+        finished_recving = frozenset({"r1", "unknown"})
+        failed_recving: frozenset[str] = frozenset()
+
+    probe = module.Probe(str(tmp_path))
+    calls: list[str] = []
+    hook = {
+        name: probe.timed(name, lambda *_a, n=name: calls.append(n))
+        for name in ("on_new_request", "update_state_after_alloc", "update_connector_output")
+    }
+    step = probe.timed("build_connector_meta", lambda *_a: "meta")
+    hook["on_new_request"](Request())
+    hook["update_state_after_alloc"](Request(), None, 256)
+    assert step(None) == "meta"
+    hook["update_connector_output"](Output())
+    hook["update_connector_output"](Output())  # named twice: still one load
+    probe.flush()
+    (file,) = tmp_path.glob("*.jsonl")
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    loads = [e for e in events if e["ev"] == "load"]
+    assert len(loads) == 1 and loads[0]["tokens"] == 256 and loads[0]["req"] == "r1"
+    assert 0 < loads[0]["ns"] <= loads[0]["since_arrival_ns"]
+    assert sum(len(e["ns"]) for e in events if e["ev"] == "steps") == 1
+    assert calls[:2] == ["on_new_request", "update_state_after_alloc"]
+
+
+@pytest.mark.usefixtures("bench_modules")
+def test_plot_of_a_ttft_result() -> None:
+    plot = importlib.import_module("plot")
+    bars = {"min": 1.0, "median": 2.0, "max": 4.0, "n": 3}
+    figures = {"cold_ms": bars, "hbm_ms": None, "dram_ms": bars, "nvme_restart_ms": None}
+    case = {"prompt_tokens": 4096, "systems": {"kvoffload": figures, "lmcache": {"skipped": "no"}}}
+    made = plot.plots([{"routine": "ttft", "cases": [case]}])
+    assert list(made) == ["ttft-4096"]
+    assert made["ttft-4096"].count("<title>") == 2  # cold and DRAM
+    with pytest.raises(ValueError, match="no plot"):
+        plot.plots([{"routine": "crash"}])
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_ttft_native_reloads_what_none_recomputes(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    lock = ["--lock", os.environ["KVBENCH_LOCK"]] if "KVBENCH_LOCK" in os.environ else []
+    options = ["--systems", "none,native", "--dir", str(tmp_path), *lock]
+    result = bench("ttft", *options, timeout=850)
+    native = result["systems"]["native"]
+    assert native["tokens_loaded"] == {"dram": 1024, "nvme_restart": 1024}
+    assert native["outputs_equal"] and native["max_abs_dlogprob"] < 0.05
+    assert native["load_only_ms"]["dram"]["median"] > 0
+    assert result["systems"]["none"]["tokens_loaded"]["dram"] == 0
+    assert result["limit"]["read_gbps"] > 0
+    assert not list(tmp_path.iterdir()), "the temp dir was left behind"
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("routine", ["overhead", "serve"])
+def test_load_routines_of_native(routine: str) -> None:
+    pytest.importorskip("vllm")
+    lock = ["--lock", os.environ["KVBENCH_LOCK"]] if "KVBENCH_LOCK" in os.environ else []
+    result = bench(routine, "--systems", "none,native", *lock, timeout=850)
+    if routine == "overhead":
+        native = result["systems"]["native"]
+        assert native["loads"] == 0, "a workload without reuse loaded something"
+        assert native["throughput_ratio"] > 0 and native["scheduler_us_per_step"]["p50"] > 0
+    else:
+        native = result["workloads"]["chat"]["systems"]["native"]
+        assert native["errors"] == 0 and native["wrong_outputs"] == 0
+        assert native["ttft_ms"]["p50"] > 0
