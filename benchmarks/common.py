@@ -89,7 +89,7 @@ def machine(scratch: Path) -> Json:
 
 
 def commit() -> str | None:
-    """Short commit of the checkout, ``-dirty`` appended where tracked files differ; None outside git."""
+    """Short commit of the checkout, ``-dirty`` where tracked files differ; None outside git."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
@@ -107,6 +107,16 @@ def quantile(values: Sequence[float], q: float) -> float:
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def add_times(times: list[float], now: float, count: int) -> None:
+    """Note ``count`` tokens that arrived together at ``now``.
+
+    A busy front end merges steps into one message. The time since the message before is shared
+    evenly, so that merging cannot make the median inter-token latency zero.
+    """
+    before = times[-1] if times else now
+    times += [before + (now - before) * (i + 1) / count for i in range(count)]
 
 
 def summary(values: Sequence[float], digits: int = 3) -> Json | None:
@@ -179,7 +189,6 @@ def drop_page_cache(*paths: Path) -> str:
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 finally:
                     os.close(fd)
-    os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("1")
     except OSError:
@@ -245,13 +254,21 @@ def cpu_seconds() -> float:
 
 
 @contextlib.contextmanager
-def engine_lock(path: str | None) -> Iterator[None]:
-    """Hold ``path`` (an advisory file lock) so that only one engine runs on a shared machine."""
+def engine_lock(path: str | None, progress: Callable[[str], None]) -> Iterator[None]:
+    """Hold ``path`` (an advisory file lock) so that only one engine runs on a shared machine.
+
+    ``progress`` hears of a wait, so that nobody takes it for a slow engine.
+    """
     if not path:
         yield
         return
     with open(path, "a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for the engine lock")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            progress("got the engine lock")
         try:
             yield
         finally:
@@ -285,7 +302,7 @@ def log_tail(path: Path, lines: int = 25) -> str:
 
 
 def emit(result: Json, target: str | None) -> None:
-    """Write the object: ``-`` prints it as the last thing on stdout, else to the file, atomically."""
+    """Write the object: ``-`` prints it last on stdout, else to the file, atomically."""
     text = json.dumps(result, indent=2)
     if target == "-":
         sys.stdout.write(text + "\n")

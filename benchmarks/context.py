@@ -53,6 +53,7 @@ class Context:
             hbm_gib=hbm_gib,
             lock=self.lock,
             keep_logs=self.keep_logs,
+            progress=self.progress,
         )
 
 

@@ -1,7 +1,7 @@
 """One engine life: a child process that runs vLLM's AsyncLLM and times requests at the client.
 
-``python life.py PLAN OUT``: PLAN is JSON ``{"engine": {...}, "prompts": {id: [tokens]}, "ops": [...]}``;
-OUT becomes JSON ``{"ready_s", "ops": [result per op]}``. Times are seconds. Ops:
+``python life.py PLAN OUT``: PLAN is JSON ``{"engine": {...}, "prompts": {id: [tokens]},
+"ops": [...]}``; OUT becomes JSON ``{"ready_s", "ops": [result per op]}``. Times are seconds. Ops:
 
 - ``generate``: ``prompts`` one after the other; per prompt TTFT, token times, tokens, logprobs.
 - ``load``: the same, ``concurrency`` at a time, plus wall time and CPU seconds of the process tree.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from common import add_times
 
 Json = dict[str, Any]
 QUIET_S = 1.0  # no disk writes for this long means that write-behind is done
@@ -66,11 +67,10 @@ class Life:
         self._tree = Tree(plan.get("extra_pids", []))
         self._count = 0
 
-    async def _stream(self, tokens: list[int], op: Json) -> AsyncIterator[Any]:
+    async def _stream(self, tokens: list[int], op: Json, name: str) -> AsyncIterator[Any]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._count += 1
         params = SamplingParams(
             temperature=0.0,
             max_tokens=op.get("max_tokens", 8),
@@ -79,19 +79,20 @@ class Life:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        name = f"kvbench{self._count}"
         async for out in self._engine.generate({"prompt_token_ids": tokens}, params, name):
-            yield name, out
+            yield out
 
     async def _one(self, prompt: str, op: Json) -> Json:
         times: list[float] = []
         tokens: list[int] = []
         logprobs: list[float] = []
-        name, cached, start = "", None, time.perf_counter()
-        async for name, out in self._stream(self._prompts[prompt], op):
+        self._count += 1
+        request = f"kvbench{self._count}"
+        cached, start = None, time.perf_counter()
+        async for out in self._stream(self._prompts[prompt], op, request):
             now = time.perf_counter() - start
             step = out.outputs[0]
-            times += [now] * len(step.token_ids)
+            add_times(times, now, len(step.token_ids))
             for token, table in zip(step.token_ids, step.logprobs or [], strict=True):
                 logprobs.append(table[token].logprob)
             tokens += step.token_ids
@@ -99,7 +100,7 @@ class Life:
                 cached = out.num_cached_tokens
         return {
             "prompt": prompt,
-            "request": name,
+            "request": request,
             "ttft": times[0],
             "times": times,
             "tokens": tokens,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Workplace:
     lock: str | None = None
     timeout_s: float = 900.0
     keep_logs: Path | None = None
+    progress: Callable[[str], None] = print
 
     def describe(self) -> Json:
         """What a result's ``config`` says about the engines."""
@@ -129,7 +131,7 @@ def run_life(
     probe.mkdir(parents=True)
     used = {name for op in ops for name in [*op.get("prompts", []), op.get("prompt")] if name}
     with (
-        engine_lock(place.lock),
+        engine_lock(place.lock, place.progress),
         running(system, storage, place.budget, here) as side,
     ):
         engine: dict[str, Any] = ENGINE | {"model": str(place.model)} | place.engine

@@ -51,7 +51,7 @@ def _write_tokenizer(where: Path, vocab: int) -> None:
 
 
 def make_model(where: Path, shape: ModelShape | None = None, seed: int = 0) -> Path:
-    """Write config, weights (safetensors, fp32) and tokenizer below ``where``; returns ``where``."""
+    """Write config, fp32 weights (safetensors) and tokenizer below ``where``; returns it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -54,9 +54,8 @@ class Chart:
         """A bar with its value above and a tooltip."""
         y = self.y(value)
         size = f'width="{width:.1f}" height="{max(HEIGHT - BOTTOM - y, 0.5):.1f}"'
-        self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{colour}"><title>{escape(tip)}</title></rect>'
-        )
+        box = f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{colour}">'
+        self._parts.append(f"{box}<title>{escape(tip)}</title></rect>")
         self._parts.append(_text(x + width / 2, y - 4, f"{value:.3g}", "middle", 9))
 
     def whisker(self, x: float, low: float, high: float) -> None:

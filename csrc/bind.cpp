@@ -117,6 +117,27 @@ py::array_t<uint64_t> arena_leaf_hashes(const PyArena& self, uint64_t offset, ui
     return out;
 }
 
+void arena_hash_leaves(const PyArena& self, uint64_t offset, uint64_t nbytes, const py::bytes& key) {
+    auto a = self.get();
+    a->check_range(offset, nbytes);
+    const uint64_t seed = seed_of_key(key);
+    py::gil_scoped_release nogil;
+    leaf_hashes(a->data() + offset, nbytes, seed, a->leaf_ptr(offset));
+}
+
+bool arena_verify_leaves(const PyArena& self, uint64_t offset, uint64_t nbytes,
+                         const py::bytes& key) {
+    auto a = self.get();
+    a->check_range(offset, nbytes);
+    const uint64_t seed = seed_of_key(key);
+    py::gil_scoped_release nogil;
+    for (uint64_t at = 0; at < nbytes; at += kLeafBytes) {
+        const uint64_t n = std::min<uint64_t>(kLeafBytes, nbytes - at);
+        if (leaf_hash(a->data() + offset + at, n, seed) != *a->leaf_ptr(offset + at)) return false;
+    }
+    return true;
+}
+
 py::array_t<uint8_t> arena_states(const PyArena& self, const Array<uint32_t>& slots,
                                   const Array<uint64_t>& generations) {
     auto a = self.get();
@@ -229,6 +250,8 @@ void bind_arena(py::module_& m) {
         .def("prefaulted_bytes", [](const PyArena& s) { return s.get()->prefaulted_bytes(); })
         .def("view", &arena_view, "offset"_a, "nbytes"_a)
         .def("leaf_hashes", &arena_leaf_hashes, "offset"_a, "nbytes"_a)
+        .def("hash_leaves", &arena_hash_leaves, "offset"_a, "nbytes"_a, "key"_a)
+        .def("verify_leaves", &arena_verify_leaves, "offset"_a, "nbytes"_a, "key"_a)
         .def(
             "set_attached", [](const PyArena& s, uint32_t rank) { s.get()->set_attached(rank); },
             "rank"_a)

@@ -54,7 +54,7 @@ void CpuCopyPool::close() {
         std::vector<std::shared_ptr<Job>> jobs;
         for (auto& [id, job] : active_) jobs.push_back(job);
         for (auto& job : jobs) {
-            stop_job(job, kCancelled, kCancel);
+            stop_job(job, 0, kCancel);
             maybe_complete(job);
         }
         threads.swap(threads_);  // a second close() has nothing to join
@@ -109,6 +109,7 @@ void CpuCopyPool::submit(std::shared_ptr<Job> job, int group) {
     }
     validate(*job);
     job->state.assign(job->n(), kUnstarted);
+    job->reason.assign(job->n(), kNone);
     std::lock_guard lock(mu_);
     if (closed_) invalid("pool is closed");
     if (!active_.emplace(job->id, job).second)
@@ -149,7 +150,7 @@ void CpuCopyPool::cancel(int64_t job) {
     auto it = active_.find(job);
     if (it == active_.end()) return;
     std::shared_ptr<Job> j = it->second;  // completing erases the map's
-    stop_job(j, kCancelled, kCancel);
+    stop_job(j, 0, kCancel);
     maybe_complete(j);
 }
 
@@ -170,27 +171,27 @@ size_t CpuCopyPool::pending() {
     return active_.size();
 }
 
-// Drop every item that has not started; the caller then calls maybe_complete. The first reason
-// stays. Like everything below: the caller holds mu_.
-void CpuCopyPool::stop_job(const std::shared_ptr<Job>& job, CopyStatus status, CopyReason reason) {
-    if (job->status == kOk) {
-        job->status = status;
-        job->reason = reason;
-    }
-    if (job->stopped) return;
-    job->stopped = true;
-    if (job->waiting) waiting_.remove_if([&](const Waiting& w) { return w.job == job; });
-    job->waiting = 0;
-    for (size_t i = 0; i < job->n(); ++i) {
-        if (job->state[i] != kUnstarted && job->state[i] != kWaitingReady) continue;
-        job->state[i] = kLost;
-        // Nobody else will fill this rank's part: let those who wait for the slot know.
-        if (job->kind == kStore) arena_->fail(job->items.slots[i], job->items.generations[i]);
-    }
-    if (job->next < job->n()) {
-        job->next = job->n();
-        std::erase(job->kind == kLoad ? loads_ : stores_, job);
-    }
+// Like everything below: the caller holds mu_.
+void CpuCopyPool::lose(Job& job, size_t item, CopyReason reason) {
+    job.state[item] = kLost;
+    job.reason[item] = reason;
+    // Nobody else will fill this rank's part: let those who wait for the slot know.
+    if (job.kind == kStore) arena_->fail(job.items.slots[item], job.items.generations[item]);
+}
+
+// Drop every item from `after` on that has not started; the caller then calls maybe_complete.
+// Items start in order, so all that are kUnstarted lie behind any item that failed.
+void CpuCopyPool::stop_job(const std::shared_ptr<Job>& job, size_t after, CopyReason reason) {
+    waiting_.remove_if([&](const Waiting& w) {
+        if (w.job != job || w.item < after) return false;
+        --job->waiting;
+        lose(*job, w.item, reason);
+        return true;
+    });
+    if (job->next == job->n()) return;
+    for (size_t i = job->next; i < job->n(); ++i) lose(*job, i, reason);
+    job->next = job->n();
+    std::erase(job->kind == kLoad ? loads_ : stores_, job);
 }
 
 void CpuCopyPool::maybe_complete(const std::shared_ptr<Job>& job) {
@@ -204,8 +205,8 @@ void CpuCopyPool::maybe_complete(const std::shared_ptr<Job>& job) {
     d.failed_item = -1;
     if (lost != job->state.end()) {  // else a cancel that came too late to drop anything: ok
         d.failed_item = lost - job->state.begin();
-        d.status = job->status;
-        d.reason = job->reason;
+        d.reason = job->reason[size_t(d.failed_item)];
+        d.status = d.reason == kCancel ? kCancelled : d.reason == kDeadline ? kExpired : kBad;
     }
     d.nbytes = job->nbytes;
     d.wait_ns = job->wait_ns;

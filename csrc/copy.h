@@ -18,6 +18,8 @@ namespace kvo {
 
 enum CopyKind : uint8_t { kStore = 0, kLoad = 1 };
 enum CopyStatus : uint8_t { kOk = 0, kBad = 1, kCancelled = 2, kExpired = 3 };
+// A lost item's reason tells the job's status: kCancel -> kCancelled, kDeadline -> kExpired, else
+// kBad.
 enum CopyReason : uint8_t {
     kNone = 0,
     kSlotLost = 1,
@@ -109,7 +111,8 @@ class CpuCopyPool {
     void wake_next();
     CopyReason execute(const Job& job, size_t item, uint8_t* bounce);
     void finished(const Task& task, CopyReason reason, int64_t begin, int64_t end);
-    void stop_job(const std::shared_ptr<Job>& job, CopyStatus status, CopyReason reason);
+    void lose(Job& job, size_t item, CopyReason reason);
+    void stop_job(const std::shared_ptr<Job>& job, size_t after, CopyReason reason);
     void maybe_complete(const std::shared_ptr<Job>& job);
 
     const std::shared_ptr<Arena> arena_;

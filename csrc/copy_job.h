@@ -15,14 +15,12 @@ struct CpuCopyPool::Job {
     int64_t deadline = INT64_MAX;  // CLOCK_MONOTONIC ns
     bool verify = true;
 
-    std::vector<uint8_t> state;  // ItemState
+    std::vector<uint8_t> state;   // ItemState
+    std::vector<uint8_t> reason;  // CopyReason of a lost item
     size_t next = 0;             // items below it left kUnstarted
     size_t running = 0;
     size_t waiting = 0;
-    bool stopped = false;  // no further item starts
     bool completed = false;
-    CopyStatus status = kOk;
-    CopyReason reason = kNone;
     uint64_t nbytes = 0;
     int64_t wait_ns = 0;
     int64_t first_ns = 0, last_ns = 0;

@@ -89,7 +89,7 @@ void CpuCopyPool::expire(int64_t now) {
     for (auto& w : waiting_)
         if (now >= w.job->deadline) late.push_back(w.job);
     for (auto& job : late) {
-        stop_job(job, kExpired, kDeadline);
+        stop_job(job, 0, kDeadline);
         maybe_complete(job);
     }
 }
@@ -165,12 +165,10 @@ void CpuCopyPool::finished(const Task& task, CopyReason reason, int64_t begin, i
         job->nbytes += uint64_t(copied) * job->group->block_bytes;
     } else {
         job->state[task.item] = kLost;
-        if (job->kind == kLoad) {
-            stop_job(job, kBad, reason);  // what lies beyond a hole in a prefix is of no use
-        } else if (job->status == kOk) {
-            job->status = kBad;  // other chunks of a store are worth keeping
-            job->reason = reason;
-        }
+        job->reason[task.item] = reason;
+        // What lies beyond a hole in a prefix is of no use; what lies before it is, and so are the
+        // other chunks of a store.
+        if (job->kind == kLoad) stop_job(job, task.item, reason);
     }
     maybe_complete(job);
 }

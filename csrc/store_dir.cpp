@@ -14,7 +14,6 @@
 #include <filesystem>
 #include <functional>
 #include <optional>
-#include <thread>
 
 #include "errors.h"
 
@@ -35,6 +34,28 @@ bool parse_hex(const std::string& s, Uuid& out) {
     }
     return true;
 }
+
+std::string octal(unsigned mode) {
+    char buf[16];
+    std::snprintf(buf, sizeof buf, "%04o", mode & 07777);
+    return buf;
+}
+
+// "" or why a directory or file must not be used.
+std::string bad_owner(int fd, const std::string& shown, bool dir) {
+    struct stat st;
+    if (::fstat(fd, &st) != 0) return "cannot be examined";
+    if (!dir && !S_ISREG(st.st_mode)) return "not a regular file";
+    if (st.st_uid != ::geteuid())
+        return "owned by uid " + std::to_string(st.st_uid) + ", not by us (uid " +
+               std::to_string(::geteuid()) + ")";
+    if (st.st_mode & 077)
+        return "mode is " + octal(st.st_mode) + ", others could reach it (chmod " +
+               (dir ? "700 " : "600 ") + shown + ")";
+    return "";
+}
+
+}  // namespace
 
 // Strictly digits, so that "w01", "w-1" or "seg-1.kv.bak" are never ours.
 std::optional<uint64_t> number_in(const std::string& name, const std::string& prefix,
@@ -67,28 +88,6 @@ void each_entry(int dirfd, const std::function<void(const std::string&)>& fn) {
 int64_t mtime_of(const struct stat& st) {
     return int64_t(st.st_mtim.tv_sec) * 1000000000 + st.st_mtim.tv_nsec;
 }
-
-std::string octal(unsigned mode) {
-    char buf[16];
-    std::snprintf(buf, sizeof buf, "%04o", mode & 07777);
-    return buf;
-}
-
-// "" or why a directory or file must not be used.
-std::string bad_owner(int fd, const std::string& shown, bool dir) {
-    struct stat st;
-    if (::fstat(fd, &st) != 0) return "cannot be examined";
-    if (!dir && !S_ISREG(st.st_mode)) return "not a regular file";
-    if (st.st_uid != ::geteuid())
-        return "owned by uid " + std::to_string(st.st_uid) + ", not by us (uid " +
-               std::to_string(::geteuid()) + ")";
-    if (st.st_mode & 077)
-        return "mode is " + octal(st.st_mode) + ", others could reach it (chmod " +
-               (dir ? "700 " : "600 ") + shown + ")";
-    return "";
-}
-
-}  // namespace
 
 Fd::~Fd() {
     if (fd_ >= 0) ::close(fd_);
@@ -372,126 +371,6 @@ bool StoreDir::reclaim_dead(int64_t than_ns, uint32_t& writer, uint32_t& seg) co
     // Nobody can have become its writer meanwhile: that needs the path lock the caller holds.
     Fd dir = open_writer(writer);
     return dir && ::unlinkat(dir.get(), segment_name(seg).c_str(), 0) == 0;
-}
-
-namespace {
-
-bool read_exact(const File& f, void* p, size_t n, uint64_t off, Faults& faults, uint64_t& errors) {
-    size_t done = 0;
-    int err = read_full(f, p, n, off, faults, done);
-    if (err) ++errors;  // a short file is damage, not a failing disk
-    return !err && done == n;
-}
-
-void scan_segment(int dirfd, const Uuid& uuid, uint32_t writer, SegmentScan& s,
-                  const SegmentScan* known, Faults& faults, uint64_t& errors) {
-    int err;
-    FilePtr f = open_file(dirfd, segment_name(s.id).c_str(), O_RDONLY, false, err);
-    struct stat st;
-    if (!f || ::fstat(f->fd(), &st) != 0) {
-        ++errors;
-        return;
-    }
-    s.bytes = uint64_t(st.st_size) / kBlock * kBlock;
-    s.mtime_ns = mtime_of(st);
-    if (s.bytes < 2 * kBlock || s.bytes > 2 * kMaxSegmentBytes) return;
-    auto page = std::make_unique<SegmentHeader>();
-    if (!read_exact(*f, page.get(), kBlock, 0, faults, errors)) return;
-    if (!header_ok(*page, uuid, writer, s.id)) return;
-    s.gen = page->gen;
-    if (known && known->sealed && known->gen == s.gen && known->bytes == s.bytes &&
-        known->mtime_ns == s.mtime_ns) {
-        s.sealed = true;
-        return;
-    }
-    auto t = std::make_unique<SegmentTrailer>();
-    if (!read_exact(*f, t.get(), kBlock, s.bytes - kBlock, faults, errors)) return;
-    if (!trailer_ok(*t, uuid, s.id, s.gen, s.bytes)) return;
-    s.records.resize(t->count);
-    size_t bytes = s.records.size() * sizeof(Record);
-    if (!read_exact(*f, s.records.data(), bytes, t->records_off, faults, errors) ||
-        crc32c(s.records.data(), bytes) != t->records_crc) {
-        s.records.clear();
-        return;
-    }
-    s.sealed = true;
-    std::erase_if(s.records,
-                  [&](const Record& r) { return !record_ok(r, uuid, s.id, s.gen, s.bytes); });
-}
-
-// Appends a journal's valid records to the unsealed segments they belong to. A damaged record is
-// left out alone: the next ones stand for themselves.
-void scan_journal(int dirfd, const Uuid& uuid, uint64_t epoch,
-                  const std::map<uint32_t, SegmentScan*>& segs, Faults& faults, uint64_t& errors) {
-    int err;
-    FilePtr f = open_file(dirfd, journal_name(epoch).c_str(), O_RDONLY, false, err);
-    struct stat st;
-    if (!f || ::fstat(f->fd(), &st) != 0) {
-        if (err != ENOENT) ++errors;  // its segment was sealed meanwhile
-        return;
-    }
-    uint64_t bytes = std::min<uint64_t>(uint64_t(st.st_size), journal_reserve(kMaxSegmentBytes));
-    std::vector<Record> recs(bytes / sizeof(Record));
-    size_t done = 0;
-    if (read_full(*f, recs.data(), recs.size() * sizeof(Record), 0, faults, done) != 0) ++errors;
-    recs.resize(done / sizeof(Record));
-    for (const Record& r : recs) {
-        if (r.magic != kRecordMagic) continue;
-        auto it = segs.find(r.seg);
-        if (it == segs.end() || it->second->sealed || !it->second->gen) continue;
-        if (record_ok(r, uuid, r.seg, it->second->gen, it->second->bytes))
-            it->second->records.push_back(r);
-    }
-}
-
-}  // namespace
-
-WriterScan StoreDir::scan(uint32_t id, Faults& faults,
-                          const std::map<uint32_t, SegmentScan>* known) const {
-    WriterScan out;
-    Fd dir = open_writer(id);
-    if (!dir) {
-        ++out.read_errors;
-        return out;
-    }
-    each_entry(dir.get(), [&](const std::string& name) {
-        if (auto n = number_in(name, "seg-", ".kv", 5)) {
-            out.segments.emplace_back().id = uint32_t(*n);
-            out.max_id = std::max(out.max_id, uint32_t(*n));
-        } else if (auto e = number_in(name, "journal-", "", 1)) {
-            out.journals.push_back(*e);
-            if (*e < 0xF0000000u)
-                out.max_gen = std::max(out.max_gen, *e);  // a name alone proves little
-        }
-    });
-    size_t n = out.segments.size(), workers = std::min<size_t>(8, n / 16 + 1);
-    std::atomic<size_t> next{0};
-    std::atomic<uint64_t> errors{0};
-    auto work = [&] {
-        uint64_t bad = 0;
-        for (size_t i; (i = next.fetch_add(1)) < n;) {
-            SegmentScan& s = out.segments[i];
-            const SegmentScan* k = nullptr;
-            if (known)
-                if (auto it = known->find(s.id); it != known->end()) k = &it->second;
-            scan_segment(dir.get(), manifest_.uuid, id, s, k, faults, bad);
-        }
-        errors += bad;
-    };
-    std::vector<std::thread> threads;
-    for (size_t i = 1; i < workers; ++i) threads.emplace_back(work);
-    work();
-    for (auto& t : threads) t.join();
-    out.read_errors += errors;
-    std::map<uint32_t, SegmentScan*> by_id;
-    for (auto& s : out.segments) by_id[s.id] = &s;
-    for (uint64_t e : out.journals)
-        scan_journal(dir.get(), manifest_.uuid, e, by_id, faults, out.read_errors);
-    for (auto& s : out.segments) {
-        out.max_gen = std::max(out.max_gen, s.gen);
-        for (auto& r : s.records) out.max_seq = std::max(out.max_seq, r.seq);
-    }
-    return out;
 }
 
 }  // namespace kvo::store

@@ -3,9 +3,13 @@
 // Layout: <path>/MANIFEST, <path>/w<id>/{LOCK, seg-NNNNN.kv, journal-<epoch>}. Nothing is created
 // or changed before every check has passed. Files are 0600, directories 0700, all owned by us.
 #pragma once
+#include <sys/stat.h>
+
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -114,5 +118,12 @@ std::string segment_name(uint32_t id);
 std::string journal_name(uint64_t epoch);
 uint64_t auto_segment_bytes(uint64_t max_bytes);
 int64_t unix_ns();
+
+// Shared with store_scan.cpp.
+void each_entry(int dirfd, const std::function<void(const std::string&)>& fn);
+// The number between prefix and suffix; nothing unless it is written as we write it.
+std::optional<uint64_t> number_in(const std::string& name, const std::string& prefix,
+                                  const std::string& suffix, size_t min_digits);
+int64_t mtime_of(const struct stat& st);
 
 }  // namespace kvo::store

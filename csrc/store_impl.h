@@ -40,6 +40,7 @@ struct StoreSegment {
     std::vector<Record> records;  // own and not sealed yet, in journal order
     size_t journalled = 0;        // of records
     bool journal_failed = false;
+    bool lost = false;                   // neither journal nor footer could be written
     std::vector<Key> keys;               // what to take out of the index when it goes
     int64_t mtime_ns = 0;                // other writers: to see changes cheaply
     bool sealed = false;                 // the footer is on disk
@@ -188,7 +189,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     std::unordered_map<const StoreJob*, uint64_t> ticket_of;
     uint64_t last_ticket = 0;
     uint64_t queued = 0;  // payload bytes of puts not settled
-    uint64_t records_added = 0, records_journalled = 0, journal_failures = 0;
+    uint64_t records_added = 0, records_journalled = 0;
     bool need_segment = false, miss_hint = false, stop_keeper = false, keeper_alive = false;
     bool closed = false;   // no new jobs
     bool discard = false;  // queued work is given up; nothing more is sent to the engine

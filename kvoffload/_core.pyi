@@ -69,6 +69,10 @@ class Arena:
         """Writable view of data bytes (for tests, tools). Raises ValueError out of range."""
     def leaf_hashes(self, offset: int, nbytes: int) -> npt.NDArray[np.uint64]:
         """Copy of the leaf hashes that cover [offset, offset+nbytes); offset is a multiple of LEAF_BYTES."""
+    def hash_leaves(self, offset: int, nbytes: int, key: bytes) -> None:
+        """Hash data bytes into the leaf table. Offset is a multiple of LEAF_BYTES. Releases the GIL."""
+    def verify_leaves(self, offset: int, nbytes: int, key: bytes) -> bool:
+        """Whether data bytes match the leaf table. Releases the GIL."""
     # -- ranks and the weights epoch
     def set_attached(self, rank: int) -> None: ...
     def attached_mask(self) -> int: ...
@@ -150,7 +154,8 @@ class CpuCopyPool:
         """One item per slot: wait until READY with that generation (at most ``deadline_ms`` from now),
         verify the leaves that cover the wanted blocks, scatter blocks with id >= 0 (-1: leave alone),
         re-check the generation. Bytes of a leaf that fails verification are never written to a block.
-        The first failure stops items not yet started; the job is done when nothing of it runs."""
+        A failed item drops the items after it that have not started; those before it go on. Status and
+        reason are those of ``failed_item``. The job is done when nothing of it runs."""
     def cancel(self, job: int) -> None:
         """Drop items not yet started; running ones finish. The job is then reported as cancelled (or ok)."""
     def poll(self) -> list[CopyDone]:

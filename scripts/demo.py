@@ -431,7 +431,9 @@ class Demo:
             speed = f"{cold / step.ttft_ms:.1f}x"
             name, first = TITLES[step.name], f"{step.ttft_ms:,.0f}"
             table.add_row(name, first, speed, *cells, self.same_output(step))
-        table.caption = "ms: to the first token, median. HBM, DRAM, NVMe: prompt tokens taken from there, in all."
+        table.caption = (
+            "ms: to the first token, median. HBM, DRAM, NVMe: prompt tokens taken from there."
+        )
         return table
 
     def result(self) -> dict[str, Any]:

@@ -22,9 +22,10 @@ kill_server() { # the server has a process group of its own; its leader is writt
 
 cleanup() {
     trap - INT TERM HUP EXIT
-    if [[ -n $CHILD ]] && kill -0 "$CHILD" 2>/dev/null; then
-        kill -TERM "$CHILD" 2>/dev/null
+    if [[ -n $CHILD ]] && kill -TERM -- "-$CHILD" 2>/dev/null; then
+        echo "stopping ..." >&2
         wait "$CHILD" 2>/dev/null
+        kill -KILL -- "-$CHILD" 2>/dev/null
     fi
     kill_server
     [[ -n $SHORT_TMP ]] && rm -rf "$SHORT_TMP"
@@ -35,14 +36,24 @@ trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
 # Background + wait: bash runs a trap during `wait`, but only after a foreground command has ended.
-step() { "$@" <&0 & CHILD=$!; wait "$CHILD"; local rc=$?; CHILD=; return "$rc"; }
+# A session of its own, so that everything a step started can be stopped as one group.
+step() {
+    local rc
+    setsid "$@" </dev/null &
+    CHILD=$!
+    wait "$CHILD"
+    rc=$?
+    CHILD=
+    return "$rc"
+}
 
 mkdir -p "$OUT/tmp" "$OUT/home" .cache || exit 1
 kill_server # left over when an earlier run was killed with SIGKILL
 export PIP_CACHE_DIR=$ROOT/.cache/pip UV_CACHE_DIR=$ROOT/.cache/uv
 export TMPDIR=$OUT/tmp
 step bash scripts/setup.sh || exit 1
-MODEL=$(.venv/bin/python scripts/fetch_demo_model.py) || exit 1
+step .venv/bin/python scripts/fetch_demo_model.py >"$OUT/tmp/model" || exit 1
+MODEL=$(<"$OUT/tmp/model")
 
 # vLLM's unix sockets live in TMPDIR and a socket path has 107 characters at most.
 if ((${#TMPDIR} > 60)); then

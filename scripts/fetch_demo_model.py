@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -232,6 +233,8 @@ def main() -> int:
     default = Path(os.environ.get("KVOFFLOAD_DEMO_MODELS", ROOT / ".cache" / "models"))
     parser.add_argument("--cache", type=Path, default=default, help="folder of converted models")
     args = parser.parse_args()
+    # So that an interrupted run removes its temporary folder.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         print(fetch(args.cache))
     except subprocess.CalledProcessError:

@@ -3,9 +3,10 @@
 
     python scripts/fetch_vllm_wheels.py [--from DIR]... [--keep-wheels] [VERSION...]
 
-Sources land in .cache/vllm-src/<version>/ of the checkout. A wheel is taken from a --from directory,
-from .cache/wheels, or downloaded there with ``pip download --no-deps`` (130 to 350 MB each). Nothing
-is installed and nothing of the wheels is run. Exit status 1 when a version could not be had.
+Sources land in .cache/vllm-src/<version>/ of the checkout. A wheel is taken from a --from
+directory, from .cache/wheels, or downloaded there with ``pip download --no-deps`` (130 to 350 MB
+each). Nothing is installed and nothing of the wheels is run. Exit status 1 when a version could
+not be had.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
 their hooks. One JSON line per event goes to ``$KVBENCH_PROBE/<pid>.jsonl``:
 
 - ``{"ev": "load", "req", "tokens", "ns", "since_arrival_ns"}``: ``ns`` from
-  ``update_state_after_alloc`` with external tokens to the ``update_connector_output`` that names the
-  request; ``since_arrival_ns`` from the request's arrival in the scheduler (``on_new_request``) to
-  the same end: a connector that moves bytes from disk before it asks for blocks does not hide that
-  there. ``"failed": true`` where the connector reported it as failed. CLOCK_MONOTONIC.
+  ``update_state_after_alloc`` with external tokens to the ``update_connector_output`` that names
+  the request; ``since_arrival_ns`` from the request's arrival in the scheduler
+  (``on_new_request``) to the same end: a connector that moves bytes from disk before it asks for
+  blocks does not hide that there. ``"failed": true`` where the connector reported the load as
+  failed. CLOCK_MONOTONIC.
 - ``{"ev": "steps", "ns": [...]}``: nanoseconds spent in scheduler-side hooks per engine step.
 
 Standard library only: this runs inside the engine, before anything else is imported.

@@ -1,7 +1,7 @@
-"""``copy``: arena slots <-> paged KV blocks on the CPU, beside plain memcpy and per-block torch copies.
+"""``copy``: arena slots <-> paged KV blocks on the CPU, beside memcpy and per-block torch copies.
 
-``d2h`` is KV blocks to arena (a store), ``h2d`` arena to KV blocks (a load), as on a GPU. Blocks are
-taken in random order, every load is checked against what was stored. kvoffload's copies include
+``d2h`` is KV blocks to arena (a store), ``h2d`` arena to KV blocks (a load), as on a GPU. Blocks
+are taken in random order, every load is checked against what was stored. kvoffload's copies include
 checksums: hashing on store, verification on load; ``kvoffload_unverified`` loads without.
 """
 
@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,8 @@ class TorchBlocks:
     def __init__(self, pages: Pages, blocks: int) -> None:
         import torch
 
+        # One thread: OpenMP's barrier per block costs more than it gains on small or busy machines.
+        torch.set_num_threads(1)
         self._views = [torch.from_numpy(v) for v in pages.views]
         self._host = torch.zeros((blocks, pages.block_bytes), dtype=torch.uint8)
         self._pages = pages
@@ -216,10 +219,10 @@ def _case(context: Context, options: argparse.Namespace, layout: str, fragment: 
         ids = rng.permutation(pages.num_blocks)[: options.blocks].astype(np.int32)
         seconds["limit", "both"].append(_timed(limit.run))
         for name, side in sides.items():
-            seconds[name, "d2h"].append(_timed(lambda s=side: s.store(ids)))
-            seconds[name, "h2d"].append(_timed(lambda s=side: s.load(ids)))
+            seconds[name, "d2h"].append(_timed(partial(side.store, ids)))
+            seconds[name, "h2d"].append(_timed(partial(side.load, ids)))
             if name == "kvoffload":
-                unverified = _timed(lambda s=side: s.load(ids, False))
+                unverified = _timed(partial(side.load, ids, False))
                 seconds["kvoffload_unverified", "h2d"].append(unverified)
     top = _median_rate(seconds["limit", "both"], nbytes)
     out = []

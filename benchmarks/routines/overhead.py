@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 from common import Json, quantile, summary
 from context import Context, skip_reason
@@ -101,7 +102,7 @@ def _report(pairs: list[tuple[Figures, Figures]]) -> Json:
 
 def _floor(bases: list[Figures]) -> Json | None:
     """The same ratios between lives without a connector: what a ratio may move by chance."""
-    each = [_ratios(b, a) for a, b in zip(bases, bases[1:], strict=False)]
+    each = [_ratios(b, a) for a, b in pairwise(bases)]
     return {key: summary([e[key] for e in each], 4) for key in RATIOS} if each else None
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from common import Json, engine_lock, log_tail, percentiles, stop_group
+from common import Json, add_times, engine_lock, log_tail, percentiles, stop_group
 from context import Context, skip_reason
 from lives import LifeFailed, LifeResult, Workplace, base_env, read_probe
 from systems import _free_port, running
@@ -76,6 +76,10 @@ class Builder:
 
     def _size(self, n: int) -> int:
         return n // 4 if self._quick else n
+
+    def warm(self, clients: int) -> list[Turn]:
+        """Unrelated requests of a usual length, two per client; not part of any figure."""
+        return [Turn(i, 0, self._tokens(self._size(1024)), False) for i in range(2 * clients)]
 
     def chat(self) -> list[Turn]:
         """All sessions take turn 0, then all turn 1, ...: history comes back after the others."""
@@ -162,7 +166,7 @@ class Client:
                         answer.error = str(event["error"])[:200]
                     for choice in event.get("choices", ()):
                         ids = choice.get("token_ids") or []
-                        answer.times += [time.perf_counter() - start] * len(ids)
+                        add_times(answer.times, time.perf_counter() - start, len(ids))
                         answer.tokens += ids
                         answer.logprobs += (choice.get("logprobs") or {}).get("token_logprobs", [])
         except (OSError, TimeoutError, ValueError) as error:
@@ -304,6 +308,7 @@ class Run:
         self.context, self.options = context, options
         builder = Builder(context.shape.vocab, options.seed, options.scale, context.quick)
         self.workloads = {n: getattr(builder, n)() for n in options.workloads.split(",")}
+        self.warm = builder.warm(options.concurrency)
         self.place = context.workplace(
             {
                 "max_model_len": min(context.shape.max_tokens, options.hbm_tokens // 2),
@@ -321,7 +326,13 @@ class Run:
         here = self.place.scratch / f"{system}-{uuid.uuid4().hex[:8]}"
         (here / "probe").mkdir(parents=True)
         outcomes: dict[str, Outcome] = {}
-        with engine_lock(self.place.lock), _server(self.place, system, here) as (base, process):
+        with (
+            engine_lock(self.place.lock, self.place.progress),
+            _server(self.place, system, here) as (base, process),
+        ):
+            self.context.progress(f"{system}: warming up")
+            warm = Client(base, "bench", self.options.output_tokens)
+            asyncio.run(warm.run(self.warm, self.options.concurrency))
             for name, turns in self.workloads.items():
                 self.context.progress(f"{system}: {name}, {len(turns)} requests")
                 before, client = _hits(base), Client(base, "bench", self.options.output_tokens)

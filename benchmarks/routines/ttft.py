@@ -2,9 +2,9 @@
 
 Per round and system two engine lives: the first takes every prompt cold, again from HBM, then from
 DRAM after the HBM prefix cache was reset, and waits for the write-behind; the second, after the
-page cache was dropped, takes the same prompts from NVMe. Systems alternate within a round. Every request
-streams 8 greedy tokens with logprobs, so that the very reload that was timed is also the one whose
-output is compared with the cold run without a connector.
+page cache was dropped, takes the same prompts from NVMe. Systems alternate within a round. Every
+request streams 8 greedy tokens with logprobs, so that the very reload that was timed is also the
+one whose output is compared with the cold run without a connector.
 """
 
 from __future__ import annotations

@@ -223,22 +223,28 @@ void threads(const fs::path& p) {
 }
 
 void faults(const fs::path& p) {
-    SegmentStore s(options(p));
-    put(s, 0, 10);
-    s.inject("hang_read", 1);
-    auto v = payload_of(1);
-    std::vector<uint8_t> buf(v.size());
-    s.get(5, nullptr, {{key_of(1), buf.data(), buf.size()}});
-    MUST(!s.wait(5, 50));
+    auto s = std::make_unique<SegmentStore>(options(p));
+    put(*s, 0, 10);
+    s->inject("hang_read", 1);
+    // Never freed: the hung read owns it from here on.
+    auto* buf = new std::vector<uint8_t>(payload_of(1).size());
+    static std::vector<uint8_t>* keep = buf;
+    MUST(keep);
+    s->get(5, nullptr, {{key_of(1), buf->data(), buf->size()}});
+    MUST(!s->wait(5, 50));
     auto t0 = std::chrono::steady_clock::now();
-    MUST(!s.close(300));  // hangs, but close does not
-    MUST(std::chrono::steady_clock::now() - t0 < std::chrono::seconds(3));
-    auto done = s.poll();
+    MUST(!s->close(300));  // what hangs, hangs; close does not
+    MUST(std::chrono::steady_clock::now() - t0 < std::chrono::seconds(5));
+    auto done = s->poll();
     MUST(done.size() == 1 && done[0].results[0] == kDropped);
-    s.inject("hang_read", 0);
-    for (int i = 0; i < 5000 && buf != v; ++i)
-        ::usleep(1000);  // the late read still has its memory
-    ::usleep(20000);
+    MUST(SegmentStore(options(p)).writer_dir().ends_with("w1"));  // still locked
+    s->inject("hang_read", 0);
+    s.reset();
+    for (int i = 0; i < 500; ++i) {
+        if (SegmentStore(options(p)).writer_dir().ends_with("w0")) return;
+        ::usleep(20000);
+    }
+    MUST(!"the lock is never given up");
 }
 
 void damage(const fs::path& file) {

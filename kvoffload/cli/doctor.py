@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -67,10 +66,7 @@ def fail(name: str, found: str, fix: str) -> Check:
 
 def check_python() -> Check:
     """Python's version."""
-    found = platform.python_version()
-    if sys.version_info >= (3, 11):
-        return ok("python", found)
-    return fail("python", found, "kvoffload needs Python 3.11 or newer")
+    return ok("python", platform.python_version())
 
 
 def vllm_distribution() -> tuple[str, str] | None:

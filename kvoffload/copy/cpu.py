@@ -19,7 +19,7 @@ class CpuCopyEngine:
 
     def add_group(self, fragments: Sequence[Fragment], num_blocks: int, shard_bytes: int) -> int:
         """See CopyEngine."""
-        return self._pool.add_group([tuple(f) for f in fragments], num_blocks, shard_bytes)
+        return self._pool.add_group([(f.base, f.stride, f.nbytes) for f in fragments], num_blocks, shard_bytes)
 
     def submit_store(self, job: int, group: int, copies: Copies, shard_offset: int) -> None:
         """See CopyEngine. The forward is synchronous on CPU: the bytes are there."""
@@ -59,6 +59,10 @@ class CpuCopyEngine:
     def wait(self, job: int, timeout_ms: int) -> bool:
         """See CopyEngine."""
         return self._pool.wait(job, timeout_ms)
+
+    def inject(self, fail_every: int) -> None:
+        """Test hook: every n-th load item fails; 0 turns it off."""
+        self._pool.inject(fail_every)
 
     def close(self) -> None:
         """See CopyEngine."""

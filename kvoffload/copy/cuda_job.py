@@ -68,6 +68,9 @@ class Reason(IntEnum):
     DEVICE = 6
 
 
+_STATUS = {Reason.NONE: OK, Reason.CANCELLED: CANCELLED, Reason.DEADLINE: DEADLINE}
+
+
 class Job:
     """Items of one submit, in order. The JobTable's lock guards what changes after the submit."""
 
@@ -84,8 +87,8 @@ class Job:
         self.state = np.full(n, UNSTARTED, np.uint8)
         self.left, self.running = n, 0
         self.broken: set[int] = set()  # items whose copies could not all be enqueued
-        self.stopped = False
-        self.status, self.reason = OK, Reason.NONE
+        self.dropped = Reason.NONE  # CANCELLED or DEADLINE: nothing more is enqueued
+        self._reasons: dict[int, Reason] = {}  # of the items that are LOST
         self.nbytes = 0
         self.wait_ns = self.first_ns = self.last_ns = 0
         self._since = np.zeros(n, np.int64)  # when an item was first seen FILLING
@@ -139,15 +142,17 @@ class Job:
         ready = items[~filling]
         return int(ready[0]) if len(ready) else -1
 
-    def stop(self, status: int, reason: Reason) -> list[int]:
-        """Drop the items not started and return them; the first reason stays."""
-        if self.status == OK:
-            self.status, self.reason = status, reason
-        self.stopped = True
-        dropped: list[int] = np.flatnonzero(self.state == UNSTARTED).tolist()
-        self.state[dropped] = LOST
-        self.left = 0
-        return dropped
+    def stop(self, reason: Reason, beyond: int = -1) -> list[int]:
+        """Drop the items after ``beyond`` that are not started, and return them."""
+        if beyond < 0 and self.dropped is Reason.NONE:
+            self.dropped = reason
+        items: list[int] = (
+            beyond + 1 + np.flatnonzero(self.state[beyond + 1 :] == UNSTARTED)
+        ).tolist()
+        self.state[items] = LOST
+        self._reasons |= dict.fromkeys(items, reason)
+        self.left -= len(items)
+        return items
 
     def end(self, item: int, reason: Reason, now: int) -> None:
         """Outcome of a started item."""
@@ -158,19 +163,18 @@ class Job:
             self.nbytes += int((self.ids[item] >= 0).sum()) * self.group.block_bytes
             return
         self.state[item] = LOST
-        if self.status == OK:
-            self.status, self.reason = FAILED, reason
+        self._reasons[item] = reason
 
     def outcome(self) -> JobDone:
-        """The job's account; a cancel that came too late to drop anything is OK."""
-        lost = np.flatnonzero(self.state == LOST)
-        bad = len(lost) > 0
+        """The job's account, told by its first lost item. A cancel that dropped nothing is OK."""
+        failed = min(self._reasons, default=-1)
+        reason = self._reasons.get(failed, Reason.NONE)
         return JobDone(
             self.number,
             self.kind,
-            self.status if bad else OK,
-            int(lost[0]) if bad else -1,
-            int(self.reason) if bad else 0,
+            _STATUS.get(reason, FAILED),
+            failed,
+            int(reason),
             self.nbytes,
             self.wait_ns,
             self.last_ns - self.first_ns if self.last_ns else 0,
@@ -181,7 +185,9 @@ class Job:
         assert self.left == int((self.state == UNSTARTED).sum()), f"job {self.number}: left"
         assert self.running == int((self.state == RUNNING).sum()), f"job {self.number}: running"
         assert self.left or self.running, f"job {self.number}: nothing left, not reported"
-        assert not (self.stopped and self.left), f"job {self.number}: stopped with items left"
+        assert not (self.dropped and self.left), f"job {self.number}: dropped with items left"
+        lost = set(np.flatnonzero(self.state == LOST).tolist())
+        assert lost == self._reasons.keys(), f"job {self.number}: lost without a reason"
 
 
 class JobTable:
@@ -216,7 +222,7 @@ class JobTable:
         with self._mu:
             job = self._active.get(number)
             if job is not None:
-                self._stop(job, CANCELLED, Reason.CANCELLED)
+                self._stop(job, Reason.CANCELLED)
 
     def close(self) -> bool:
         """Cancel everything, let next_load return None. False when it was closed before."""
@@ -225,7 +231,7 @@ class JobTable:
                 return False
             self._closed = True
             for job in list(self._active.values()):
-                self._stop(job, CANCELLED, Reason.CANCELLED)
+                self._stop(job, Reason.CANCELLED)
             self._work.notify_all()
             return True
 
@@ -277,8 +283,8 @@ class JobTable:
         """NONE, or why a running item that is not on the device yet must be dropped."""
         with self._mu:
             if time.monotonic_ns() >= job.deadline_ns:
-                self._stop(job, DEADLINE, Reason.DEADLINE)
-            return job.reason if job.stopped else Reason.NONE
+                self._stop(job, Reason.DEADLINE)
+            return job.dropped
 
     def end(self, job: Job, item: int, reason: Reason) -> None:
         """Outcome of a running item of which nothing is on the device any more."""
@@ -287,8 +293,9 @@ class JobTable:
                 self._fail_slot(job, item)
             job.end(item, reason, time.monotonic_ns())
             if reason is not Reason.NONE and job.kind == LOAD:
-                # What lies beyond a hole in a prefix is of no use; chunks of a store are.
-                self._stop(job, FAILED, reason)
+                # What lies beyond a hole in a prefix is of no use, what lies before it is. That
+                # also makes the job's first lost item the one its reason is about.
+                self._stop(job, reason, beyond=item)
             self._complete(job)
 
     def check(self) -> None:
@@ -318,13 +325,13 @@ class JobTable:
     def _expire(self, now: int) -> None:
         for job in list(self._loads):
             if now >= job.deadline_ns:
-                self._stop(job, DEADLINE, Reason.DEADLINE)
+                self._stop(job, Reason.DEADLINE)
 
-    def _stop(self, job: Job, status: int, reason: Reason) -> None:
-        for item in job.stop(status, reason):
+    def _stop(self, job: Job, reason: Reason, beyond: int = -1) -> None:
+        for item in job.stop(reason, beyond):
             if job.kind == STORE:
                 self._fail_slot(job, item)
-        if job in self._loads:
+        if not job.left and job in self._loads:
             self._loads.remove(job)
         self._complete(job)
 

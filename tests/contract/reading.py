@@ -238,12 +238,10 @@ def check_imports(source: Source, imports: set[Imported]) -> list[str]:
     for item in sorted(imports, key=lambda i: (i.module, i.name, i.file)):
         if source.minor < IMPORTS_SINCE.get((item.module, item.name), (0, 0)):
             continue
-        module = source.module(item.module)
-        if module is None:
+        if source.module(item.module) is None:
             problems.append(f"{item.file}: no module {item.module}")
-        elif item.name and item.name not in module.names:
-            if source.path(f"{item.module}.{item.name}") is None:
-                problems.append(f"{item.file}: {item.module} has no {item.name}")
+        elif item.name and not source.binds(item.module, item.name):
+            problems.append(f"{item.file}: {item.module} has no {item.name}")
     return problems
 
 
@@ -434,10 +432,11 @@ def check_loaders(source: Source) -> list[str]:
     module = source.need("vllm.model_executor.model_loader")
     table: dict[str, str] = {}
     for node in ast.walk(module.tree):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
-            if getattr(node.target, "id", "") == "_LOAD_FORMAT_TO_MODEL_LOADER":
-                for key, value in zip(node.value.keys, node.value.values, strict=True):
-                    table[ast.literal_eval(key)] = getattr(value, "id", "")  # type: ignore[arg-type]
+        named = getattr(getattr(node, "target", None), "id", "")
+        if named == "_LOAD_FORMAT_TO_MODEL_LOADER" and isinstance(node, ast.AnnAssign):
+            assert isinstance(node.value, ast.Dict)
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                table[ast.literal_eval(key)] = getattr(value, "id", "")  # type: ignore[arg-type]
     if not table:
         return ["the table of model loaders is gone"]
     local = {"DefaultModelLoader", "ShardedStateLoader"}

@@ -42,7 +42,7 @@ class Parameters:
         """Empty when whoever may call ``base`` may call this; else why not."""
         for at, name in enumerate(base.positional):
             if at < len(self.positional):
-                if self.positional[at].lstrip("_") != name.lstrip("_"):
+                if self.positional[at] != name:  # vLLM may pass it by keyword
                     return f"parameter {at + 1} is {name!r}, ours is {self.positional[at]!r}"
             elif not self.star:
                 return f"parameter {name!r} is not taken"
@@ -89,6 +89,15 @@ class Module:
             for n in ast.walk(self.tree)
             if isinstance(n, ast.Constant) and isinstance(n.value, str)
         }
+
+    @cached_property
+    def star_imports(self) -> tuple[tuple[int, str], ...]:
+        """(dots, module) of every ``from module import *``."""
+        return tuple(
+            (n.level, n.module or "")
+            for n in _module_level(self.tree.body)
+            if isinstance(n, ast.ImportFrom) and any(a.name == "*" for a in n.names)
+        )
 
     def cls(self, name: str) -> ast.ClassDef | None:
         return next(
@@ -190,6 +199,22 @@ class Source:
         if name not in self._modules:
             self._modules[name] = Module(self.text(name)) if self.path(name) else None
         return self._modules[name]
+
+    def binds(self, module: str, name: str) -> bool:
+        """Whether ``from module import name`` works, star imports and submodules included."""
+        parsed = self.module(module)
+        if parsed is None:
+            return False
+        if name in parsed.names or self.path(f"{module}.{name}") is not None:
+            return True
+        package = (self.path(module) or "").endswith("__init__.py")
+        for dots, target in parsed.star_imports:
+            up = dots - 1 if package else dots
+            parts = module.split(".")
+            start = parts[: len(parts) - up] if dots else []
+            if self.binds(".".join([*start, *filter(None, [target])]), name):
+                return True
+        return False
 
     def need(self, name: str) -> Module:
         module = self.module(name)

@@ -146,7 +146,9 @@ def test_sliding_window_loads_only_its_window() -> None:
     engine.forget_hbm()
     request = engine.add(tokens(41))
     engine.until_loading(request)
-    by_group = {c.group: c for c in engine.queue[-1].metadata.loads[0].copies} if engine.queue else {}
+    by_group = (
+        {c.group: c for c in engine.queue[-1].metadata.loads[0].copies} if engine.queue else {}
+    )
     if by_group:
         assert by_group[0].block_ids.size == 10 and by_group[1].block_ids.size == 2
     engine.run()
@@ -328,7 +330,9 @@ def test_valid_prefix_of_a_failed_load_is_kept() -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_load_that_never_ends_is_failed_at_its_deadline(groups: Any, ranks: int) -> None:
     """The scheduler's own deadline: the ranks cancel, answer, and the prompt is recomputed."""
-    engine = MiniEngine(Options(groups=groups, ranks=ranks, in_flight=2, blocks=128, load_lag=10**6))
+    engine = MiniEngine(
+        Options(groups=groups, ranks=ranks, in_flight=2, blocks=128, load_lag=10**6)
+    )
     engine.ask(tokens(40))
     engine.forget_hbm()
     request = engine.add(tokens(40), 2)

@@ -201,7 +201,7 @@ class LeafArena:
 
     def __init__(self, data_bytes: int, max_slots: int, n_ranks: int) -> None:
         self._arena = _core.Arena.create(data_bytes, max_slots, n_ranks, False)
-        self._leaves: dict[int, int] = {}
+        self.leaves: dict[int, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._arena, name)
@@ -212,10 +212,10 @@ class LeafArena:
         return {offset + i * LEAF: h for i, h in enumerate(hashes)}
 
     def hash_leaves(self, offset: int, nbytes: int, key: bytes) -> None:
-        self._leaves |= self._hashes(offset, nbytes, key)
+        self.leaves |= self._hashes(offset, nbytes, key)
 
     def verify_leaves(self, offset: int, nbytes: int, key: bytes) -> bool:
-        return all(self._leaves.get(at) == h for at, h in self._hashes(offset, nbytes, key).items())
+        return all(self.leaves.get(at) == h for at, h in self._hashes(offset, nbytes, key).items())
 
 
 def make_arena(data_bytes: int, max_slots: int = 64, n_ranks: int = 1) -> Any:

@@ -151,6 +151,7 @@ class FakeStore(Faulty):
         self.hung = False
         self.queue: deque[_Job] = deque()
         self.order: list[tuple[int, bytes]] = []  # (kind, key) as executed
+        self.bad_reads: set[bytes] = set()  # keys whose read ever failed
         self._done: list[NullDone] = []
         self._clock = clock
 
@@ -258,6 +259,7 @@ class FakeStore(Faulty):
             self.corrupt.discard(key)
             result = StoreResult.CORRUPT
         if result is not StoreResult.OK:
+            self.bad_reads.add(key)
             arena.bytes_at[offset] = TORN
             arena.fail(slot, generation)
             return result

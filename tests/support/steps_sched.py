@@ -108,6 +108,7 @@ class MiniScheduler:
         self.finished_ids: set[str] = set()
         self.preempted_ids: set[str] = set()
         self.deferred_frees: deque[tuple[int, list[int]]] = deque()
+        self.inflight: dict[MiniRequest, None] = {}  # prefills and loads that will need more blocks
         self.owed: list[MiniRequest] = []  # deferred update_state_after_alloc
         self.seq = 0
         self.processed = 0
@@ -146,6 +147,7 @@ class MiniScheduler:
 
     def _finish(self, request: MiniRequest, *, delay_free: bool = False) -> None:
         request.status = Status.FINISHED
+        self.inflight.pop(request, None)
         processed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
         self.kv.remove_skipped(request, processed)
         self.half.request_finished(request)
@@ -207,6 +209,10 @@ class MiniScheduler:
         prefilling = (
             request.num_computed_tokens < request.num_tokens + request.num_output_placeholders
         )
+        if prefilling:
+            self.inflight[request] = None
+        else:
+            self.inflight.pop(request, None)
         if self.asynchronous and not prefilling:
             known = request.num_tokens + request.num_output_placeholders
             drafts = request.num_computed_tokens - known
@@ -267,6 +273,7 @@ class MiniScheduler:
     def _preempt(self, request: MiniRequest, *, drop_stale: bool) -> None:
         assert request.status is Status.RUNNING
         self._free_blocks(request)
+        self.inflight.pop(request, None)
         request.status = Status.PREEMPTED
         request.num_computed_tokens = 0
         request.num_spec_tokens = 0
@@ -319,6 +326,8 @@ class MiniScheduler:
             assert external % self.kv.block_tokens == 0, "a load must end on a block"
         n = 0 if asynchronous else min(request.num_tokens - computed, left)
         assert asynchronous or n > 0
+        if self.kv.need(request, request.num_tokens, hit, computed) > self.kv.pool.free_blocks:
+            return None  # vLLM reserves room for the whole prompt at admission
         fresh = self.kv.allocate(
             request,
             n,
@@ -337,9 +346,11 @@ class MiniScheduler:
         return n
 
     def _reserved(self) -> int:
-        """Blocks that requests in their prefill, and loads, still need."""
-        busy = [r for r in (*self.running, *self.holding) if r.num_computed_tokens < r.num_tokens]
-        return sum(self.kv.need(r, r.num_tokens, self.kv.no_hit(), r.num_tokens) for r in busy)
+        """Blocks that requests in their prefill, and loads, still need to get through it."""
+        none = self.kv.no_hit()
+        return sum(
+            self.kv.need(r, r.num_tokens, none, r.num_computed_tokens) for r in self.inflight
+        )
 
     def _park(self, request: MiniRequest, computed: int, external: int) -> None:
         request.loads += 1
@@ -351,6 +362,7 @@ class MiniScheduler:
             self._tell_alloc(request, external)
         request.status = Status.REMOTE
         request.num_computed_tokens = computed
+        self.inflight[request] = None
 
     def _settle_owed(self) -> None:
         owed, self.owed = self.owed, []

@@ -83,6 +83,10 @@ def test_statistics() -> None:
     assert common.quantile([1.0, 2.0], 0.25) == 1.25
     assert common.summary([]) is None
     assert common.summary([2.0, 1.0, 9.0]) == {"min": 1.0, "median": 2.0, "max": 9.0, "n": 3}
+    times: list[float] = []
+    for now, count in ((1.0, 1), (3.0, 2)):
+        common.add_times(times, now, count)
+    assert times == [1.0, 2.0, 3.0]  # a merged message is spread over its tokens
     few = common.percentiles([float(i) for i in range(50)], (50, 99))
     assert "p99" not in few and few["p50_lo"] <= few["p50"] <= few["p50_hi"]
     assert "p99" in common.percentiles([float(i) for i in range(200)], (50, 99))

@@ -294,6 +294,33 @@ def test_slot_failed_while_waiting(rig: Rig) -> None:
     assert (done.status, done.reason, done.failed_item) == (1, 1, 3)
 
 
+def test_a_bad_item_does_not_blame_the_one_before_it(rig: Rig) -> None:
+    """Item 0 is still being filled when item 1 turns out corrupt: 0 goes on, 1 is named."""
+    ids = rig.stored()
+    before = rig.kv.copy()
+    rig.kv.put(0, bytes(8192))
+    rig.gens[0] = rig.arena.begin_fill(0, 1)
+    rig.arena.view(rig.shard + 5, 1)[0] ^= 1
+    rig.load(2, ids)
+    assert not rig.pool.wait(2, 50), "item 0 is not ready"
+    rig.pool.check()
+    assert rig.arena.fill_done(0, int(rig.gens[0]))
+    done = rig.finish(2)
+    assert (done.status, done.reason, done.failed_item) == (1, 2, 1)
+    assert rig.kv.block(0) == before.block(0)
+
+
+def test_hash_and_verify_leaves(rig: Rig) -> None:
+    rig.stored()
+    for i in range(rig.items):
+        key, at = rig.keys[16 * i : 16 * i + 16], i * rig.shard
+        assert rig.arena.verify_leaves(at, rig.shard, key)
+        rig.arena.view(at + 3, 1)[0] ^= 1
+        assert not rig.arena.verify_leaves(at, rig.shard, key)
+        rig.arena.hash_leaves(at, rig.shard, key)
+        assert rig.arena.verify_leaves(at, rig.shard, key)
+
+
 # -- waiting for READY -------------------------------------------------------------------------
 
 

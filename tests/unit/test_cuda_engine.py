@@ -30,7 +30,7 @@ from kvoffload.copy.cuda import CudaCopyEngine
 from kvoffload.copy.cuda_job import Reason
 from kvoffload.copy.cuda_runtime import ArenaPinner
 from kvoffload.errors import ClosedError, UnsupportedError
-from tests.support.cuda import LEAF, FakeRuntime, Layout, chunks, make_arena, make_layout
+from tests.support.cuda import LEAF, FakeRuntime, Layout, LeafArena, chunks, make_arena, make_layout
 
 MIB = 1 << 20
 JOBS = count(1)
@@ -44,6 +44,7 @@ class Rig:
         self.arena = make_arena(8 * MIB)
         self.fake = FakeRuntime(**fake)
         self.memory = np.zeros(layout.total, np.uint8)
+        self.arena.view(0, 8 * MIB)[:] = b"\xee" * (8 * MIB)  # what a slot held before
         self.engine = CudaCopyEngine(
             self.arena, rank, runtime=self.fake, piece_bytes=self.fake.piece_bytes
         )
@@ -89,6 +90,12 @@ class Rig:
 
     def slot_bytes(self, slot: int) -> bytes:
         return bytes(self.arena.view(self.offset(slot), self.layout.shard_bytes))
+
+    def leaves(self, slot: int) -> list[int]:
+        if isinstance(self.arena, LeafArena):
+            span = range(self.offset(slot), self.offset(slot + 1), LEAF)
+            return [self.arena.leaves.get(at, 0) for at in span]
+        return self.arena.leaf_hashes(self.offset(slot), self.layout.shard_bytes).tolist()
 
     def close(self) -> None:
         self.engine.close()
@@ -328,6 +335,47 @@ def test_cancelled_store_fails_the_slots_it_drops(rig: Any) -> None:
     assert r.arena.state(0) == _core.READY
 
 
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_a_verified_item_is_dropped_if_not_enqueued(rig: Any, how: str) -> None:
+    r, go, inside = rig(), threading.Event(), threading.Event()
+    generations = r.stored([0], [[0, 1, 2, 3]])
+    before, verify = r.fill(3), r.engine._verify
+
+    def slow(*args: Any) -> Any:
+        inside.set()
+        go.wait()
+        return verify(*args)
+
+    r.engine._verify = slow
+    job = r.load([0], generations, [[4, 5, 6, 7]], 40 if how == "deadline" else 20_000)
+    assert inside.wait(5)
+    if how == "cancel":
+        r.engine.cancel(job)
+    else:
+        time.sleep(0.05)
+    assert not r.engine.wait(job, 10) and r.engine.poll() == []
+    go.set()
+    done = r.done(job)
+    assert (done.status, done.failed_item) == (CANCELLED if how == "cancel" else DEADLINE, 0)
+    assert np.array_equal(r.memory, before)
+
+
+def test_the_prefix_before_a_bad_chunk_is_still_loaded(rig: Any) -> None:
+    r = rig()
+    before = r.fill()
+    late = r.begin([0])
+    generations = late + r.stored([1], [[4, 5, 6, 7]]) + r.begin([2])
+    r.arena.view(r.offset(1), 1)[0] ^= 1
+    job = r.load([0, 1, 2], generations, np.arange(16, 28).reshape(3, 4))
+    assert not r.engine.wait(job, 30)  # item 1 is known to be bad, item 0 is not there yet
+    store = r.store([0], late, [[0, 1, 2, 3]])
+    assert r.engine.wait(store, 5000) and r.engine.wait(job, 5000)
+    (done,) = [d for d in r.engine.poll() if d.job == job]
+    assert (done.status, done.failed_item, done.reason) == (FAILED, 1, Reason.CORRUPT)
+    for b in range(4):
+        assert r.layout.block(r.memory, 16 + b) == r.layout.block(before, b)
+
+
 def test_deadline(rig: Any) -> None:
     r = rig()
     generations = r.stored([0], [[0, 1, 2, 3]]) + r.begin([1])
@@ -423,9 +471,10 @@ def test_slot_reused_while_the_store_is_on_the_device(rig: Any) -> None:
     r.fake.pause("store")
     job = r.store([0, 1], generations, np.arange(8).reshape(2, 4))
     soon(lambda: r.fake.queued("store", "event") == 2)
-    again = r.begin([0])
+    again, leaves = r.begin([0]), r.leaves(0)
     r.fake.resume("store")
     done = r.done(job)
+    assert r.leaves(0) == leaves != r.leaves(1)
     assert (done.status, done.failed_item, done.reason) == (FAILED, 0, Reason.SLOT_LOST)
     assert (r.arena.generation(0), r.arena.state(0)) == (again[0], _core.FILLING)
     assert r.arena.done_mask(0) == 0

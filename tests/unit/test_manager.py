@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from kvoffload.core.hashchain import Chain
+from kvoffload.core.lookup import span
 from kvoffload.core.manager import Lease, Manager, slots_needed
 from kvoffload.core.pool import STORE_TIMEOUT_S
 from kvoffload.errors import ConfigError
@@ -378,6 +379,38 @@ def test_no_room_and_vanished_chunks_give_no_lease_and_no_leak() -> None:
     rig.manager.check()
 
 
+def test_a_lease_that_fails_for_room_lets_go_of_what_it_had() -> None:
+    rig = make(slots=4)
+    chain = rig.chain("abcdef")
+    rig.store.held = {k: k for k in chain.keys(0)}  # more than DRAM has room for
+    first = rig.load("ab")
+    assert first is not None
+    rig.store.step()
+    rig.manager.poll()
+    rig.manager.release(first.id)
+    assert rig.load("abcdef") is None and rig.manager.counters.lease_no_room == 1
+    assert rig.manager.occupancy().slots_pinned == 0
+    rig.put("wxyz")
+    assert rig.hit("wxyz") == 64
+
+
+def test_a_read_whose_slot_cannot_be_confirmed_is_a_miss() -> None:
+    rig = make()
+    rig.to_nvme("ab")
+    lease = rig.load("ab")
+    assert lease is not None
+    rig.arena.raising.add("states")
+    rig.store.step()
+    rig.manager.poll()
+    rig.manager.check()
+    assert rig.manager.occupancy().slots_quarantined == 2
+    rig.manager.release(lease.id)
+    rig.arena.raising.clear()
+    rig.manager.poll()
+    rig.manager.check()
+    assert rig.manager.occupancy().slots_used == 0 and rig.hit("ab") == 32
+
+
 def test_write_behind_waits_for_loads_and_stays_within_its_bounds() -> None:
     rig = make(slots=128)
     rig.to_nvme("ab")
@@ -558,6 +591,14 @@ def test_sliding_groups_need_only_the_window() -> None:
     assert rig.manager.slot_failed(chain.key(1, 4), LoadFailure.CORRUPT)
     assert rig.manager.lookup(chain, 80, 96).end == 96
     rig.manager.check()
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "want"),
+    [(0, 96, range(3, 6)), (0, 32, range(0, 2)), (70, 96, range(4, 6)), (96, 96, range(0))],
+)
+def test_a_window_may_begin_inside_a_chunk(start: int, end: int, want: range) -> None:
+    assert span(sliding_group(0, window=40), start, end) == want
 
 
 def test_a_group_that_cannot_be_served_means_no_hits_and_no_stores() -> None:

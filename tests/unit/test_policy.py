@@ -54,6 +54,24 @@ def test_touching_only_the_tail_protects_its_ancestors() -> None:
     assert drain(lru, parent, {key(1), key(2), key(11)}) == [11, 2, 1]
 
 
+def test_a_parent_inherits_the_heat_of_a_child_that_was_dropped() -> None:
+    lru = LruPolicy(count(1))
+    parent = chain(lru, 1, 2) | chain(lru, 11)
+    lru.touch([key(2)])
+    lru.remove(key(2))  # not evicted: its bytes were bad
+    assert drain(lru, parent, {key(1), key(11)}) == [11, 1]
+
+
+def test_a_chunk_touched_while_it_is_offered_is_no_longer_next() -> None:
+    lru = LruPolicy(count(1))
+    for n in (1, 2, 3):
+        lru.insert(key(n), None)
+        lru.offer(key(n))
+    assert lru.victim() == key(1)
+    lru.touch([key(1)])
+    assert lru.victim() == key(2)
+
+
 def test_fifo_ignores_use() -> None:
     fifo = FifoPolicy(count(1))
     parent = chain(fifo, 1, 2) | chain(fifo, 11)

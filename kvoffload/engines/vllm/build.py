@@ -205,6 +205,7 @@ class WorkerSide:
     def register(self, kv_caches: dict[str, Any]) -> None:
         """Note the blocks of every served group as byte runs. Guarded: a failure means 0 hits."""
         try:
+            self.half.guard.maybe_fault("register_kv_caches")
             groups = self.kv_cache_config.kv_cache_groups
             for index, group in enumerate(groups):
                 if geometry.group_facts(group).kind is geometry.GroupKind.NONE:

@@ -6,7 +6,10 @@ counted always, and the hook's fallback answers instead. Fallbacks must be safe 
 table in docs/request-lifecycle.md.
 
 Tests plant exceptions with the environment variable ``KVOFFLOAD_TEST_FAULTS`` (JSON:
-``{"hook": n}`` raises on the first n calls of the hook, -1 on every call).
+``{"role.hook": n}`` raises on the first n calls of the hook, -1 on every call, a fraction below 1
+on that share of the calls, in an order that is the same in every run). The same variable carries
+the worker's faults that are no hooks: ``worker.copy_fail_every`` and ``worker.copy_fail_rank``,
+``worker.corrupt_every``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import functools
 import json
 import logging
 import os
+import random
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,15 +38,21 @@ class HookGuard:
         self.errors: dict[str, int] = {}
         self._logged: set[tuple[str, str]] = set()
         planted = os.environ.get("KVOFFLOAD_TEST_FAULTS")
-        self._faults: dict[str, int] = json.loads(planted) if planted else {}
+        self._faults: dict[str, float] = json.loads(planted) if planted else {}
+        self._draw = random.Random(role)
 
     def maybe_fault(self, hook: str) -> None:
         """Raise a planted fault, if one is due."""
         left = self._faults.get(f"{self.role}.{hook}", 0)
-        if left:
-            if left > 0:
-                self._faults[f"{self.role}.{hook}"] = left - 1
-            raise InjectedFault(f"planted in {self.role}.{hook}")
+        if not left or (0 < left < 1 and self._draw.random() >= left):
+            return
+        if left >= 1:
+            self._faults[f"{self.role}.{hook}"] = left - 1
+        raise InjectedFault(f"planted in {self.role}.{hook}")
+
+    def planted(self, fault: str, default: int = 0) -> int:
+        """Value of a planted fault that is no hook."""
+        return int(self._faults.get(f"{self.role}.{fault}", default))
 
     def record(self, hook: str, exc: BaseException) -> None:
         """Count an exception; log it the first time this hook fails with this kind."""

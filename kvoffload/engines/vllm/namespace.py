@@ -165,10 +165,7 @@ def _pages(kv_cache_config: Any, cache: Any) -> dict[str, Any]:
         "groups": groups,
         "layout": canonical(layout or getattr(cache, "kv_cache_layout", None)),
         # The order of layers in memory; offsets and strides grow with the number of blocks.
-        "tensors": [
-            list(getattr(t, "layers", None) or getattr(t, "shared_by", ()))
-            for t in kv_cache_config.kv_cache_tensors
-        ],
+        "tensors": [list(t.layers) for t in kv_cache_config.kv_cache_tensors],
     }
 
 

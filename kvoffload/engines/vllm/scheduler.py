@@ -272,9 +272,8 @@ class SchedulerHalf:
             arena=self._address(),
             idle=not output.num_scheduled_tokens,
             low_water=self._loads.low_water(),
-            loads=self._unsent,
+            loads=list(self._unsent),
         )
-        self._unsent = []
         for order in orders.loads:
             attempt = self._loads.get(order.request_id)
             if attempt is not None:
@@ -287,6 +286,7 @@ class SchedulerHalf:
             orders.stores = self._store_orders(output)
         if orders.loads or orders.stores or orders.fails or self._tick_due(now):
             self.manager.tick(busy=not orders.idle)
+        self._unsent.clear()  # not before: when anything above raises, these loads must be failed
         self._step_tokens = sum(output.num_scheduled_tokens.values())
         self.metrics.scheduler_step(time.perf_counter() - began)
         return orders

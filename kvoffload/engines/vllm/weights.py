@@ -178,7 +178,9 @@ def digest_all(
 
     A file changed after ``unchanged_since_ns`` (wall clock) may not be what was loaded: NotLocal.
     """
-    known, fresh, rows = cache.read(), {}, []
+    known = cache.read()
+    fresh: dict[str, str] = {}
+    rows: list[tuple[str, str, int, str]] = []
     try:
         for source in sources:
             for path in source.files:

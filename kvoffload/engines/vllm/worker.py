@@ -110,6 +110,7 @@ class WorkerHalf:
         try:
             arena = self._attach(address.path, address.inode)
             engine = self._make_engine(arena)
+            self._plant_copy_faults(engine)
             for g in self.layout.groups:
                 fragments, num_blocks = self._fragments[g.group]
                 self._engine_group[g.group] = engine.add_group(
@@ -127,6 +128,20 @@ class WorkerHalf:
         for _ in range(self._weight_bumps):
             arena.bump_epoch()
         arena.set_attached(self.rank)
+
+    def _plant_copy_faults(self, engine: Any) -> None:
+        every = self.guard.planted("copy_fail_every")
+        if every and self.guard.planted("copy_fail_rank", self.rank) == self.rank:
+            engine.inject(every)
+
+    def _plant_corruption(self, order: LoadOrder) -> None:
+        """Test fault: flip a byte of a chunk about to be loaded, of each group in turn."""
+        every = self.guard.planted("corrupt_every")
+        if every and order.attempt % every == 0:
+            copies = order.copies[order.attempt // every % len(order.copies)]
+            at = int(copies.offsets[-1]) + self._shard_offset(copies.group)
+            byte = self._arena.view(at, 1)
+            byte[0] ^= 0xFF
 
     def weights_changed(self) -> None:
         """The model's weights were changed in place (or an attempt was made)."""
@@ -186,7 +201,9 @@ class WorkerHalf:
         if engine is None:
             self._fail_load(load, LoadFailure.WORKER_LOST)
             return
+        job = 0
         try:
+            self._plant_corruption(load.order)
             for copies in load.order.copies:
                 job = self._next_job()
                 load.jobs[job] = copies

@@ -1,0 +1,150 @@
+// Recovery at open, and what other writers did since.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include "errors.h"
+
+#include "store_impl.h"
+
+namespace kvo::store {
+
+void StoreImpl::load_segment(uint32_t writer, SegmentScan& s, std::unique_lock<std::mutex>& lk) {
+    bool own = int(writer) == dir.writer();
+    StoreSegment* seg = find_segment(writer, s.id);
+    if (!s.gen && !own) {  // being recycled, or damaged
+        if (seg) remove_segment(*seg, lk);
+        return;
+    }
+    if (seg && seg->gen != s.gen) {  // recycled by its owner
+        remove_segment(*seg, lk);
+        seg = nullptr;
+    }
+    if (!seg) {
+        seg = segments.emplace_back(std::make_unique<StoreSegment>()).get();
+        seg->writer = writer;
+        seg->id = s.id;
+        seg->own = own;
+        seg->gen = uint32_t(s.gen);
+        seg->empty = own && !s.sealed && s.records.empty();
+    }
+    seg->bytes = s.bytes;
+    seg->mtime_ns = s.mtime_ns;
+    seg->sealed = s.sealed;
+    for (size_t i = 0; i < s.records.size(); ++i) {
+        publish(*seg, s.records[i]);
+        seg->tail = std::max(seg->tail, s.records[i].off4k * kBlock + round_up(s.records[i].len));
+        if (i % 512 == 511) {
+            lk.unlock();
+            lk.lock();
+        }
+    }
+    if (own && !s.sealed) seg->records = std::move(s.records);
+}
+
+void StoreImpl::load(uint32_t writer, WriterScan& scan, std::unique_lock<std::mutex>& lk) {
+    n.io_errors += scan.read_errors;
+    std::set<uint32_t> there;
+    for (auto& s : scan.segments) {
+        there.insert(s.id);
+        load_segment(writer, s, lk);
+    }
+    for (size_t i = 0; i < segments.size(); ++i) {
+        StoreSegment& s = *segments[i];
+        if (s.writer == writer && !s.own && s.state != SegState::kGone && !there.count(s.id))
+            remove_segment(s, lk);
+    }
+}
+
+void StoreImpl::recover() {
+    auto t0 = Clock::now();
+    std::unique_lock lk(mu);
+    WriterScan own;
+    for (uint32_t w : dir.writers()) {
+        lk.unlock();
+        WriterScan scan = dir.scan(w, *faults);
+        lk.lock();
+        load(w, scan, lk);
+        last_seq = std::max(last_seq, scan.max_seq);
+        if (int(w) == dir.writer()) own = std::move(scan);
+    }
+    n.recovered_entries = index.size();
+    last_id = own.max_id;
+    last_gen = std::max<uint64_t>(own.max_gen, uint64_t(unix_ns() / 1000000000));
+    if (last_gen >= 0xFFFF0000u)
+        throw OsError(EINVAL, "chunk store " + dir.writer_path() + ": generations are used up");
+    if (!opt.read_only) {
+        bool all = true;
+        for (size_t i = 0; i < segments.size(); ++i) {
+            StoreSegment& s = *segments[i];
+            if (!s.own || s.sealed || s.records.empty()) continue;
+            lk.unlock();
+            seal_recovered(s);
+            lk.lock();
+            all &= s.sealed;
+            s.records = {};
+        }
+        if (all)
+            for (uint64_t e : own.journals) ::unlinkat(dir.writer_fd(), journal_name(e).c_str(), 0);
+        shrink(lk);
+    }
+    charged = dir.charged_bytes();
+    last_refresh = Clock::now();
+    recover_ms = std::chrono::duration<double, std::milli>(Clock::now() - t0).count();
+}
+
+// Ends an open segment at its last valid record: footer right behind it, and the rest of the file
+// given back. Until the cut the file has no footer where one is looked for, and the journal stands.
+void StoreImpl::seal_recovered(StoreSegment& seg) {
+    uint64_t end = seg.tail + round_up(seg.records.size() * sizeof(Record));
+    int err = write_footer(seg, seg.records, seg.tail, end);
+    FilePtr f = err ? nullptr : file_of(seg, err);
+    if (f && ::ftruncate(f->fd(), off_t(end + kBlock)) != 0) err = errno;
+    if (f && !err) err = sync_data(*f);
+    if (err) {
+        ++n.io_errors;
+        return;
+    }
+    seg.bytes = end + kBlock;
+    seg.sealed = true;
+}
+
+void StoreImpl::shrink(std::unique_lock<std::mutex>& lk) {
+    PathLock path(dir.fd(), 2000);
+    if (!path.held()) return;  // the bound is kept when a segment is taken
+    while ((charged = dir.charged_bytes()) > dir.max_bytes()) {
+        StoreSegment* victim = oldest_own();
+        uint32_t writer, id;
+        if (dir.reclaim_dead(victim ? victim->mtime_ns : INT64_MAX, writer, id)) {
+            if (StoreSegment* s = find_segment(writer, id)) remove_segment(*s, lk);
+        } else if (victim) {
+            remove_segment(*victim, lk);
+        } else {
+            return;
+        }
+    }
+}
+
+void StoreImpl::refresh(std::unique_lock<std::mutex>& lk) {
+    lk.unlock();
+    std::vector<uint32_t> ids = dir.writers();
+    lk.lock();
+    for (uint32_t w : ids) {
+        if (int(w) == dir.writer()) continue;
+        std::map<uint32_t, SegmentScan> known;
+        for (auto& s : segments) {
+            if (s->writer != w || s->state == SegState::kGone || !s->sealed) continue;
+            SegmentScan& k = known[s->id];
+            k.gen = s->gen;
+            k.bytes = s->bytes;
+            k.mtime_ns = s->mtime_ns;
+            k.sealed = true;
+        }
+        lk.unlock();
+        WriterScan scan = dir.scan(w, *faults, &known);
+        lk.lock();
+        load(w, scan, lk);
+    }
+}
+
+}  // namespace kvo::store

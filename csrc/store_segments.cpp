@@ -1,0 +1,234 @@
+// Segments: taken under the byte bound, recycled, opened.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "store_impl.h"
+
+namespace kvo::store {
+namespace {
+
+constexpr size_t kMaxOpenFiles = 256;
+constexpr uint64_t kSlack = 4 * kBlock;  // the next two openers' directories and locks
+
+}  // namespace
+
+StoreSegment* StoreImpl::oldest_own() {
+    StoreSegment* best = nullptr;
+    for (auto& s : segments) {
+        if (!s->own || s->state != SegState::kSealed || s->pins) continue;
+        if (!best || std::pair(!s->empty, s->gen) < std::pair(!best->empty, best->gen))
+            best = s.get();
+    }
+    return best;
+}
+
+StoreSegment* StoreImpl::find_segment(uint32_t writer, uint32_t id) {
+    for (auto& s : segments)
+        if (s->writer == writer && s->id == id && s->state != SegState::kGone) return s.get();
+    return nullptr;
+}
+
+void StoreImpl::remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
+    seg.state = SegState::kRecycling;
+    unpublish(seg, lk);
+    seg.state = SegState::kGone;
+    seg.lost = false;
+    {
+        std::lock_guard fl(files_mu);
+        seg.file.reset();
+        seg.header_file.reset();
+        std::erase(open_files, &seg);
+    }
+    if (!seg.own) return;
+    lk.unlock();
+    ::unlinkat(dir.writer_fd(), segment_name(seg.id).c_str(), 0);
+    lk.lock();
+}
+
+// Takes a segment under the path lock: new while the sum stays below the bound, else our oldest.
+int StoreImpl::take_segment(std::unique_lock<std::mutex>& lk) {
+    lk.unlock();
+    PathLock path(dir.fd(), 2000);
+    lk.lock();
+    int err = path.held() ? make_room(lk) : EIO;
+    if (err && err != ENOSPC && err != EDQUOT) ++n.io_errors;
+    return err;
+}
+
+int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
+    bool try_new = true;
+    for (int waited = 0;;) {
+        lk.unlock();
+        uint64_t now = dir.charged_bytes();
+        lk.lock();
+        charged = now;
+        bool first = std::none_of(segments.begin(), segments.end(),
+                                  [](auto& s) { return s->own && s->state != SegState::kGone; });
+        uint64_t want =
+            dir.segment_bytes() + kSlack + (first ? 2 * journal_reserve(dir.segment_bytes()) : 0);
+        StoreSegment* victim = oldest_own();
+        if (victim && victim->empty && victim->bytes == dir.segment_bytes() &&
+            charged <= dir.max_bytes())
+            return recycle(*victim, lk);
+        if (try_new && charged + want <= dir.max_bytes()) {
+            int err = create_segment(lk);
+            if (err != ENOSPC && err != EDQUOT) return err;
+            try_new = false;  // the disk is fuller than the bound says
+            continue;
+        }
+        uint32_t writer, id;
+        lk.unlock();
+        bool freed = dir.reclaim_dead(victim ? victim->mtime_ns : INT64_MAX, writer, id);
+        lk.lock();
+        if (freed) {
+            if (StoreSegment* s = find_segment(writer, id)) remove_segment(*s, lk);
+            try_new = true;
+        } else if (!victim) {
+            bool pinned = std::any_of(segments.begin(), segments.end(), [](auto& s) {
+                return s->own && s->state == SegState::kSealed && s->pins;
+            });
+            if (!pinned || ++waited > 100 || stop_keeper) return ENOSPC;
+            done_cv.wait_for(lk, std::chrono::milliseconds(10));
+        } else if (victim->bytes != dir.segment_bytes() || charged > dir.max_bytes()) {
+            remove_segment(*victim, lk);
+            try_new = true;
+        } else {
+            return recycle(*victim, lk);
+        }
+    }
+}
+
+int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
+    auto owned = std::make_unique<StoreSegment>();
+    StoreSegment& seg = *owned;
+    seg.writer = uint32_t(dir.writer());
+    seg.id = uint32_t(++last_id);
+    seg.own = true;
+    seg.bytes = dir.segment_bytes();
+    uint64_t gen = ++last_gen;
+    lk.unlock();
+    std::string name = segment_name(seg.id);
+    int err = 0;
+    FilePtr f =
+        open_file(dir.writer_fd(), name.c_str(), O_RDWR | O_CREAT | O_EXCL, opt.direct, err);
+    if (f) {
+        if (::fallocate(f->fd(), 0, 0, off_t(seg.bytes)) != 0) err = errno;
+        if (err == EOPNOTSUPP || err == ENOSYS)
+            err = ::ftruncate(f->fd(), off_t(seg.bytes)) == 0 ? 0 : errno;
+        {
+            std::lock_guard fl(files_mu);
+            seg.file = f;
+            open_files.push_back(&seg);
+        }
+        if (!err) err = make_clean(seg, gen);
+        if (!err && (::fsync(f->fd()) != 0 || ::fsync(dir.writer_fd()) != 0)) err = errno;
+        if (err) ::unlinkat(dir.writer_fd(), name.c_str(), 0);
+    }
+    lk.lock();
+    if (err) {
+        std::lock_guard fl(files_mu);
+        std::erase(open_files, &seg);
+        return err;
+    }
+    charged += seg.bytes;
+    seg.state = SegState::kClean;
+    clean = &seg;
+    segments.push_back(std::move(owned));
+    return 0;
+}
+
+int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
+    seg.state = SegState::kRecycling;
+    bool had = !seg.empty;
+    unpublish(seg, lk);
+    uint64_t gen = ++last_gen;
+    lk.unlock();
+    int err = make_clean(seg, gen);
+    lk.lock();
+    seg.gen = uint32_t(gen);
+    seg.sealed = false;
+    seg.tail = kBlock;
+    seg.reserved = 0;
+    seg.journal_failed = false;
+    seg.lost = false;
+    if (err) {  // the header may say either generation; nothing of it is in the index
+        seg.state = SegState::kSealed;
+        seg.empty = true;
+        return err;
+    }
+    seg.empty = false;
+    seg.state = SegState::kClean;
+    clean = &seg;
+    n.recycled_segments += had;
+    return 0;
+}
+
+// Durable header of the new generation, then its journal. No lock held; nobody else uses the
+// segment.
+int StoreImpl::make_clean(StoreSegment& seg, uint64_t gen) {
+    int err = 0;
+    FilePtr f = file_of(seg, err);
+    if (!f) return err;
+    AlignedBuf page(kBlock);
+    SegmentHeader h = make_header(dir.uuid(), seg.writer, seg.id, gen, seg.bytes);
+    std::memcpy(page.data(), &h, sizeof h);
+    if ((err = write_full(*f, page.data(), kBlock, 0, *faults))) return err;
+    if ((err = sync_data(*f))) return err;
+    std::string name = journal_name(gen);
+    ::unlinkat(dir.writer_fd(), name.c_str(), 0);
+    FilePtr j =
+        open_file(dir.writer_fd(), name.c_str(), O_RDWR | O_CREAT | O_EXCL, opt.direct, err);
+    if (!j) return err;
+    std::lock_guard fl(files_mu);
+    seg.journal = j;
+    seg.gen = uint32_t(gen);
+    return 0;
+}
+
+FilePtr StoreImpl::file_of(StoreSegment& seg, int& err) {
+    std::lock_guard fl(files_mu);
+    err = 0;
+    if (seg.file) return seg.file;
+    std::string name = segment_name(seg.id);
+    if (seg.own) {
+        seg.file = open_file(dir.writer_fd(), name.c_str(), O_RDWR, opt.direct, err);
+    } else {
+        Fd d = dir.open_writer(seg.writer);
+        if (d)
+            seg.file = open_file(d.get(), name.c_str(), O_RDONLY, opt.direct, err);
+        else
+            err = ENOENT;
+    }
+    if (!seg.file) return nullptr;
+    open_files.push_back(&seg);
+    if (open_files.size() > kMaxOpenFiles) {
+        open_files.front()->file.reset();  // closes when its last request is done
+        open_files.front()->header_file.reset();
+        open_files.pop_front();
+    }
+    return seg.file;
+}
+
+// Read through the page cache: the owner's O_DIRECT writes invalidate it, else it costs no I/O.
+uint64_t StoreImpl::foreign_gen(StoreSegment& seg) {
+    FilePtr f;
+    {
+        std::lock_guard fl(files_mu);
+        if (!seg.header_file) {
+            int err;
+            Fd d = dir.open_writer(seg.writer);
+            if (d)
+                seg.header_file =
+                    open_file(d.get(), segment_name(seg.id).c_str(), O_RDONLY, false, err);
+        }
+        f = seg.header_file;
+    }
+    SegmentHeader h;
+    if (!f || ::pread(f->fd(), &h, sizeof h, 0) != ssize_t(sizeof h)) return 0;
+    return header_ok(h, dir.uuid(), seg.writer, seg.id) ? h.gen : 0;
+}
+
+}  // namespace kvo::store
