@@ -118,10 +118,12 @@ class CpuCopyPool:
     A *group* is the list of fragments that make up one block: ``(base, stride, nbytes)`` means block
     ``b`` has ``nbytes`` at address ``base + b * stride``. In a slot, a rank's shard holds block 0 of
     the chunk (its fragments in list order), then block 1, ...; the rest up to ``shard_bytes`` (a
-    multiple of LEAF_BYTES) is zero. Loads are served before stores. 
+    multiple of LEAF_BYTES) is zero. Loads are served before stores.
     """
 
-    def __init__(self, arena: Arena, rank: int, threads: int = 2, nt_stores: bool = True) -> None: ...
+    def __init__(
+        self, arena: Arena, rank: int, threads: int = 2, nt_stores: bool = True
+    ) -> None: ...
     def add_group(
         self, fragments: Sequence[tuple[int, int, int]], num_blocks: int, shard_bytes: int
     ) -> int:

@@ -31,15 +31,11 @@ cleanup() {
     [[ -n $SHORT_TMP ]] && rm -rf "$SHORT_TMP"
     rm -rf "$OUT/tmp" "$OUT/home"
 }
-trap cleanup EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
-
 # Background + wait: bash runs a trap during `wait`, but only after a foreground command has ended.
 # A session of its own, so that everything a step started can be stopped as one group.
 step() {
     local rc
-    setsid "$@" </dev/null &
+    setsid "$@" </dev/null 8>&- &
     CHILD=$!
     wait "$CHILD"
     rc=$?
@@ -47,8 +43,18 @@ step() {
     return "$rc"
 }
 
-mkdir -p "$OUT/tmp" "$OUT/home" .cache || exit 1
-kill_server # left over when an earlier run was killed with SIGKILL
+mkdir -p "$OUT" .cache || exit 1
+exec 8>.cache/demo.lock
+flock -n 8 || { echo "another demo runs in this folder" >&2; exit 1; }
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+# A server left over by an earlier run that got SIGKILL; its number may be somebody else's by now.
+if grep -qs api_server "/proc/$(cat "$OUT/server.pid" 2>/dev/null)/cmdline"; then
+    kill_server
+fi
+rm -f "$OUT/server.pid"
+mkdir -p "$OUT/tmp" "$OUT/home" || exit 1
 export PIP_CACHE_DIR=$ROOT/.cache/pip UV_CACHE_DIR=$ROOT/.cache/uv
 export TMPDIR=$OUT/tmp
 step bash scripts/setup.sh || exit 1

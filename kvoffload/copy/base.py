@@ -51,9 +51,7 @@ OK, FAILED, CANCELLED, DEADLINE = 0, 1, 2, 3
 class CopyEngine(Protocol):
     """What the worker half needs of a device."""
 
-    def add_group(
-        self, fragments: Sequence[Fragment], num_blocks: int, shard_bytes: int
-    ) -> int:
+    def add_group(self, fragments: Sequence[Fragment], num_blocks: int, shard_bytes: int) -> int:
         """Register a group's blocks; returns its number. Raises ValueError when they do not fit."""
 
     def submit_store(self, job: int, group: int, copies: Copies, shard_offset: int) -> None:

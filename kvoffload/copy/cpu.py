@@ -19,7 +19,9 @@ class CpuCopyEngine:
 
     def add_group(self, fragments: Sequence[Fragment], num_blocks: int, shard_bytes: int) -> int:
         """See CopyEngine."""
-        return self._pool.add_group([(f.base, f.stride, f.nbytes) for f in fragments], num_blocks, shard_bytes)
+        return self._pool.add_group(
+            [(f.base, f.stride, f.nbytes) for f in fragments], num_blocks, shard_bytes
+        )
 
     def submit_store(self, job: int, group: int, copies: Copies, shard_offset: int) -> None:
         """See CopyEngine. The forward is synchronous on CPU: the bytes are there."""

@@ -21,4 +21,6 @@ def copy_engine(device_type: str, arena: Arena, rank: int) -> CopyEngine:
         from kvoffload.copy.cuda import CudaCopyEngine
 
         return CudaCopyEngine(arena, rank)
-    raise UnsupportedError(f"KV cache on device {device_type!r}: kvoffload copies cpu and cuda only")
+    raise UnsupportedError(
+        f"KV cache on device {device_type!r}: kvoffload copies cpu and cuda only"
+    )

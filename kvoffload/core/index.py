@@ -54,6 +54,7 @@ class Index:
         self._policies = tuple(policies)
         self._entries: dict[ChunkKey, Entry] = {}
         self._by_slot: dict[int, Entry] = {}
+        self.pinned_bytes = 0
         # Keyed by the parent's key, resident or not: a parent that comes back finds its children.
         self._children: dict[ChunkKey, set[ChunkKey]] = {}
 
@@ -128,6 +129,7 @@ class Index:
         """Keep ``entry`` (and, through it, its resident ancestors) from eviction."""
         entry.pins += 1
         if entry.pins == 1:
+            self.pinned_bytes += entry.nbytes
             self.refresh(entry)
 
     def unpin(self, entry: Entry) -> None:
@@ -136,6 +138,7 @@ class Index:
             raise ValueError(f"chunk {entry.key.hex()} is not pinned")
         entry.pins -= 1
         if not entry.pins:
+            self.pinned_bytes -= entry.nbytes
             self.refresh(entry)
 
     def touch(self, cls: int, chain: Sequence[ChunkKey]) -> None:

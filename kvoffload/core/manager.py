@@ -36,7 +36,7 @@ from kvoffload.core.lookup import Hit
 from kvoffload.core.nvme import NvmeTier
 from kvoffload.core.planner import Rates, load_mode, plan
 from kvoffload.core.pool import Pool, slot_classes
-from kvoffload.core.stats import Counters, Guard, Occupancy
+from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
 from kvoffload.core.writebehind import budget
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import (
@@ -339,6 +339,12 @@ class Manager:
             for entry in sorted(self._pool.index, key=lambda e: -e.chunk):
                 self._pool.drop(entry, now)
 
+    def drop_nvme(self) -> None:
+        """Keys turned out to be this process's own: neither read nor write the chunk store."""
+        with self._lock:
+            if self._nvme is not None:
+                self._nvme.enabled = False
+
     def drain(self, timeout_s: float) -> bool:
         """Write dirty chunks out, hottest first, within the write budget; then flush the store.
 
@@ -369,6 +375,20 @@ class Manager:
             self._closed = True
 
     # -- looking at it
+
+    def levels(self) -> Levels:
+        """Occupancy for metrics. O(1)."""
+        with self._lock:
+            stats = self._nvme.stats() if self._nvme is not None else {}
+            return Levels(
+                bytes_used=self._pool.held_bytes,
+                bytes_pinned=self._pool.index.pinned_bytes,
+                bytes_total=self._data_bytes,
+                slots_used=self._pool.held_slots,
+                nvme_entries=int(stats.get("entries", 0)),
+                nvme_bytes=int(stats.get("bytes_used", 0)),
+                nvme_max=int(stats.get("bytes_max", 0)),
+            )
 
     def occupancy(self) -> Occupancy:
         """What is held now. O(everything held)."""

@@ -41,13 +41,14 @@ class NvmeTier:
         self._guard = guard
         self._observe_read = observe_read
         self.breaker = Breaker(counters)
+        self.enabled = True
         jobs = count(1)
         self.reads = Reads(store, arena, pool, counters, guard, self.breaker, jobs)
         self.writes = WriteBehind(store, arena, pool, counters, guard, self.breaker, jobs, bucket)
 
     def held(self, keys: Sequence[ChunkKey], now: float) -> Sequence[int]:
         """Per key whether the store holds it; all false while the breaker is open."""
-        if not keys or not self.breaker.closed(now):
+        if not keys or not self.enabled or not self.breaker.closed(now):
             return bytes(len(keys))
         try:
             return self._store.contains(b"".join(keys))
@@ -76,12 +77,13 @@ class NvmeTier:
 
     def write_behind(self, now: float, busy: bool) -> None:
         """Start writes, unless loads are being read: those go first."""
-        if not self.reads.inflight:
+        if self.enabled and not self.reads.inflight:
             self.writes.submit(now, INFLIGHT_BUSY_BYTES if busy else INFLIGHT_BYTES)
 
     def push_out(self, now: float) -> int | None:
         """Start writes whatever is being read; returns a job to wait for, None when all is out."""
-        self.writes.submit(now, INFLIGHT_BYTES)
+        if self.enabled:
+            self.writes.submit(now, INFLIGHT_BYTES)
         return next(iter(self.writes.inflight), None)
 
     def wait(self, job: int, timeout_s: float) -> None:

@@ -53,6 +53,8 @@ class Pool:
         self.index = Index([make_policy(policy, ticks) for _ in sizes])
         self.limbo: dict[int, Entry] = {}  # quarantine: dropped entries whose slot is still in use
         self.on_drop: Callable[[Entry], None] = lambda entry: None
+        self.held_bytes = 0  # of resident and quarantined slots
+        self.held_slots = 0
         self._arena = arena
         self._layout = layout
         self._counters = counters
@@ -110,6 +112,8 @@ class Pool:
             started=now,
         )
         self.index.add(entry)
+        self.held_bytes += entry.nbytes
+        self.held_slots += 1
         self._filling[slot] = entry
         return entry
 
@@ -182,6 +186,8 @@ class Pool:
         except Exception as error:  # harmless: begin_fill works from any state
             self._guard.failed("arena.set_free", error)
         self.alloc.free(slot)
+        self.held_bytes -= entry.nbytes
+        self.held_slots -= 1
         return True
 
     def unpin(self, entry: Entry, now: float) -> None:
@@ -276,6 +282,11 @@ class Pool:
         resident = {e.ref.slot: e for e in self.index}
         assert not resident.keys() & self.limbo.keys(), "a slot is resident and quarantined"
         assert used == resident.keys() | self.limbo.keys(), "used slots differ from known slots"
+        known = [*resident.values(), *self.limbo.values()]
+        assert self.held_slots == len(known), "held_slots"
+        assert self.held_bytes == sum(e.nbytes for e in known), "held_bytes"
+        pinned = sum(e.nbytes for e in known if e.pins)
+        assert self.index.pinned_bytes == pinned, "pinned_bytes"
         for slot, entry in (resident | self.limbo).items():
             assert self.alloc.offset(slot) == entry.ref.offset, f"offset of slot {slot}"
             assert entry.ref.offset + entry.nbytes <= self._arena.data_bytes, "capacity exceeded"

@@ -83,6 +83,19 @@ class Occupancy:
     nvme_inflight_write_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """The part of Occupancy that is known without looking at every entry."""
+
+    bytes_used: int
+    bytes_pinned: int
+    bytes_total: int
+    slots_used: int
+    nvme_entries: int
+    nvme_bytes: int
+    nvme_max: int
+
+
 class Guard:
     """Turns an exception of a tier into a count and one log line per kind of call."""
 

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.asks import Growth, ask
 from tests.e2e.prompts import connector, prompt
 from tests.support import models
-from tests.support.engine import EngineLife, assert_same
+from tests.support.engine import EngineLife, Output, assert_same
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -36,40 +36,48 @@ def _found_by_example(life: EngineLife) -> int:
     return life.log_path.read_text(errors="replace").count("External Cache Hit!")
 
 
+TOKENS = prompt(1, 1024 + 30)
+LONGER = TOKENS + prompt(2, 200)
+TOGETHER = [prompt(1, 1024) + prompt(10 + i, 300) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[Output]:
+    """TOKENS, LONGER and TOGETHER, from an engine without a connector."""
+    with EngineLife(models.llama(), None, ARGS) as plain:
+        return [ask(plain, p) for p in (TOKENS, LONGER, *TOGETHER)]
+
+
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_reload(tmp_path: Path, ours_first: bool) -> None:
+def test_reload(tmp_path: Path, reference: list[Output], ours_first: bool) -> None:
     config = _multi(tmp_path, ours_first)
     with EngineLife(models.llama(), config, ARGS) as life:
-        tokens = prompt(1, 1024 + 30)
-        cold = ask(life, tokens)
+        cold = ask(life, TOKENS)
         assert cold.num_cached_tokens == 0
+        assert_same(reference[0], cold)
         assert any(tmp_path.iterdir())  # the other connector saved it too
 
         # The same prompt: both have it, the first one is asked to load it.
         grew = Growth(life)
         assert life.reset_prefix_cache()
-        same = ask(life, tokens)
+        same = ask(life, TOKENS)
         assert same.num_cached_tokens == 1024
-        assert_same(cold, same)
-        assert (grew("kvoffload_loaded_tokens_total") == 1024) is ours_first
+        assert_same(reference[0], same)
+        assert grew("kvoffload_loaded_tokens_total") == (1024 if ours_first else 0)
         if not ours_first:
             assert _found_by_example(life) > 0
 
         # A longer prompt: ExampleConnector knows whole prompts only, so the load is ours.
-        longer = tokens + prompt(2, 200)
         grew = Growth(life)
         assert life.reset_prefix_cache()
-        warm = ask(life, longer)
-        assert warm.num_cached_tokens == 1024
+        longer = ask(life, LONGER)
+        assert longer.num_cached_tokens == 1024
+        assert_same(reference[1], longer)
         assert grew("kvoffload_loaded_tokens_total") == 1024
 
-        together = [prompt(1, 1024) + prompt(10 + i, 300) for i in range(4)]
         assert life.reset_prefix_cache()
-        outputs = life.generate(together, max_tokens=8, logprobs=1)
+        outputs = life.generate(TOGETHER, max_tokens=8, logprobs=1)
+        for expected, got in zip(reference[2:], outputs, strict=True):
+            assert_same(expected, got)
         assert grew("kvoffload_loaded_tokens_total") >= 2048
         assert grew("kvoffload_failures_total") == 0
-
-    with EngineLife(models.llama(), None, ARGS) as plain:
-        assert_same(ask(plain, longer), warm)
-        for p, out in zip(together, outputs, strict=True):
-            assert_same(ask(plain, p), out)

@@ -47,6 +47,7 @@ def test_reloads_are_the_same_and_a_failing_rank_costs_one_request_its_load(
     recomputed = ask(life, tokens)  # rank 0 loads all of it, rank 1 fails at its first chunk or so
     assert_same(cold, recomputed)
     assert failed_loads(life) == 1
+    assert grew("kvoffload_failures_total", kind="injected") == 1
 
 
 def test_failures_among_requests_that_run_together(life: EngineLife) -> None:

@@ -35,7 +35,9 @@ i = first
 while True:
     batch = range(i, i + 8)
     os.write(1, b"try %d\\n" % (i + 8))  # before: what is not announced must never be found
-    assert set(store.put_many((key_of(j), payload_of(j)) for j in batch)) == {StoreResult.OK}
+    results = set(store.put_many((key_of(j), payload_of(j)) for j in batch))
+    # With a live neighbour the bound may be used up before we have a segment of our own to recycle.
+    assert results == {StoreResult.OK} or (sys.argv[4:] and results == {StoreResult.NO_SPACE}), results
     os.write(1, b"put %d\\n" % (i + 8))
     if i % 5 == 0:
         gone = [j for j in batch if j % 10 == 0]
@@ -55,9 +57,9 @@ def payload_of(i: int) -> bytes:
     return (hashlib.sha256(b"bytes %d" % i).digest() * (nbytes // 32 + 1))[:nbytes]
 
 
-def spawn(path: Path, first: int) -> subprocess.Popen[bytes]:
+def spawn(path: Path, first: int, *, shared: bool = False) -> subprocess.Popen[bytes]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    args = [sys.executable, "-c", CHILD, str(path), str(first), str(BOUND)]
+    args = [sys.executable, "-c", CHILD, str(path), str(first), str(BOUND), *["shared"] * shared]
     return subprocess.Popen(args, stdout=subprocess.PIPE, env=env)
 
 
@@ -108,8 +110,8 @@ def test_kill_loop(tmp_path: Path) -> None:
 def test_two_processes_and_a_kill(tmp_path: Path) -> None:
     """Two writers share the path; one dies, the other goes on, a third adopts the dead one's part."""
     path = tmp_path / "s"
-    a = spawn(path, 0)
-    b = spawn(path, 1_000_000)
+    a = spawn(path, 0, shared=True)
+    b = spawn(path, 1_000_000, shared=True)
     assert b.stdout is not None and b.stdout.readline() == b"open\n"
     try:
         said = kill_after(a, 0.5)

@@ -21,7 +21,7 @@ from kvoffload.engines.vllm import orders, scheduler, worker
 from kvoffload.types import LoadFailure, SlotRef
 from tests.support.steps import MiniEngine, Options, tokens
 from tests.support.steps_blocks import GroupSpec, Status
-from tests.support.steps_rank import LazyEngine
+from tests.support.steps_lazy import LazyEngine
 
 HYBRID = (GroupSpec(), GroupSpec(window=9))
 Patch = pytest.MonkeyPatch
@@ -54,7 +54,7 @@ def loads_that_always_fail() -> None:
     engine = MiniEngine(Options(in_flight=2))
     engine.ask(tokens(40))
     engine.forget_hbm()
-    engine.engines[0].inner._pool.inject(1)  # type: ignore[attr-defined]
+    engine.engines[0].inject(1)
     engine.ask(tokens(40))
     engine.finish()
 

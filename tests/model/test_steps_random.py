@@ -42,8 +42,8 @@ def engines(draw: st.DrawFn) -> Options:
         kv_layout=draw(st.sampled_from(["LBHNC", "BLHNC"])),
         pad=draw(st.sampled_from([0, 64])),
         replicated=ranks == 2 and draw(st.booleans()),
-        store_lag=draw(st.sampled_from([0, 3])),
-        load_lag=draw(st.sampled_from([0, 3])),
+        store_lag=draw(st.sampled_from([0, 3, -1])),
+        load_lag=draw(st.sampled_from([0, 3, -1])),
         random_lag=draw(st.sampled_from([0, 4])),
         late_ranks=draw(st.booleans()),
         pickled=ranks > 1 or draw(st.booleans()),
@@ -64,25 +64,25 @@ def bounded(examples: int) -> settings:
     )
 
 
-@bounded(150)
-@given(engines(), SCRIPT)
-def test_any_life_without_faults(options: Options, script: Script) -> None:
+@bounded(400)
+@given(engines(), SCRIPT, st.booleans())
+def test_any_life_without_faults(options: Options, script: Script, nvme: bool) -> None:
     """Also: nothing is ever corrupt or lost when nobody breaks anything."""
-    drive(options, script)
+    drive(options, script, nvme=nvme)
 
 
-@bounded(150)
-@given(engines(), SCRIPT)
-def test_any_life_with_faults(options: Options, script: Script) -> None:
-    """Flipped bytes, failing copies, refused submissions, deadlines."""
-    drive(options, script, faults=True)
+@bounded(400)
+@given(engines(), SCRIPT, st.booleans())
+def test_any_life_with_faults(options: Options, script: Script, nvme: bool) -> None:
+    """Flipped bytes, failing copies, refused submissions, disk errors, deadlines."""
+    drive(options, script, faults=True, nvme=nvme)
 
 
 @pytest.mark.stress
 @settings(bounded(3000))
-@given(engines(), SCRIPT, st.booleans())
-def test_any_life_for_long(options: Options, script: Script, faults: bool) -> None:
-    drive(options, script, faults=faults)
+@given(engines(), SCRIPT, st.booleans(), st.booleans())
+def test_any_life_for_long(options: Options, script: Script, faults: bool, nvme: bool) -> None:
+    drive(options, script, faults=faults, nvme=nvme)
 
 
 def test_a_life_is_not_empty() -> None:

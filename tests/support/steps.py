@@ -13,6 +13,7 @@ over at the end (lease, slot, table entry, job), bytes in DRAM or HBM that are f
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +26,10 @@ from kvoffload.config import Config
 from kvoffload.copy.base import LOAD, STORE
 from kvoffload.copy.cpu import CpuCopyEngine
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.manager import Manager, slots_needed
+from kvoffload.core.manager import Lease, Manager, slots_needed
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.worker import WorkerHalf
-from kvoffload.types import CacheLayout, GroupKind, GroupLayout
+from kvoffload.types import GroupLayout
 from tests.support.steps_blocks import (
     BlockPool,
     GroupSpec,
@@ -37,106 +38,18 @@ from tests.support.steps_blocks import (
     Status,
     TokenChain,
 )
+from tests.support.steps_lazy import LazyEngine, refuse_nth
 from tests.support.steps_rank import (
     Aggregator,
     Geometry,
     KVMemory,
-    LazyEngine,
     Rank,
     RankOutput,
     WrongBytes,
 )
-from tests.support.steps_sched import MiniScheduler, StepOutput
-
-MIB = 1 << 20
-
-
-class Clock:
-    """Seconds that pass only when told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class FakeNamespaces:
-    """Namespaces without weights to digest; remembers which weights each epoch's bytes come from."""
-
-    persistent: bool | None = True
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.weights = 0
-        self.known = True
-        self.of_weights: dict[bytes, int] = {self._name(): 0}
-        self.first_requests = 0
-
-    def _name(self) -> bytes:
-        return self.epoch.to_bytes(16, "big")
-
-    def namespace(self) -> bytes | None:
-        return self._name() if self.known else None
-
-    def adapter(self, request: Any) -> bytes | None:
-        return b""
-
-    def on_first_request(self) -> None:
-        self.first_requests += 1
-
-    def new_epoch(self) -> None:
-        self.epoch += 1
-        self.of_weights[self._name()] = self.weights
-
-
-@dataclass(frozen=True)
-class Options:
-    """An engine. Lags are in polls, budgets in tokens, arena in bytes."""
-
-    groups: tuple[GroupSpec, ...] = (GroupSpec(),)
-    ranks: int = 1
-    in_flight: int = 1
-    blocks: int = 64
-    budget: int = 32
-    max_running: int = 8
-    caching: bool = True
-    spec_tokens: int = 0
-    eagle: bool = False
-    defer_alloc: bool = False  # vLLM 0.33
-    token_bytes: int = 64
-    layers: int = 2
-    kv_layout: str = "LBHNC"
-    pad: int = 0
-    replicated: bool = False
-    arena_bytes: int = 2 * MIB
-    nvme: str | None = None  # directory of a chunk store
-    nvme_bytes: int = 64 * MIB
-    store_lag: int = 0
-    load_lag: int = 0
-    random_lag: int = 0  # adds 0..n polls
-    late_ranks: bool = True  # ranks run a step only when its result is needed
-    pickled: bool = True
-    deadline_ms: int = 5000
-    seed: int = 0
-
-
-def cache_layout(options: Options) -> CacheLayout:
-    bt = options.groups[0].block_tokens
-    page = options.layers * bt * options.token_bytes
-    groups = tuple(
-        GroupLayout(
-            i,
-            GroupKind.SLIDING if g.window else GroupKind.FULL,
-            bt,
-            1 if g.window else g.blocks_per_chunk,
-            page,
-            1 if options.replicated else options.ranks,
-            g.window - 1 if g.window else 0,
-        )
-        for i, g in enumerate(options.groups)
-    )
-    return CacheLayout(groups, bt, bt, options.ranks)
+from tests.support.steps_sched import MiniScheduler
+from tests.support.steps_setup import MIB, Clock, FakeNamespaces, Options, cache_layout
+from tests.support.steps_types import StepOutput
 
 
 @dataclass
@@ -238,7 +151,7 @@ class MiniEngine:
     def _lag(self, kind: int) -> int:
         o = self.options
         base = o.load_lag if kind == LOAD else o.store_lag
-        return base + (self.rng.randint(0, o.random_lag) if o.random_lag else 0)
+        return base + (self.rng.randint(0, o.random_lag) if o.random_lag and base >= 0 else 0)
 
     # -- requests
 
@@ -408,24 +321,33 @@ class MiniEngine:
         return len(self.pool.hash_of)
 
     def audit_dram(self) -> int:
-        """Every chunk that a lookup finds in DRAM holds its key's bytes. Returns chunks checked."""
+        """Every chunk that a lookup finds holds its key's bytes. Returns chunks checked."""
         seen: set[bytes] = set()
         namespace = self.namespaces.namespace()
         assert namespace is not None
         weights = self.namespaces.of_weights[namespace]
+        grid = max(g.chunk_tokens for g in self.layout.groups)
         for known in self.known.values():
             chain = self.chain_of(known)
-            hit = self.manager.lookup(chain, 0, chain.tokens)
-            if not hit.end:
-                continue
-            lease = self.manager.acquire("audit", chain, 0, hit.end)
-            assert lease is not None, "a hit that cannot be acquired on an idle engine"
-            for item in lease.items:
-                if bytes(item.key) not in seen and self._ready(item.ref):
-                    seen.add(bytes(item.key))
-                    self._audit_chunk(known, item, weights)
-            self.manager.release(lease.id)
+            # Step by step: NVMe may hold more of a chain than fits into the arena.
+            for end in range(grid, chain.tokens + 1, grid):
+                if self.manager.lookup(chain, end - grid, end).end < end:
+                    continue
+                lease = self._acquire(chain, end - grid, end)
+                for item in lease.items:
+                    if bytes(item.key) not in seen and self._ready(item.ref):
+                        seen.add(bytes(item.key))
+                        self._audit_chunk(known, item, weights)
+                self.manager.release(lease.id)
         return len(seen)
+
+    def _acquire(self, chain: Chain, start: int, end: int) -> Lease:
+        lease = self.manager.acquire("audit", chain, start, end)
+        if lease is None:
+            self._rest()
+            lease = self.manager.acquire("audit", chain, start, end)
+        assert lease is not None, "a hit that cannot be acquired on an idle engine"
+        return lease
 
     def _ready(self, ref: Any) -> bool:
         return self.arena.wait_ready(ref.slot, ref.generation, 2000) == _core.READY
@@ -480,11 +402,20 @@ class MiniEngine:
         for engine in self.engines:
             engine.flush()
         self.clock.now += 120.0  # what is kept from reuse for a while is free by then
-        self.manager.tick(False)
-        use = self.manager.occupancy()
+        use = self._rest()
         assert use.bytes_pinned == 0, "a lease was never released"
         assert use.slots_quarantined == 0, "a slot never came back"
         self.manager.check()
+
+    def _rest(self) -> Any:
+        """Occupancy once the chunk store's reads have come back (real time, 2 s at most)."""
+        for _ in range(200):
+            self.manager.tick(False)
+            use = self.manager.occupancy()
+            if not use.slots_quarantined:
+                break
+            time.sleep(0.01)
+        return use
 
     def close(self) -> None:
         """Idempotent; part of ``finish``."""
@@ -528,18 +459,6 @@ def tokens(n: int, seed: int = 0) -> list[int]:
     """A prompt of ``n`` tokens; different seeds share no prefix."""
     rng = random.Random(f"prompt {seed}")
     return [rng.randrange(1 << 20) for _ in range(n)]
-
-
-def refuse_nth(kind: int, nth: int) -> Callable[[int], bool]:
-    """For ``LazyEngine.fail_submit``: the nth submission (from 1) of this kind raises."""
-    seen = 0
-
-    def refuse(what: int) -> bool:
-        nonlocal seen
-        seen += what == kind
-        return what == kind and seen == nth
-
-    return refuse
 
 
 __all__ = [

@@ -6,11 +6,12 @@ can shrink it.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from kvoffload import _core
 from tests.support.steps import LOAD, STORE, MiniEngine, Options, refuse_nth, tokens
 from tests.support.steps_blocks import MiniRequest
 
@@ -30,14 +31,14 @@ class Driver:
             self.reset_hbm, self.reset_all, self.weights,
         ]  # fmt: skip
         if faults:
-            self.actions += [self.corrupt, self.inject, self.refuse, self.late]
+            self.actions += [self.corrupt, self.inject, self.refuse, self.late, self.disk]
 
     def run(self, script: Sequence[tuple[int, int]]) -> MiniEngine:
         for what, how in script:
             self.actions[what % len(self.actions)](how)
             self.live = [r for r in self.live if not r.is_finished()]
         for engine in self.engine.engines:
-            engine.inner._pool.inject(0)
+            engine.inject(0)
         self.engine.finish()
         return self.engine
 
@@ -102,12 +103,17 @@ class Driver:
 
     def inject(self, how: int) -> None:
         for engine in self.engine.engines[: 1 + how % 2]:
-            engine.inner._pool.inject(how % 4)
+            engine.inject(how % 4)
 
     def refuse(self, how: int) -> None:
         kind = LOAD if how % 2 else STORE
         for engine in self.engine.engines[: 1 + how % 2]:
             engine.fail_submit = refuse_nth(kind, 1 + how % 3)
+
+    def disk(self, how: int) -> None:
+        if self.engine.store is not None:
+            what = ("read_eio", "write_eio", "enospc", "short_read")[how % 4]
+            self.engine.store.inject(what, how // 4 % 3)
 
     def late(self, how: int) -> None:
         """All attempts are overdue for the scheduler."""
@@ -115,14 +121,14 @@ class Driver:
 
 
 def drive(
-    options: Options, script: Sequence[tuple[int, int]], *, faults: bool = False
+    options: Options, script: Sequence[tuple[int, int]], *, faults: bool = False, nvme: bool = False
 ) -> MiniEngine:
     """Run a script and every final check; the engine is closed in any case."""
-    driver = Driver(options, faults=faults)
-    try:
-        return driver.run(script)
-    finally:
-        driver.engine.close()
-
-
-__all__ = ["Driver", "_core", "drive"]
+    with tempfile.TemporaryDirectory() as folder:
+        if nvme:
+            options = replace(options, nvme=folder)
+        driver = Driver(options, faults=faults)
+        try:
+            return driver.run(script)
+        finally:
+            driver.engine.close()

@@ -80,6 +80,7 @@ def test_register_survives_a_vllm_without_the_hook(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING, "vllm.kvoffload"):
         logging.getLogger("vllm").propagate = True
         plugin.register()
+    assert any("_post_init_kv_transfer_config" in r.message for r in caplog.records)
     assert "KVOffloadConnector" in KVConnectorFactory._registry
     assert not hasattr(VllmConfig, "_post_init_kv_transfer_config")
 
@@ -165,11 +166,19 @@ def test_data_parallel_over_nodes_is_fine() -> None:
 
 def test_a_mistake_of_the_check_itself_is_not_the_users(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("vllm").propagate = True
-    config = engine()
-    del config.parallel_config
-    config.kv_transfer_config.kv_connector_extra_config = {"dram_gib": 0.1}
-    object.__setattr__(config, "model_config", None)
-    plugin.prepare(config)  # nothing to refuse by
+
+    class Moved:
+        """A parallel config whose field turned into something that raises."""
+
+        @property
+        def pipeline_parallel_size(self) -> int:
+            raise RuntimeError("moved")
+
+    config = engine({"dram_gib": 0.1})
+    config.parallel_config = Moved()
+    with caplog.at_level(logging.ERROR, "vllm.kvoffload"):
+        plugin.prepare(config)
+    assert any("start-up check failed" in r.message for r in caplog.records)
     with pytest.raises(UnsupportedError):
         plugin.check_supported(SimpleNamespace(parallel_config=SimpleNamespace(nnodes=2)))
 

@@ -62,3 +62,15 @@ def cache_hit_sources(by_tier: dict[Tier, int]) -> dict[Any, int]:
         Tier.REMOTE: CacheHitSource.EXTERNAL_UNSPECIFIED,
     }
     return {names[tier]: tokens for tier, tokens in by_tier.items()}
+
+
+def prefix_cache_is_empty(kv_cache_manager: Any) -> bool:
+    """Whether HBM's prefix cache holds no block. False when this vLLM does not let us see it."""
+    pool = getattr(kv_cache_manager, "block_pool", None)
+    cached = getattr(pool, "cached_block_hash_to_block", None)
+    if cached is None:
+        return False
+    try:
+        return len(cached) == 0
+    except TypeError:
+        return not getattr(cached, "_cache", True)

@@ -98,6 +98,11 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._scheduler is not None
         return self._scheduler.half
 
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """HBM's own prefix cache: watched after in-place weight updates."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._half.watch_hbm(lambda: compat.prefix_cache_is_empty(kv_cache_manager))
+
     def on_new_request(self, request: Request) -> None:
         """Arrival of a request."""
         self._half.on_new_request(request)

@@ -53,7 +53,11 @@ def spec_facts(spec: Any) -> SpecFacts:
     names = "+".join(sorted({f.name for f in facts}))
     kinds = {f.kind for f in facts}
     windows = {f.window for f in facts}
-    if len(kinds) == 1 and GroupKind.NONE not in kinds and len({f.block_tokens for f in facts}) == 1:
+    if (
+        len(kinds) == 1
+        and GroupKind.NONE not in kinds
+        and len({f.block_tokens for f in facts}) == 1
+    ):
         first = next(iter(facts))
         return SpecFacts(
             first.kind, first.block_tokens, max(windows), all(f.replicated for f in facts), names

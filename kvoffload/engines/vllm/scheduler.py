@@ -35,6 +35,8 @@ logger = logging.getLogger("vllm.kvoffload")
 
 STATS_S = 0.1
 """Levels and totals are exported at most this often."""
+LEASE_TRIES = 4
+"""Where the arena has no room for a whole hit, half of it is tried, then a quarter, ..."""
 PREFILL_TOKENS = 64
 """Steps with fewer tokens say nothing about the prefill rate."""
 ATTACH_S = 30.0
@@ -96,6 +98,8 @@ class SchedulerHalf:
         self._attach_warned = False
         self._said_unsupported = False
         self._dram_only = False
+        self._stale = False
+        self._hbm_empty: Callable[[], bool] = lambda: False
         self._weights_epoch = arena.epoch()
         self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
         self._grid = min((g.chunk_tokens for g in layout.groups), default=1)
@@ -103,6 +107,10 @@ class SchedulerHalf:
         self._last_tick = float("-inf")
         self._last_stats = float("-inf")
         self._last_step = float("-inf")
+
+    def watch_hbm(self, is_empty: Callable[[], bool]) -> None:
+        """How to tell that HBM's prefix cache holds nothing (called only after a weight change)."""
+        self._hbm_empty = is_empty
 
     # ---------------------------------------------------------------- arrival and lookup
 
@@ -127,6 +135,9 @@ class SchedulerHalf:
         if chain is None:
             self.metrics.miss("namespace_unknown")
             return 0, False
+        if num_computed > 0 and self._hbm_stale():
+            state.tainted = True  # its HBM hit may hold KV of the old weights
+            return 0, False
         held = state.provisional
         now = self._clock()
         if held is not None and held.start == num_computed:
@@ -136,12 +147,32 @@ class SchedulerHalf:
         end = self._plan(state, chain, num_computed)
         if end <= num_computed:
             return 0, False
-        lease = self.manager.acquire(state.request_id, chain, num_computed, end)
+        lease, end = self._lease(state, chain, num_computed, end)
         if lease is None:
             self.metrics.miss("lease_refused")
             return 0, False
         state.provisional = ProvisionalLease(lease, num_computed, end, now + LEASE_S)
         return end - num_computed, True
+
+    def _lease(
+        self, state: RequestState, chain: Chain, start: int, end: int
+    ) -> tuple[Lease | None, int]:
+        """A lease on [start, end), or on less where the arena has no room for all of it."""
+        for _ in range(LEASE_TRIES):
+            lease = self.manager.acquire(state.request_id, chain, start, end)
+            if lease is not None:
+                return lease, end
+            half = start + (end - start) // 2
+            end = self.manager.lookup(chain, start, half).end
+            if end <= start:
+                break
+        return None, start
+
+    def _hbm_stale(self) -> bool:
+        """Whether HBM may still hold blocks of weights that were replaced in place."""
+        if self._stale and self._hbm_empty() and not any(s.tainted for s in self._states.values()):
+            self._stale = False
+        return self._stale
 
     def _plan(self, state: RequestState, chain: Chain, start: int) -> int:
         request = state.request
@@ -200,9 +231,7 @@ class SchedulerHalf:
         self._load_blocks[attempt.attempt] = [
             int(b) for c in copies for b in c.block_ids.ravel() if b >= 0
         ]
-        order = LoadOrder(
-            attempt.attempt, state.request_id, self.config.load_deadline_ms, copies
-        )
+        order = LoadOrder(attempt.attempt, state.request_id, self.config.load_deadline_ms, copies)
         state.hit_sources = self._sources(held, end)
         self.metrics.hit({t: n for t, n in state.hit_sources.items() if n})
         self._unsent.append(order)
@@ -228,8 +257,8 @@ class SchedulerHalf:
                 request_id, lease, start, start + num_external, self._clock(), 0.0
             )
         self._unsent = [o for o in self._unsent if o.attempt != attempt.attempt]
-        # No blocks named: the ranks answer with failed_recving. The request's blocks include those of
-        # its HBM hit, which running requests share; naming these would make vLLM truncate them.
+        # No blocks named: the ranks answer with failed_recving. The request's blocks include those
+        # of its HBM hit, which running requests share; naming them makes vLLM truncate those too.
         self._load_blocks[attempt.attempt] = []
         attempt.next_order = 0.0
 
@@ -285,11 +314,15 @@ class SchedulerHalf:
         if self._ready():
             orders.stores = self._store_orders(output)
         if orders.loads or orders.stores or orders.fails or self._tick_due(now):
-            self.manager.tick(busy=not orders.idle)
+            self._tick(busy=not orders.idle)
         self._unsent.clear()  # not before: when anything above raises, these loads must be failed
         self._step_tokens = sum(output.num_scheduled_tokens.values())
         self.metrics.scheduler_step(time.perf_counter() - began)
         return orders
+
+    @guarded(lambda self, busy: None)
+    def _tick(self, busy: bool) -> None:
+        self.manager.tick(busy=busy)
 
     def _tick_due(self, now: float) -> bool:
         due = now - self._last_tick >= 0.05
@@ -356,9 +389,13 @@ class SchedulerHalf:
         items = self.manager.begin_store(chain, start, end, present)
         if not items:
             return None
+        try:
+            order = StoreOrder(self._store_no + 1, store_copies(self.layout, items, tables))
+            self._fence.add(order)
+        except Exception:
+            self.manager.abort_store(items)
+            raise
         self._store_no += 1
-        order = StoreOrder(self._store_no, store_copies(self.layout, items, tables))
-        self._fence.add(order)
         return order
 
     def _group(self, group: int) -> Any:
@@ -414,12 +451,14 @@ class SchedulerHalf:
         self.metrics.worker(report)
         if report.load_copy_s:
             self.manager.observe_load(Tier.DRAM, report.load_bytes, sum(report.load_copy_s))
-        for attempt_id in report.failed_attempts:
+        for attempt_id, reason in report.failed_attempts.items():
             attempt = self._loads.find(attempt_id)
             if attempt is not None:
                 attempt.failed = True
+            if reason not in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST):  # counted by chunk
+                self.metrics.failure(reason.value)
         for bad in report.bad:
-            if bad.reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST):
+            if bad.reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST, LoadFailure.DEADLINE):
                 ref = SlotRef(bad.slot, bad.generation, bad.offset)
                 self.manager.slot_failed(ref, bad.reason)
 
@@ -456,6 +495,7 @@ class SchedulerHalf:
         epoch = self.arena.epoch()
         if epoch != self._weights_epoch:
             self._weights_epoch = epoch
+            self._stale = True
             self._reset("the model's weights changed in place")
 
     def _reset(self, why: str) -> None:
@@ -485,7 +525,7 @@ class SchedulerHalf:
         return None if is_empty(payload) else payload
 
     def _levels(self) -> None:
-        use = self.manager.occupancy()
+        use = self.manager.levels()
         counters = self.manager.counters
         self.metrics.dram(use.bytes_used, use.bytes_total, use.bytes_pinned, use.slots_used)
         nvme = None
@@ -571,5 +611,3 @@ class SchedulerHalf:
                     int(ATTACH_S),
                 )
         return self._attached
-
-

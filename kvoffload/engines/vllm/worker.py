@@ -24,7 +24,7 @@ from kvoffload.engines.vllm.meta import (
     StoreOrder,
     WorkerReport,
 )
-from kvoffload.types import CacheLayout, LoadFailure
+from kvoffload.types import CacheLayout, LoadFailure, SlotState
 
 logger = logging.getLogger("vllm.kvoffload")
 
@@ -113,9 +113,7 @@ class WorkerHalf:
             self._plant_copy_faults(engine)
             for g in self.layout.groups:
                 fragments, num_blocks = self._fragments[g.group]
-                self._engine_group[g.group] = engine.add_group(
-                    fragments, num_blocks, g.shard_bytes
-                )
+                self._engine_group[g.group] = engine.add_group(fragments, num_blocks, g.shard_bytes)
         except Exception as exc:
             self._attach_failed = f"{type(exc).__name__}: {exc}"
             self._report.attach_error = self._attach_failed
@@ -337,7 +335,12 @@ class WorkerHalf:
         load.failure = load.failure or reason
         item = max(done.failed_item, 0)
         load.bad_blocks |= {int(b) for b in copies.block_ids[item:].ravel() if b >= 0}
-        if done.failed_item >= 0 and reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST):
+        blame = reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST)
+        if reason is LoadFailure.DEADLINE and self._arena is not None:
+            # Only a slot that nobody filled in time tells something about its tier.
+            slot = int(copies.slots[item])
+            blame = self._arena.state(slot) == SlotState.FILLING
+        if done.failed_item >= 0 and blame:
             self._report.bad.append(
                 BadChunk(
                     load.order.attempt,
@@ -417,5 +420,3 @@ class WorkerHalf:
     def _shard_offset(self, group: int) -> int:
         g = self._group(group)
         return 0 if g.shards == 1 else self.rank * g.shard_bytes
-
-
