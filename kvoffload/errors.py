@@ -1,4 +1,4 @@
-"""Errors raised by kvoffload's own surface. A tier failure is never one of these: it is a miss and a counter."""
+"""Errors of kvoffload's own surface. A tier failure is none of these: it is a miss and a counter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class OffloadError(Exception):
 
 
 class ConfigError(OffloadError, ValueError):
-    """A configuration key is unknown or its value is not allowed. One line: key, value, what is allowed."""
+    """An unknown key or a value that is not allowed. One line: key, value, what is allowed."""
 
 
 class UnsupportedError(OffloadError):

@@ -1,8 +1,9 @@
 """The vocabulary: keys, groups, chains and outcomes. A leaf module: imports nothing of ours.
 
 block: vLLM's KV block. page: one block of one layer on one rank. chunk: ``blocks_per_chunk``
-consecutive hashed blocks of one KV group counted from the root of the prompt, all layers, the ranks'
-shards one after another. slot: a chunk-sized piece of the arena. lease: a pin with an owner and an end.
+consecutive hashed blocks of one KV group counted from the root of the prompt, all layers, the
+ranks' shards one after another. slot: a chunk-sized piece of the arena. lease: a pin with an owner
+and an end.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Copy engines between arena slots and paged KV blocks."""

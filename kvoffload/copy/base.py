@@ -1,7 +1,7 @@
 """Copy engines move chunks between arena slots and paged KV blocks. They only enqueue.
 
-One engine per worker process, used from the worker's main thread; bytes move on native threads (CPU)
-or device streams (CUDA). A job's outcome is collected once with ``poll``.
+One engine per worker process, used from the worker's main thread; bytes move on native threads
+(CPU) or device streams (CUDA). A job's outcome is collected once with ``poll``.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class CopyEngine(Protocol):
         """Register a group's blocks; returns its number. Raises ValueError when they do not fit."""
 
     def submit_store(self, job: int, group: int, copies: Copies, shard_offset: int) -> None:
-        """Blocks -> slots, ordered after the compute already enqueued; marks this rank done per slot."""
+        """Blocks -> slots, after the compute already enqueued; marks this rank done per slot."""
 
     def submit_load(
         self, job: int, group: int, copies: Copies, shard_offset: int, deadline_ms: int
     ) -> None:
-        """Slots -> blocks with id >= 0: waits for READY, verifies, copies, re-checks the generation."""
+        """Slots -> blocks with id >= 0: waits for READY, verifies, copies, re-checks."""
 
     def cancel(self, job: int) -> None:
         """Drop what has not started. The job is still reported."""

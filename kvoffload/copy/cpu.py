@@ -12,7 +12,7 @@ from kvoffload.copy.base import Copies, Fragment
 
 
 class CpuCopyEngine:
-    """CopyEngine over ``_core.CpuCopyPool``. ``threads``: 2 reach the memory limit of small hosts."""
+    """CopyEngine over ``_core.CpuCopyPool``. 2 threads reach a small host's memory limit."""
 
     def __init__(self, arena: _core.Arena, rank: int, threads: int = 2) -> None:
         self._pool = _core.CpuCopyPool(arena, rank, threads)

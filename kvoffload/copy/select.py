@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def copy_engine(device_type: str, arena: Arena, rank: int) -> CopyEngine:
-    """Engine for ``torch.device.type``. Raises UnsupportedError for a device we cannot copy from."""
+    """Engine for ``torch.device.type``. Raises UnsupportedError for other devices."""
     if device_type == "cpu":
         from kvoffload.copy.cpu import CpuCopyEngine
 

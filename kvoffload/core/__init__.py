@@ -1,0 +1,1 @@
+"""Decisions in pure Python: keys, geometry, index, eviction, planner, Manager, load table."""

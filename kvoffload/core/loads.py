@@ -1,4 +1,4 @@
-"""Table of outstanding load attempts: every attempt is answered exactly once, failures are never retried.
+"""Table of outstanding load attempts: each is answered exactly once, a failure is never retried.
 
 State of an attempt::
 
@@ -79,7 +79,7 @@ class LoadTable:
         return attempt
 
     def fail_all(self, now: float) -> None:
-        """Make every outstanding attempt due for a fail order now (cache reset, weights changed)."""
+        """Make every attempt due for a fail order now (cache reset, weights changed)."""
         for attempt in self._by_request.values():
             attempt.next_order = min(attempt.next_order, now)
 
@@ -104,7 +104,7 @@ class LoadTable:
         return request_id in self._banned
 
     def forget(self, request_id: str) -> None:
-        """The request is finished; its ban is dropped, an outstanding attempt stays until answered."""
+        """The request is finished; an outstanding attempt stays until answered."""
         self._banned.discard(request_id)
 
     def __len__(self) -> int:

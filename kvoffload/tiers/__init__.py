@@ -1,0 +1,1 @@
+"""Tier protocols and the tiers themselves."""

@@ -64,7 +64,9 @@ def test_hbm_hit_that_ends_inside_a_chunk(life: EngineLife) -> None:
     warm = ask(life, tokens)
     after = life.metrics()
     assert warm.num_cached_tokens == 1024
-    loaded = total(after, "kvoffload_hit_tokens_total") - total(before, "kvoffload_hit_tokens_total")
+    loaded = total(after, "kvoffload_hit_tokens_total") - total(
+        before, "kvoffload_hit_tokens_total"
+    )
     assert loaded == 1024 - 128
     assert_same(cold, warm)
 

@@ -1,0 +1,1 @@
+"""The vLLM connector; the only place that imports vLLM."""

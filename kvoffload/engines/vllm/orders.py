@@ -30,8 +30,8 @@ def _copies(
 def load_copies(
     layout: CacheLayout, lease: Lease, tables: BlockTables, start: int, end: int
 ) -> list[ChunkCopies]:
-    """Blocks of [start, end) by group. A block that HBM already has (below ``start``), that lies
-    beyond ``end`` or that vLLM gave no room (null block 0: left the window) is -1: never written."""
+    """Blocks of [start, end) by group. A block that HBM already has (below ``start``), that
+    lies beyond ``end`` or that left the window (null block 0) is -1: never written."""
     out = []
     for group in layout.groups:
         items = [i for i in lease.items if i.group == group.group]
@@ -72,8 +72,8 @@ def store_copies(
 class Fence:
     """Remembers which blocks are the source of a store still being copied.
 
-    A block that vLLM hands to somebody else while its copy is out must not be overwritten before the
-    copy is done: the step that reuses it carries the store's number, and the worker waits for that
+    A block that vLLM hands to somebody else while its copy is out must not be overwritten before
+    the copy is done: the step that reuses it carries the store's number, and the worker waits for that
     store (milliseconds at most) before anything of the step runs. Nothing is held back from vLLM.
     """
 

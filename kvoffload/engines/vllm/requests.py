@@ -10,8 +10,8 @@ from kvoffload.core.manager import Lease
 from kvoffload.types import Tier
 
 LEASE_S = 5.0
-"""A provisional lease (between lookup and allocation) lives this long, then its pins are dropped and
-the next query looks up again: a request stuck behind a full HBM must not starve the arena."""
+"""A provisional lease (between lookup and allocation) lives this long, then its pins are dropped
+and the next query looks up again: a request stuck behind a full HBM must not starve the arena."""
 
 
 @dataclass(slots=True)

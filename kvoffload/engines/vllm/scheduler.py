@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-
 from kvoffload.config import Config
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.loads import Attempt, LoadTable
@@ -125,7 +124,7 @@ class SchedulerHalf:
 
     @guarded(lambda self, request, num_computed: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed: int) -> tuple[int, bool]:
-        """Tokens beyond ``num_computed`` that will be loaded asynchronously; (0, False) for none."""
+        """Tokens beyond ``num_computed`` to be loaded asynchronously; (0, False) for none."""
         state = self._state(request)
         if not self._ready() or self._loads.is_banned(state.request_id):
             return 0, False
@@ -176,8 +175,8 @@ class SchedulerHalf:
 
     def _plan(self, state: RequestState, chain: Chain, start: int) -> int:
         request = state.request
-        # A full-prompt hit is trimmed by vLLM to all but one token, after it dropped the blocks that
-        # a sliding window of the full prompt no longer needs: such engines stop one token short.
+        # A full-prompt hit is trimmed by vLLM to all but one token, after it dropped the blocks
+        # that a sliding window of the full prompt no longer needs: such engines stop one token short.
         limit = request.num_tokens - (1 if self._sliding else 0)
         first = not state.looked_up
         state.looked_up = True
@@ -273,7 +272,7 @@ class SchedulerHalf:
     # ---------------------------------------------------------------- step orders
 
     def build_connector_meta(self, output: Any) -> StepOrders:
-        """Orders of this step. Never raises; on a failure all new loads are failed, stores skipped."""
+        """Orders of this step. Never raises; on a failure new loads fail, stores are skipped."""
         try:
             self.guard.maybe_fault("build_connector_meta")
             return self._build(output)
@@ -412,8 +411,8 @@ class SchedulerHalf:
         self._answer(output)
 
     def _learn_prefill(self) -> None:
-        """The step's tokens over the time since its orders were built: exact with one step in flight,
-        low with two, and a rate that is too low only makes loading look better."""
+        """The step's tokens over the time since its orders were built: exact with one step in
+        flight, low with two, and a rate that is too low only makes loading look better."""
         tokens, self._step_tokens = self._step_tokens, 0
         if tokens >= PREFILL_TOKENS:
             self.manager.observe_prefill(tokens, self._clock() - self._last_step)
@@ -478,7 +477,7 @@ class SchedulerHalf:
 
     @guarded(lambda self: False)
     def has_pending_push_work(self) -> bool:
-        """Keep an idle engine stepping: workers attaching, or HBM->arena copies out. Never for disk."""
+        """Keep an idle engine stepping: workers attach, or copies are out. Never for disk."""
         if not self._serve:
             return False
         if not self._all_attached():
@@ -605,8 +604,8 @@ class SchedulerHalf:
                     if not self.arena.attached_mask() >> r & 1
                 ]
                 logger.warning(
-                    "kvoffload: ranks %s have not attached to the DRAM arena after %d s; nothing is "
-                    "loaded or stored until they do. See their logs for the reason.",
+                    "kvoffload: ranks %s have not attached to the DRAM arena after %d s; nothing "
+                    "is loaded or stored until they do. See their logs for the reason.",
                     missing,
                     int(ATTACH_S),
                 )

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-
 from kvoffload.copy.base import DEADLINE, LOAD, OK, CopyEngine, Fragment
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.meta import (
@@ -369,7 +368,7 @@ class WorkerHalf:
         return answers
 
     def _answer_all_failed(self) -> StepAnswers:
-        """Fallback: something of ours broke. End every job natively, answer every attempt failed."""
+        """Fallback: something of ours broke. End every job, answer every attempt failed."""
         for load in self._running.values():
             load.started = True
             self._fail_load(load, LoadFailure.EXCEPTION)
