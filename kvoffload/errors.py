@@ -1,4 +1,4 @@
-"""Errors of kvoffload's own surface. A tier failure is none of these: it is a miss and a counter."""
+"""Errors of kvoffload's own surface. A tier failure is none of these but a miss and a counter."""
 
 from __future__ import annotations
 

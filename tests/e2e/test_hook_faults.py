@@ -29,6 +29,7 @@ SCHEDULER = (
     "has_pending_push_work",
     "reset_cache",
     "take_stats",
+    "_tick",
 )
 WORKER = ("handle_preemptions", "_bind", "start_load_kv", "wait_for_save", "transfer_results")
 ARGS: dict[str, Any] = {"max_num_batched_tokens": 1024, "max_model_len": 4096}
@@ -113,7 +114,6 @@ def test_each_hook_fails_its_first_two_calls() -> None:
 
 def test_orders_always_fail() -> None:
     hooks = (
-        "on_new_request",
         "update_state_after_alloc",
         "request_finished",
         "has_pending_push_work",
@@ -144,7 +144,12 @@ def test_the_worker_always_fails() -> None:
 
 def test_nothing_ever_gets_in() -> None:
     """Metrics fail too, so the log has to tell: once per hook."""
-    scheduler = ("get_num_new_matched_tokens", "build_connector_meta", "take_stats")
+    scheduler = (
+        "on_new_request",
+        "get_num_new_matched_tokens",
+        "build_connector_meta",
+        "take_stats",
+    )
     worker = ("_bind", "wait_for_save", "register_kv_caches")
     plan = {f"scheduler__{h}": -1 for h in scheduler} | {f"worker__{h}": -1 for h in worker}
     with _engine(**plan) as life:

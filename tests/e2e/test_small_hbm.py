@@ -44,10 +44,11 @@ def test_preempted_requests_say_the_same(reference: list[Output], prefix_caching
             for expected, got in zip(reference, outputs, strict=True):
                 assert_same(expected, got)
         assert grew("vllm:num_preemptions_total") > 0
-        assert grew("kvoffload_hit_requests_total", tier="dram") >= len(PROMPTS)
-        assert grew("kvoffload_loaded_tokens_total") >= 768 * len(PROMPTS)
         assert grew("kvoffload_failed_loads_total") == 0
         assert grew("kvoffload_failures_total") == 0
+        assert all((o.num_cached_tokens or 0) >= 768 for o in outputs)
+        loaded = grew("kvoffload_loaded_tokens_total")
+        assert loaded > 0
         if not prefix_caching:  # every cached token came from DRAM
-            assert all((o.num_cached_tokens or 0) >= 768 for o in outputs)
+            assert loaded >= 768 * len(PROMPTS)
         assert life.reset_prefix_cache()  # no block is still held by anybody

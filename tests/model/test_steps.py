@@ -498,6 +498,23 @@ def test_weights_changed_while_requests_run_on_their_old_kv() -> None:
     engine.finish()
 
 
+def test_weights_changed_and_hbm_kept() -> None:
+    """vLLM's HBM cache still holds KV of the old weights: who hits it is neither stored nor loaded."""
+    engine = MiniEngine()
+    engine.ask(tokens(24))
+    engine.arena.bump_epoch()
+    stored = engine.stores_done()
+    hit = engine.ask(tokens(24) + tokens(16, 1))
+    assert engine.computed(hit) <= 17, "the old blocks in HBM were used (vLLM's own doing)"
+    engine.settle()
+    assert engine.stores_done() == stored, "nothing that attends to old KV is stored"
+    engine.forget_hbm()
+    engine.ask(tokens(24))
+    engine.settle()
+    assert engine.stores_done() > stored, "an empty HBM ends it"
+    engine.finish()
+
+
 # -- NVMe
 
 
@@ -521,6 +538,7 @@ def test_nvme_that_does_not_answer_costs_one_deadline(tmp_path: Path) -> None:
     engine.ask(tokens(40), 2)
     engine.finish()
     engine = MiniEngine(replace(options, deadline_ms=50))
+    engine.expect_bad = True  # the slot that nobody filled in time is reported
     engine.store.inject("hang_read", 1)
     request = engine.add(tokens(40), 2)
     engine.run()

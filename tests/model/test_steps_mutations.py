@@ -17,7 +17,7 @@ import pytest
 from kvoffload import _core
 from kvoffload.copy.cpu import CpuCopyEngine
 from kvoffload.core.loads import LoadTable
-from kvoffload.engines.vllm import orders, scheduler, worker
+from kvoffload.engines.vllm import orders, scheduler, stores, worker
 from kvoffload.types import LoadFailure, SlotRef
 from tests.support.steps import MiniEngine, Options, tokens
 from tests.support.steps_blocks import GroupSpec, Status
@@ -246,10 +246,10 @@ def releases_the_lease_early(patch: Patch) -> None:
 
 def stores_what_is_not_computed(patch: Patch) -> None:
     """Rounds up to the chunk instead of down."""
-    real = scheduler.SchedulerHalf._storable
+    real = stores.StorePlanner.storable
     patch.setattr(
-        scheduler.SchedulerHalf,
-        "_storable",
+        stores.StorePlanner,
+        "storable",
         lambda self, state, n: -(-real(self, state, n) // self._grid) * self._grid,
     )
 

@@ -100,6 +100,7 @@ class MiniEngine:
         )
         self.known: dict[str, Known] = {}
         self.pool = BlockPool(o.blocks)
+        self.scheduler_half.watch_hbm(lambda: not self.pool.hash_of)
         self.kv = KVGroups(o.groups, self.pool, o.caching)
         self.engines: list[LazyEngine] = []
         self.ranks = [self._rank(r) for r in range(o.ranks)]

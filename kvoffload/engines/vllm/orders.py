@@ -73,8 +73,9 @@ class Fence:
     """Remembers which blocks are the source of a store still being copied.
 
     A block that vLLM hands to somebody else while its copy is out must not be overwritten before
-    the copy is done: the step that reuses it carries the store's number, and the worker waits for that
-    store (milliseconds at most) before anything of the step runs. Nothing is held back from vLLM.
+    the copy is done: the step that reuses it carries the store's number, and the worker waits for
+    that store (milliseconds at most) before anything of the step runs. Nothing is held back from
+    vLLM.
     """
 
     def __init__(self, arena: Any) -> None:

@@ -16,17 +16,18 @@ from kvoffload.config import Config
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.loads import Attempt, LoadTable
 from kvoffload.core.manager import Lease, Manager
+from kvoffload.engines.vllm.attach import AttachWatch
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.meta import (
     ArenaAddress,
     FailOrder,
     LoadOrder,
     StepOrders,
-    StoreOrder,
     WorkerReport,
 )
-from kvoffload.engines.vllm.orders import Fence, load_copies, store_copies
+from kvoffload.engines.vllm.orders import Fence, load_copies
 from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, RequestState
+from kvoffload.engines.vllm.stores import StorePlanner
 from kvoffload.metrics import Payload, Recorder, is_empty
 from kvoffload.types import CacheLayout, GroupKind, LoadFailure, SlotRef, Tier
 
@@ -38,8 +39,6 @@ LEASE_TRIES = 4
 """Where the arena has no room for a whole hit, half of it is tried, then a quarter, ..."""
 PREFILL_TOKENS = 64
 """Steps with fewer tokens say nothing about the prefill rate."""
-ATTACH_S = 30.0
-"""How long an idle engine keeps stepping for its workers to attach to the arena."""
 
 
 class Namespaces(Protocol):
@@ -91,17 +90,14 @@ class SchedulerHalf:
         self._unsent: list[LoadOrder] = []
         self._states: dict[str, RequestState] = {}
         self._fence = Fence(arena)
-        self._store_no = 0
-        self._started = clock()
-        self._attached = False
-        self._attach_warned = False
+        self._stores = StorePlanner(layout, manager, self._fence, eagle=eagle)
+        self._attach = AttachWatch(arena, layout.world_size, clock)
         self._said_unsupported = False
         self._dram_only = False
         self._stale = False
         self._hbm_empty: Callable[[], bool] = lambda: False
         self._weights_epoch = arena.epoch()
         self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
-        self._grid = min((g.chunk_tokens for g in layout.groups), default=1)
         self._step_tokens = 0
         self._last_tick = float("-inf")
         self._last_stats = float("-inf")
@@ -176,7 +172,7 @@ class SchedulerHalf:
     def _plan(self, state: RequestState, chain: Chain, start: int) -> int:
         request = state.request
         # A full-prompt hit is trimmed by vLLM to all but one token, after it dropped the blocks
-        # that a sliding window of the full prompt no longer needs: such engines stop one token short.
+        # that a sliding window of the full prompt no longer needs: such engines stop one short.
         limit = request.num_tokens - (1 if self._sliding else 0)
         first = not state.looked_up
         state.looked_up = True
@@ -311,7 +307,7 @@ class SchedulerHalf:
         orders.loads = [o for o in orders.loads if o.attempt not in failing]
         orders.fence = self._fence.due(output, orders.loads)
         if self._ready():
-            orders.stores = self._store_orders(output)
+            orders.stores = self._stores.orders(output, self._states, self._chain)
         if orders.loads or orders.stores or orders.fails or self._tick_due(now):
             self._tick(busy=not orders.idle)
         self._unsent.clear()  # not before: when anything above raises, these loads must be failed
@@ -319,9 +315,11 @@ class SchedulerHalf:
         self.metrics.scheduler_step(time.perf_counter() - began)
         return orders
 
-    @guarded(lambda self, busy: None)
     def _tick(self, busy: bool) -> None:
-        self.manager.tick(busy=busy)
+        try:
+            self.manager.tick(busy=busy)
+        except Exception as exc:  # the step's stores have begun: they must reach the workers
+            self.guard.record("tick", exc)
 
     def _tick_due(self, now: float) -> bool:
         due = now - self._last_tick >= 0.05
@@ -334,7 +332,7 @@ class SchedulerHalf:
         return self._clock() - self._last_step < seconds
 
     def _address(self) -> ArenaAddress | None:
-        return None if self._attached else ArenaAddress(self.arena.path, self.arena.inode)
+        return None if self._attach.done() else ArenaAddress(self.arena.path, self.arena.inode)
 
     def _fail_order(self, attempt: Attempt) -> FailOrder:
         return FailOrder(
@@ -346,63 +344,9 @@ class SchedulerHalf:
             if state.provisional is not None and state.provisional.expires <= now:
                 self._drop_provisional(state)
 
-    def _store_orders(self, output: Any) -> list[StoreOrder]:
-        block_state = output.kv_connector_block_state
-        orders: list[StoreOrder] = []
-        for request_id, scheduled in output.num_scheduled_tokens.items():
-            state = self._states.get(request_id)
-            if state is None or state.tainted or state.unsupported:
-                continue
-            end = self._storable(state, scheduled)
-            if end // self._grid <= state.stored // self._grid:
-                continue
-            chain = self._chain(state)
-            if chain is None:
-                continue
-            tables = block_state.get_block_ids(request_id) if block_state is not None else None
-            if tables is None:
-                continue
-            order = self._store(chain, tables, state.stored, end)
-            state.stored = end
-            if order is not None:
-                orders.append(order)
-        return orders
-
-    def _storable(self, state: RequestState, scheduled: int) -> int:
-        """Tokens whose KV is final after this step: computed, and hashed (so not speculative)."""
-        request = state.request
-        hashed = len(request.block_hashes) * self.layout.hash_tokens
-        end = min(int(request.num_computed_tokens) + scheduled, hashed)
-        if self._eagle:
-            # A drafter's KV of the last block changes once the next token is known.
-            end -= self.layout.align_tokens
-        return max(end, 0)
-
-    def _store(self, chain: Chain, tables: Any, start: int, end: int) -> StoreOrder | None:
-        def present(group: int, chunk: int) -> bool:
-            g = self._group(group)
-            first = chunk * g.blocks_per_chunk
-            ids = tables[group][first : first + g.blocks_per_chunk]
-            return len(ids) == g.blocks_per_chunk and all(b > 0 for b in ids)
-
-        items = self.manager.begin_store(chain, start, end, present)
-        if not items:
-            return None
-        try:
-            order = StoreOrder(self._store_no + 1, store_copies(self.layout, items, tables))
-            self._fence.add(order)
-        except Exception:
-            self.manager.abort_store(items)
-            raise
-        self._store_no += 1
-        return order
-
-    def _group(self, group: int) -> Any:
-        return next(g for g in self.layout.groups if g.group == group)
-
     # ---------------------------------------------------------------- answers
 
-    @guarded(lambda self, output, report=None: self._answer_blindly(output))
+    @guarded(lambda self, output, report=None: self._answer_blindly(output, report))
     def update_connector_output(self, output: Any, report: WorkerReport | None = None) -> None:
         """Take the ranks' answers: finish attempts, drop bad chunks, feed the rates."""
         self._learn_prefill()
@@ -417,11 +361,16 @@ class SchedulerHalf:
         if tokens >= PREFILL_TOKENS:
             self.manager.observe_prefill(tokens, self._clock() - self._last_step)
 
-    def _answer_blindly(self, output: Any) -> None:
+    def _answer_blindly(self, output: Any, report: WorkerReport | None) -> None:
         for request_id in output.finished_recving or ():
             attempt = self._loads.answer(request_id, failed=True)
             if attempt is not None:
                 self._finish(attempt)
+        if report is not None:
+            try:  # bad chunks must go and the ranks' failures be counted
+                self._take_report(report)
+            except Exception as exc:
+                self.guard.record("update_connector_output.report", exc)
 
     def _answer(self, output: Any) -> None:
         failed_requests = set(output.failed_recving or ())
@@ -450,11 +399,13 @@ class SchedulerHalf:
         self.metrics.worker(report)
         if report.load_copy_s:
             self.manager.observe_load(Tier.DRAM, report.load_bytes, sum(report.load_copy_s))
+        blamed = {bad.attempt for bad in report.bad}  # counted by chunk
         for attempt_id, reason in report.failed_attempts.items():
             attempt = self._loads.find(attempt_id)
             if attempt is not None:
                 attempt.failed = True
-            if reason not in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST):  # counted by chunk
+            by_chunk = reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST)
+            if not by_chunk and attempt_id not in blamed:
                 self.metrics.failure(reason.value)
         for bad in report.bad:
             if bad.reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST, LoadFailure.DEADLINE):
@@ -480,8 +431,8 @@ class SchedulerHalf:
         """Keep an idle engine stepping: workers attach, or copies are out. Never for disk."""
         if not self._serve:
             return False
-        if not self._all_attached():
-            return self._clock() - self._started < ATTACH_S
+        if not self._attach.done():
+            return self._attach.worth_waiting()
         return self.manager.store_inflight() > 0
 
     @guarded(lambda self: False)
@@ -589,24 +540,4 @@ class SchedulerHalf:
 
     def _ready(self) -> bool:
         self._check_epoch()
-        return self._serve and self._all_attached()
-
-    def _all_attached(self) -> bool:
-        if not self._attached:
-            need = (1 << self.layout.world_size) - 1
-            self._attached = self.arena.attached_mask() & need == need
-            late = self._clock() - self._started > ATTACH_S
-            if not self._attached and late and not self._attach_warned:
-                self._attach_warned = True
-                missing = [
-                    r
-                    for r in range(self.layout.world_size)
-                    if not self.arena.attached_mask() >> r & 1
-                ]
-                logger.warning(
-                    "kvoffload: ranks %s have not attached to the DRAM arena after %d s; nothing "
-                    "is loaded or stored until they do. See their logs for the reason.",
-                    missing,
-                    int(ATTACH_S),
-                )
-        return self._attached
+        return self._serve and self._attach.done()

@@ -1,0 +1,84 @@
+"""Which chunks a step stores: complete, computed, hashed, and held by no tier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.manager import Manager
+from kvoffload.engines.vllm.meta import StoreOrder
+from kvoffload.engines.vllm.orders import Fence, store_copies
+from kvoffload.engines.vllm.requests import RequestState
+from kvoffload.types import CacheLayout
+
+
+class StorePlanner:
+    """Builds the store orders of a step and enters them in the fence. Scheduler thread only."""
+
+    def __init__(
+        self, layout: CacheLayout, manager: Manager, fence: Fence, *, eagle: bool = False
+    ) -> None:
+        self._layout = layout
+        self._manager = manager
+        self._fence = fence
+        self._eagle = eagle
+        self._grid = min((g.chunk_tokens for g in layout.groups), default=1)
+        self._blocks_per_chunk = {g.group: g.blocks_per_chunk for g in layout.groups}
+        self._number = 0
+
+    def orders(
+        self,
+        output: Any,
+        states: Mapping[str, RequestState],
+        chain_of: Callable[[RequestState], Chain | None],
+    ) -> list[StoreOrder]:
+        """One order per scheduled request that completes a chunk in this step."""
+        block_state = output.kv_connector_block_state
+        out: list[StoreOrder] = []
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            state = states.get(request_id)
+            if state is None or state.tainted or state.unsupported:
+                continue
+            end = self.storable(state, scheduled)
+            if end // self._grid <= state.stored // self._grid:
+                continue
+            chain = chain_of(state)
+            if chain is None:
+                continue
+            tables = block_state.get_block_ids(request_id) if block_state is not None else None
+            if tables is None:
+                continue
+            order = self._order(chain, tables, state.stored, end)
+            state.stored = end
+            if order is not None:
+                out.append(order)
+        return out
+
+    def storable(self, state: RequestState, scheduled: int) -> int:
+        """Tokens whose KV is final after this step: computed, and hashed (so not speculative)."""
+        request = state.request
+        hashed = len(request.block_hashes) * self._layout.hash_tokens
+        end = min(int(request.num_computed_tokens) + scheduled, hashed)
+        if self._eagle:
+            # A drafter's KV of the last block changes once the next token is known.
+            end -= self._layout.align_tokens
+        return max(end, 0)
+
+    def _order(self, chain: Chain, tables: Any, start: int, end: int) -> StoreOrder | None:
+        def present(group: int, chunk: int) -> bool:
+            n = self._blocks_per_chunk[group]
+            ids = tables[group][chunk * n : (chunk + 1) * n]
+            return len(ids) == n and all(b > 0 for b in ids)
+
+        items = self._manager.begin_store(chain, start, end, present)
+        if not items:
+            return None
+        try:
+            order = StoreOrder(self._number + 1, store_copies(self._layout, items, tables))
+            self._fence.add(order)
+        except Exception:
+            self._manager.abort_store(items)
+            raise
+        self._number += 1
+        return order
