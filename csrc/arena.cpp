@@ -124,7 +124,8 @@ static_assert(sizeof(ArenaHeader) <= kHeaderBytes);
 // on it ("never", "deny").
 static bool shmem_thp() {
     char text[128] = {};
-    const int fd = ::open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", O_RDONLY | O_CLOEXEC);
+    const int fd =
+        ::open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", O_RDONLY | O_CLOEXEC);
     if (fd < 0) return false;
     const ssize_t n = ::read(fd, text, sizeof text - 1);
     ::close(fd);

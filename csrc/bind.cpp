@@ -117,7 +117,8 @@ py::array_t<uint64_t> arena_leaf_hashes(const PyArena& self, uint64_t offset, ui
     return out;
 }
 
-void arena_hash_leaves(const PyArena& self, uint64_t offset, uint64_t nbytes, const py::bytes& key) {
+void arena_hash_leaves(const PyArena& self, uint64_t offset, uint64_t nbytes,
+                       const py::bytes& key) {
     auto a = self.get();
     a->check_range(offset, nbytes);
     const uint64_t seed = seed_of_key(key);

@@ -17,7 +17,7 @@ struct CpuCopyPool::Job {
 
     std::vector<uint8_t> state;   // ItemState
     std::vector<uint8_t> reason;  // CopyReason of a lost item
-    size_t next = 0;             // items below it left kUnstarted
+    size_t next = 0;              // items below it left kUnstarted
     size_t running = 0;
     size_t waiting = 0;
     bool completed = false;

@@ -90,10 +90,9 @@ def test_each_hook_fails_now_and_then() -> None:
     plan = {f"scheduler__{h}": 0.2 for h in SCHEDULER} | {f"worker__{h}": 0.2 for h in WORKER}
     with _engine(**plan) as life:
         _work(life, rounds=4)
-        failed = {h: _failures(life, h) for h in (*SCHEDULER, *WORKER)}
-        # Called too seldom for a share of the calls to be certain.
-        seldom = {"reset_cache", "has_pending_push_work", "take_stats"}
-        assert all(n > 0 for h, n in failed.items() if h not in seldom), failed
+        never = {h for h in (*SCHEDULER, *WORKER) if not _failures(life, h)}
+        # Some are called too seldom for a share of the calls to be certain.
+        assert never <= {"reset_cache", "has_pending_push_work", "take_stats"}
         assert total(life.metrics(), "kvoffload_loaded_tokens_total") > 0
         assert total(life.metrics(), "kvoffload_failed_loads_total") > 0
 

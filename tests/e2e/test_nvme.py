@@ -35,6 +35,11 @@ def nvme_chunks(life: EngineLife) -> float:
     return total(life.metrics(), "kvoffload_events_total", event="nvme_written")
 
 
+def events(life: EngineLife) -> dict[str, float]:
+    """All Manager counters, for failure messages."""
+    return {k: v for k, v in life.metrics().items() if k.startswith("kvoffload_events_total") and v}
+
+
 def event(life: EngineLife, name: str) -> float:
     return total(life.metrics(), "kvoffload_events_total", event=name)
 
@@ -79,7 +84,7 @@ def test_1_reload_damage_and_kill(path: Path, plain: dict[int, Output]) -> None:
     with EngineLife(models.llama(), extra) as life:
         for i in PROMPTS:
             assert_same(plain[i], ask(life, i))
-        assert until(lambda: nvme_chunks(life) >= 48), life.tail()
+        assert until(lambda: nvme_chunks(life) >= 48), events(life)
 
         # DRAM holds 20 of 48 chunks: most of this comes from NVMe.
         assert same(life, plain, range(6)) == [TOKENS] * 6
@@ -95,7 +100,7 @@ def test_1_reload_damage_and_kill(path: Path, plain: dict[int, Output]) -> None:
         assert total(life.metrics(), "kvoffload_failures_total", kind="exception") == 0
 
         # What was recomputed is stored again and comes back.
-        assert until(lambda: nvme_chunks(life) >= 60), life.tail()
+        assert until(lambda: nvme_chunks(life) >= 60), events(life)
         assert max(same(life, plain, range(6))) == TOKENS
 
         # A segment cut short under the running engine.
@@ -116,7 +121,7 @@ def test_2_restart_after_kill(path: Path, plain: dict[int, Output]) -> None:
         same(life, plain, range(6))
         assert total(life.metrics(), "kvoffload_failures_total", kind="exception") == 0
         before = nvme_chunks(life)
-        assert until(lambda: nvme_chunks(life) >= before), life.tail()
+        assert until(lambda: nvme_chunks(life) >= before), events(life)
         assert until(lambda: event(life, "nvme_written") + event(life, "nvme_read") >= 48)
 
 

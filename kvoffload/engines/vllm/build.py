@@ -209,7 +209,7 @@ class WorkerSide:
             self.half.guard.maybe_fault("register_kv_caches")
             groups = self.kv_cache_config.kv_cache_groups
             for index, group in enumerate(groups):
-                if geometry.group_facts(group).kind is geometry.GroupKind.NONE:
+                if self.half.layout.groups[index].kind is geometry.GroupKind.NONE:
                     continue
                 tensors = {n: kv_caches[n] for n in group.layer_names}
                 self.device[0] = next(iter(tensors.values())).device.type

@@ -6,7 +6,7 @@ name along the MRO so that no vLLM import is needed and unknown new kinds are re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvoffload.core.layout import Run, TensorSpec, block_runs, choose_blocks_per_chunk
@@ -106,9 +106,16 @@ def cache_layout(
     world_size: int,
     chunk_tokens: int | None,
 ) -> CacheLayout:
-    """Layout of an engine. Raises ConfigError when ``chunk_tokens`` does not fit the blocks."""
+    """Layout of an engine; every group is of kind NONE where one of them cannot be served.
+
+    Raises ConfigError when ``chunk_tokens`` does not fit the blocks.
+    """
     groups = kv_cache_config.kv_cache_groups
     facts = [group_facts(g) for g in groups]
+    if why_not_served(kv_cache_config) is not None:
+        # All or nothing: a group that cannot be served may also have a grid that no chunk fits.
+        facts = [replace(f, kind=GroupKind.NONE) for f in facts]
+        chunk_tokens = None
     replicated = bool(facts) and all(f.replicated for f in facts)
     shards = 1 if replicated else world_size
     layouts = []

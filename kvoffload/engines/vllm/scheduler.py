@@ -391,6 +391,8 @@ class SchedulerHalf:
         self.manager.release(attempt.lease.id)
         seconds = self._clock() - attempt.opened
         if attempt.failed:
+            # Take in what else of this load is bad, so that the recomputed chunks are stored anew.
+            self.manager.poll()
             self.metrics.load_failed_request()
         else:
             self.metrics.load_done(seconds, attempt.end - attempt.start)

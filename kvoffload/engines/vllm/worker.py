@@ -23,7 +23,7 @@ from kvoffload.engines.vllm.meta import (
     StoreOrder,
     WorkerReport,
 )
-from kvoffload.types import CacheLayout, LoadFailure, SlotState
+from kvoffload.types import CacheLayout, GroupKind, LoadFailure, SlotState
 
 logger = logging.getLogger("vllm.kvoffload")
 
@@ -111,6 +111,8 @@ class WorkerHalf:
             engine = self._make_engine(arena)
             self._plant_copy_faults(engine)
             for g in self.layout.groups:
+                if g.kind is GroupKind.NONE:
+                    continue
                 fragments, num_blocks = self._fragments[g.group]
                 self._engine_group[g.group] = engine.add_group(fragments, num_blocks, g.shard_bytes)
         except Exception as exc:
