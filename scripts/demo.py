@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]  # (name, labels) -> value
 MODEL_NAME = "demo"
-CONSOLE = Console()
+CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
 FLUSH_TIMEOUT_S = 60

@@ -29,7 +29,6 @@ SCHEDULER = (
     "has_pending_push_work",
     "reset_cache",
     "take_stats",
-    "_tick",
 )
 WORKER = ("handle_preemptions", "_bind", "start_load_kv", "wait_for_save", "transfer_results")
 ARGS: dict[str, Any] = {"max_num_batched_tokens": 1024, "max_model_len": 4096}

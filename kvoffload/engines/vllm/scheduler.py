@@ -27,7 +27,7 @@ from kvoffload.engines.vllm.meta import (
 )
 from kvoffload.engines.vllm.orders import Fence, load_copies
 from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, RequestState
-from kvoffload.engines.vllm.stores import StorePlanner
+from kvoffload.engines.vllm.stores import AGAIN, StorePlanner
 from kvoffload.metrics import Payload, Recorder, is_empty
 from kvoffload.types import CacheLayout, GroupKind, LoadFailure, SlotRef, Tier
 
@@ -393,6 +393,9 @@ class SchedulerHalf:
         if attempt.failed:
             # Take in what else of this load is bad, so that the recomputed chunks are stored anew.
             self.manager.poll()
+            state = self._states.get(attempt.request_id)
+            if state is not None:
+                state.again = AGAIN
             self.metrics.load_failed_request()
         else:
             self.metrics.load_done(seconds, attempt.end - attempt.start)

@@ -13,6 +13,11 @@ from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.types import CacheLayout
 
 
+AGAIN = 3
+"""After a failed load, chunks whose bad copies are still being taken out of the tiers cannot be
+stored yet: that many steps look again from the root."""
+
+
 class StorePlanner:
     """Builds the store orders of a step and enters them in the fence. Scheduler thread only."""
 
@@ -41,7 +46,7 @@ class StorePlanner:
             if state is None or state.tainted or state.unsupported:
                 continue
             end = self.storable(state, scheduled)
-            if end // self._grid <= state.stored // self._grid:
+            if end // self._grid <= state.stored // self._grid and not state.again:
                 continue
             chain = chain_of(state)
             if chain is None:
@@ -49,8 +54,9 @@ class StorePlanner:
             tables = block_state.get_block_ids(request_id) if block_state is not None else None
             if tables is None:
                 continue
-            order = self._order(chain, tables, state.stored, end)
+            order = self._order(chain, tables, 0 if state.again else state.stored, end)
             state.stored = end
+            state.again = max(0, state.again - 1)
             if order is not None:
                 out.append(order)
         return out
