@@ -86,8 +86,7 @@ class LoadTable:
     def due(self, now: float) -> list[Attempt]:
         """Attempts whose fail order must be sent now; each again after ``RESEND_S``."""
         due = [a for a in self._by_request.values() if a.next_order <= now]
-        for attempt in due:
-            attempt.failed = True
+        for attempt in due:  # whether it failed is for the ranks to say: it may just have ended
             attempt.next_order = now + RESEND_S
         return due
 

@@ -34,7 +34,7 @@ from kvoffload.core.lease import Lease, LeaseItem, Prefetches, StoreItem
 from kvoffload.core.loader import Loader
 from kvoffload.core.lookup import Hit
 from kvoffload.core.nvme import NvmeTier
-from kvoffload.core.planner import Rates, load_mode, plan
+from kvoffload.core.planner import LoadMode, Rates, load_mode, plan
 from kvoffload.core.pool import Pool, slot_classes
 from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
 from kvoffload.core.writebehind import budget
@@ -52,6 +52,8 @@ from kvoffload.types import (
 __all__ = ["Hit", "Lease", "LeaseItem", "Manager", "StoreItem", "slots_needed"]
 
 _SETTLED_KEPT = 65536
+EXPLORE_EVERY = 16
+"""One in so many refused hits is loaded all the same, so that a bad estimate is unlearned."""
 
 
 def slots_needed(layout: CacheLayout, data_bytes: int) -> int:
@@ -137,7 +139,11 @@ class Manager:
             rates = self.rates
             steps = search.steps(start, held)
             end = plan(start, steps, rates.tiers(), rates.prefill_tokens_per_s, self._mode)
-            self.counters.planner_refused += end < held
+            if end < held:
+                self.counters.planner_refused += 1
+                auto = self._mode is LoadMode.AUTO
+                if auto and self.counters.planner_refused % EXPLORE_EVERY == 0:
+                    end = held  # only loads tell what loads cost: a refusal must not last for ever
             return self._count_hit(search.hit(start, end), start)
 
     def _count_hit(self, hit: Hit, start: int) -> Hit:

@@ -12,6 +12,7 @@ from kvoffload.core.stats import Breaker, Counters, Guard
 from kvoffload.core.writebehind import (
     INFLIGHT_BUSY_BYTES,
     INFLIGHT_BYTES,
+    INFLIGHT_FLOOR_BYTES,
     TokenBucket,
     WriteBehind,
 )
@@ -76,9 +77,10 @@ class NvmeTier:
                 self.writes.finish(job.job, job.results, now)
 
     def write_behind(self, now: float, busy: bool) -> None:
-        """Start writes, unless loads are being read: those go first."""
-        if self.enabled and not self.reads.inflight:
-            self.writes.submit(now, INFLIGHT_BUSY_BYTES if busy else INFLIGHT_BYTES)
+        """Start writes; only a trickle while loads are being read, which go first."""
+        if self.enabled:
+            limit = INFLIGHT_BUSY_BYTES if busy else INFLIGHT_BYTES
+            self.writes.submit(now, INFLIGHT_FLOOR_BYTES if self.reads.inflight else limit)
 
     def push_out(self, now: float) -> int | None:
         """Start writes whatever is being read; returns a job to wait for, None when all is out."""

@@ -7,7 +7,7 @@ from itertools import count
 
 import numpy as np
 
-from kvoffload.core.alloc import SlotAllocator
+from kvoffload.core.alloc import ARENA_GRAIN, SlotAllocator
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Entry, Index
 from kvoffload.core.layout import writer_mask
@@ -15,7 +15,7 @@ from kvoffload.core.policy import make_policy
 from kvoffload.core.stats import Counters, Guard
 from kvoffload.errors import ConfigError
 from kvoffload.tiers.base import ArenaLike
-from kvoffload.types import CacheLayout, GroupKind, SlotRef, SlotState, Tier
+from kvoffload.types import LEAF_BYTES, CacheLayout, GroupKind, SlotRef, SlotState, Tier
 
 STORE_TIMEOUT_S = 60.0
 """A store still FILLING after this long counts as failed; also how long a slot that one of several
@@ -26,6 +26,12 @@ def slot_classes(layout: CacheLayout) -> tuple[int, ...]:
     """Distinct slot sizes of the served groups, in bytes, ascending."""
     served = (g for g in layout.groups if g.kind is not GroupKind.NONE)
     return tuple(sorted({g.slot_bytes for g in served}))
+
+
+def idle_slot(data_bytes: int) -> int:
+    """Bytes of the one slot of an arena that serves nothing."""
+    grain = ARENA_GRAIN if data_bytes >= ARENA_GRAIN else LEAF_BYTES
+    return data_bytes // grain * grain
 
 
 class Pool:
@@ -43,7 +49,8 @@ class Pool:
         guard: Guard,
         writer_masks: Sequence[int] | None = None,
     ) -> None:
-        sizes = slot_classes(layout)
+        # Nothing to serve (a Mamba model, say): one slot that nobody asks for.
+        sizes = slot_classes(layout) or (idle_slot(arena.data_bytes),)
         self.alloc = SlotAllocator(arena.data_bytes, sizes)
         if self.alloc.max_slots > arena.max_slots:
             raise ConfigError(

@@ -15,6 +15,7 @@ from kvoffload.types import ChunkKey, StoreResult
 
 INFLIGHT_BYTES = 64 << 20
 INFLIGHT_BUSY_BYTES = 16 << 20  # while the engine runs steps
+INFLIGHT_FLOOR_BYTES = 4 << 20  # while loads are being read
 JOB_BYTES = 16 << 20
 MAX_ATTEMPTS = 3
 _DAY_S = 86400.0

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvoffload.config import GIB, Config
 from kvoffload.core.manager import Manager, slots_needed
-from kvoffload.engines.vllm import compat, geometry
+from kvoffload.engines.vllm import compat, geometry, plugin
 from kvoffload.engines.vllm.namespace import NamespaceSource
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.stats import KVOffloadStats
@@ -104,6 +104,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
     """Create the arena, open the store, start the background threads."""
     from kvoffload import _core
 
+    plugin.check_supported(vllm_config)  # again: the plugin may not have been loaded
     config = engine_config(vllm_config)
     vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
     layout = engine_layout(vllm_config, kv_cache_config, config)
@@ -232,6 +233,7 @@ def worker_side(vllm_config: Any, kv_cache_config: Any) -> WorkerSide:
     from kvoffload import _core
     from kvoffload.copy.select import copy_engine
 
+    plugin.check_supported(vllm_config)
     config = engine_config(vllm_config)
     layout = engine_layout(vllm_config, kv_cache_config, config)
     rank = compat.tensor_parallel_rank()

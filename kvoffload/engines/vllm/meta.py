@@ -99,6 +99,8 @@ class WorkerReport:
     failed_attempts: dict[int, LoadFailure] = field(default_factory=dict)
     load_bytes: int = 0
     load_copy_s: list[float] = field(default_factory=list)
+    rate_bytes: int = 0  # of loads that succeeded and never waited: what the planner learns from
+    rate_s: float = 0.0
     load_wait_s: list[float] = field(default_factory=list)
     store_bytes: int = 0
     store_copy_s: list[float] = field(default_factory=list)
@@ -116,6 +118,8 @@ class WorkerReport:
             self.failed_attempts.setdefault(attempt, reason)
         self.load_bytes += other.load_bytes
         self.load_copy_s += other.load_copy_s
+        self.rate_bytes += other.rate_bytes
+        self.rate_s += other.rate_s
         self.load_wait_s += other.load_wait_s
         self.store_bytes += other.store_bytes
         self.store_copy_s += other.store_copy_s

@@ -95,6 +95,7 @@ def namespace_facts(vllm_config: Any, kv_cache_config: Any, canary: bytes) -> di
         "ranks": _ranks(vllm_config.parallel_config),
         "hash": canonical(cache.prefix_caching_hash_algo),
         "canary": canary.hex(),
+        "multimodal": _multimodal(model),
         "speculative": _speculative(getattr(vllm_config, "speculative_config", None)),
     }
 
@@ -115,6 +116,27 @@ def _hf_config(config: Any) -> Any:
         return value
 
     return canonical(clean(config.to_dict()))
+
+
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+def _multimodal(model: Any) -> Any:
+    """What turns an image into embeddings besides the weights; None for text models."""
+    config = getattr(model, "multimodal_config", None)
+    if config is None:
+        return None
+    folder = Path(str(model.model))
+    files = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in _PROCESSOR_FILES
+        if (folder / name).is_file()
+    }
+    return {"config": canonical(config), "files": files}
 
 
 def _kv_scales(model: Any, cache: Any) -> dict[str, Any]:
@@ -244,6 +266,10 @@ def volatile_hash_reason(vllm_config: Any) -> str:
     algo = str(vllm_config.cache_config.prefix_caching_hash_algo)
     if algo.startswith("xxhash") and os.environ.get("PYTHONHASHSEED") in (None, "random"):
         return f"{algo} is seeded per process: use sha256 or set PYTHONHASHSEED"
+    multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
+    if multimodal is not None and not getattr(multimodal, "mm_processor_cache_gb", 1):
+        # vLLM then may name multimodal inputs by a counter that starts anew with each process.
+        return "multimodal inputs are not hashed by content with mm_processor_cache_gb=0"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         return "KV scales are calculated from this process's first requests"
     return ""

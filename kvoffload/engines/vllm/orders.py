@@ -78,8 +78,10 @@ class Fence:
     vLLM.
     """
 
-    def __init__(self, arena: Any) -> None:
+    def __init__(self, arena: Any, layout: CacheLayout) -> None:
         self._arena = arena
+        self._block_tokens = {g.group: g.block_tokens for g in layout.groups}
+        self._noted: set[int] = set()
         self._pending: dict[int, tuple[frozenset[int], Any, Any]] = {}
 
     def add(self, order: StoreOrder) -> None:
@@ -91,11 +93,40 @@ class Fence:
         if len(self._pending) > 64:
             self._prune()
 
+    def note(self, tables: BlockTables) -> None:
+        """Blocks given to a request for somebody else's load (MultiConnector): they are written
+        outside of any step's forward."""
+        if self._pending:
+            for ids in tables:
+                self._noted.update(ids)
+
+    def spoil(self, output: Any) -> int:
+        """Fail stores whose source blocks this step zeroes or copies over. Returns slots failed.
+
+        Some model runners do both before they call ``handle_preemptions``, so waiting there comes
+        too late; a store that has not ended is given up instead.
+        """
+        if not self._pending:
+            return 0
+        written = set(getattr(output, "new_block_ids_to_zero", None) or ())
+        for copy in getattr(output, "kv_cache_block_copies", None) or ():
+            written.update(_numbers(copy))
+        spoiled = 0
+        for blocks, slots, generations in self._pending.values() if written else ():
+            if blocks.isdisjoint(written):
+                continue
+            states = self._arena.states(slots, generations)
+            for slot, generation, state in zip(slots, generations, states, strict=True):
+                if state == int(SlotState.FILLING):
+                    spoiled += bool(self._arena.fail(int(slot), int(generation)))
+        return spoiled
+
     def due(self, output: Any, loads: Iterable[LoadOrder]) -> list[int]:
         """Stores whose source blocks are written by this step (new allocations and loads)."""
         if not self._pending:
             return []
-        fresh = new_blocks(output)
+        fresh = new_blocks(output, self._block_tokens) | self._noted
+        self._noted = set()
         for order in loads:
             for copies in order.copies:
                 fresh.update(int(b) for b in copies.block_ids.ravel() if b >= 0)
@@ -115,12 +146,24 @@ class Fence:
                 del self._pending[number]
 
 
-def new_blocks(output: Any) -> set[int]:
-    """Block ids that vLLM allocated for this step (prefix-hit blocks of new requests included)."""
+def _numbers(value: Any) -> set[int]:
+    """Every int in nested tuples and lists: block copies differ in shape between versions."""
+    if isinstance(value, int):
+        return {value}
+    if isinstance(value, list | tuple):
+        return set().union(*map(_numbers, value)) if value else set()
+    fields = getattr(value, "__dict__", None)
+    return _numbers(list(fields.values())) if fields else set()
+
+
+def new_blocks(output: Any, block_tokens: dict[int, int]) -> set[int]:
+    """Block ids that this step may write: those of new requests beyond what is already computed (a
+    prefix hit is only read), and all that running or resumed requests were given."""
     fresh: set[int] = set()
     for new in output.scheduled_new_reqs:
-        for ids in new.block_ids:
-            fresh.update(ids)
+        for group, ids in enumerate(new.block_ids):
+            computed = int(getattr(new, "num_computed_tokens", 0))
+            fresh.update(ids[computed // block_tokens.get(group, 1 << 62) :])
     for tables in output.scheduled_cached_reqs.new_block_ids:
         for ids in tables or ():
             fresh.update(ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -35,6 +36,8 @@ logger = logging.getLogger("vllm.kvoffload")
 
 STATS_S = 0.1
 """Levels and totals are exported at most this often."""
+MAX_STEPS_OUT = 8
+"""More steps than any engine has in flight."""
 LEASE_TRIES = 4
 """Where the arena has no room for a whole hit, half of it is tried, then a quarter, ..."""
 PREFILL_TOKENS = 64
@@ -89,8 +92,9 @@ class SchedulerHalf:
         self._load_blocks: dict[int, list[int]] = {}
         self._unsent: list[LoadOrder] = []
         self._states: dict[str, RequestState] = {}
-        self._fence = Fence(arena)
-        self._stores = StorePlanner(layout, manager, self._fence, eagle=eagle)
+        self._leased: dict[str, RequestState] = {}  # those with a provisional lease
+        self._fence = Fence(arena, layout)
+        self._stores = StorePlanner(layout, manager, self._fence, self.guard, eagle=eagle)
         self._attach = AttachWatch(arena, layout.world_size, clock)
         self._said_unsupported = False
         self._dram_only = False
@@ -98,7 +102,8 @@ class SchedulerHalf:
         self._hbm_empty: Callable[[], bool] = lambda: False
         self._weights_epoch = arena.epoch()
         self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
-        self._step_tokens = 0
+        self._prefills: deque[tuple[int, float]] = deque()
+        self._last_output = float("-inf")
         self._last_tick = float("-inf")
         self._last_stats = float("-inf")
         self._last_step = float("-inf")
@@ -115,7 +120,9 @@ class SchedulerHalf:
         self.namespaces.on_first_request()
         state = self._state(request)
         chain = self._chain(state)
-        if chain is not None and self._ready() and not self._skips_cache(request):
+        if chain is None or self.config.load == "never" or self._skips_cache(request):
+            return
+        if self._ready():
             self.manager.prefetch(state.request_id, chain, 0, request.num_tokens)
 
     @guarded(lambda self, request, num_computed: (0, False))
@@ -147,6 +154,7 @@ class SchedulerHalf:
             self.metrics.miss("lease_refused")
             return 0, False
         state.provisional = ProvisionalLease(lease, num_computed, end, now + LEASE_S)
+        self._leased[state.request_id] = state
         return end - num_computed, True
 
     def _lease(
@@ -181,6 +189,8 @@ class SchedulerHalf:
             # The drafter needs the hidden states of the last block: vLLM recomputes it on a local
             # hit, so must we.
             end -= self.layout.align_tokens
+            if self._sliding:  # another boundary needs other blocks of the window
+                end = self.manager.lookup(chain, start, end).end
         if first:
             self.metrics.lookup(queried=max(0, limit - start), hit=max(0, end - start))
         return max(end, start)
@@ -188,7 +198,11 @@ class SchedulerHalf:
     def _drop_provisional(self, state: RequestState) -> None:
         if state.provisional is not None:
             self.manager.release(state.provisional.lease.id)
-            state.provisional = None
+        self._committed(state)
+
+    def _committed(self, state: RequestState) -> None:
+        state.provisional = None
+        self._leased.pop(state.request_id, None)
 
     # ---------------------------------------------------------------- allocation -> load order
 
@@ -206,10 +220,10 @@ class SchedulerHalf:
         held = state.provisional
         if num_external <= 0:
             # Not chosen, nothing to load, or the second call after an async load.
+            self._fence.note(block_ids)
             if self._loads.get(state.request_id) is None:
                 self._drop_provisional(state)
             return
-        state.provisional = None
         if held is None:
             raise RuntimeError(f"load of {num_external} tokens without a lease")
         end = min(held.end, held.start + num_external)
@@ -222,6 +236,7 @@ class SchedulerHalf:
             now,
             self.config.load_deadline_ms / 1000.0,
         )
+        self._committed(state)
         copies = load_copies(self.layout, held.lease, block_ids, held.start, end)
         self._load_blocks[attempt.attempt] = [
             int(b) for c in copies for b in c.block_ids.ravel() if b >= 0
@@ -305,13 +320,16 @@ class SchedulerHalf:
         orders.fails = [self._fail_order(a) for a in self._loads.due(now)]
         failing = {f.attempt for f in orders.fails}
         orders.loads = [o for o in orders.loads if o.attempt not in failing]
+        spoiled = self._fence.spoil(output)
+        if spoiled:
+            self.metrics.failure("store_source_reused", spoiled)
         orders.fence = self._fence.due(output, orders.loads)
         if self._ready():
             orders.stores = self._stores.orders(output, self._states, self._chain)
         if orders.loads or orders.stores or orders.fails or self._tick_due(now):
             self._tick(busy=not orders.idle)
         self._unsent.clear()  # not before: when anything above raises, these loads must be failed
-        self._step_tokens = sum(output.num_scheduled_tokens.values())
+        self._prefills.append((self._prefill_tokens(output), now))
         self.metrics.scheduler_step(time.perf_counter() - began)
         return orders
 
@@ -340,8 +358,8 @@ class SchedulerHalf:
         )
 
     def _expire_leases(self, now: float) -> None:
-        for state in self._states.values():
-            if state.provisional is not None and state.provisional.expires <= now:
+        for state in list(self._leased.values()):
+            if state.provisional is None or state.provisional.expires <= now:
                 self._drop_provisional(state)
 
     # ---------------------------------------------------------------- answers
@@ -354,12 +372,28 @@ class SchedulerHalf:
             self._take_report(report)
         self._answer(output)
 
+    def _prefill_tokens(self, output: Any) -> int:
+        """Prompt tokens of a step, 0 where they are few or not most of it."""
+        prompt = total = 0
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            total += scheduled
+            state = self._states.get(request_id)
+            if state is not None:
+                left = int(state.request.num_prompt_tokens) - int(state.request.num_computed_tokens)
+                prompt += min(scheduled, max(0, left))
+        return prompt if prompt >= PREFILL_TOKENS and 2 * prompt >= total else 0
+
     def _learn_prefill(self) -> None:
-        """The step's tokens over the time since its orders were built: exact with one step in
-        flight, low with two, and a rate that is too low only makes loading look better."""
-        tokens, self._step_tokens = self._step_tokens, 0
-        if tokens >= PREFILL_TOKENS:
-            self.manager.observe_prefill(tokens, self._clock() - self._last_step)
+        """One output per step, in order: a step ran from when it was built, or from when the step
+        before it ended, until now."""
+        now = self._clock()
+        if self._prefills:
+            tokens, built = self._prefills.popleft()
+            if tokens:
+                self.manager.observe_prefill(tokens, now - max(built, self._last_output))
+            if len(self._prefills) > MAX_STEPS_OUT:
+                self._prefills.clear()  # outputs went missing: pairs would be wrong
+        self._last_output = now
 
     def _answer_blindly(self, output: Any, report: WorkerReport | None) -> None:
         for request_id in output.finished_recving or ():
@@ -375,7 +409,7 @@ class SchedulerHalf:
     def _answer(self, output: Any) -> None:
         failed_requests = set(output.failed_recving or ())
         invalid = set(output.invalid_block_ids or ())
-        for attempt in self._loads:
+        for attempt in self._loads if invalid else ():
             # With several ranks one may report its failure steps before the last one answers.
             if not invalid.isdisjoint(self._load_blocks.get(attempt.attempt, ())):
                 attempt.failed = True
@@ -402,8 +436,10 @@ class SchedulerHalf:
 
     def _take_report(self, report: WorkerReport) -> None:
         self.metrics.worker(report)
-        if report.load_copy_s:
-            self.manager.observe_load(Tier.DRAM, report.load_bytes, sum(report.load_copy_s))
+        if report.rate_s:
+            # One rank's rate times the shards that move side by side.
+            shards = max(g.shards for g in self.layout.groups)
+            self.manager.observe_load(Tier.DRAM, report.rate_bytes * shards, report.rate_s)
         blamed = {bad.attempt for bad in report.bad}  # counted by chunk
         for attempt_id, reason in report.failed_attempts.items():
             attempt = self._loads.find(attempt_id)

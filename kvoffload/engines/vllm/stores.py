@@ -7,11 +7,11 @@ from typing import Any
 
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Manager
+from kvoffload.engines.vllm.guard import HookGuard
 from kvoffload.engines.vllm.meta import StoreOrder
 from kvoffload.engines.vllm.orders import Fence, store_copies
 from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.types import CacheLayout
-
 
 AGAIN = 3
 """After a failed load, chunks whose bad copies are still being taken out of the tiers cannot be
@@ -22,11 +22,18 @@ class StorePlanner:
     """Builds the store orders of a step and enters them in the fence. Scheduler thread only."""
 
     def __init__(
-        self, layout: CacheLayout, manager: Manager, fence: Fence, *, eagle: bool = False
+        self,
+        layout: CacheLayout,
+        manager: Manager,
+        fence: Fence,
+        guard: HookGuard,
+        *,
+        eagle: bool = False,
     ) -> None:
         self._layout = layout
         self._manager = manager
         self._fence = fence
+        self._guard = guard
         self._eagle = eagle
         self._grid = min((g.chunk_tokens for g in layout.groups), default=1)
         self._blocks_per_chunk = {g.group: g.blocks_per_chunk for g in layout.groups}
@@ -39,27 +46,39 @@ class StorePlanner:
         chain_of: Callable[[RequestState], Chain | None],
     ) -> list[StoreOrder]:
         """One order per scheduled request that completes a chunk in this step."""
-        block_state = output.kv_connector_block_state
         out: list[StoreOrder] = []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             state = states.get(request_id)
             if state is None or state.tainted or state.unsupported:
                 continue
-            end = self.storable(state, scheduled)
-            if end // self._grid <= state.stored // self._grid and not state.again:
+            try:
+                order = self._of_request(output, state, scheduled, chain_of)
+            except Exception as exc:  # the orders of the other requests have slots already
+                self._guard.record("store_orders", exc)
                 continue
-            chain = chain_of(state)
-            if chain is None:
-                continue
-            tables = block_state.get_block_ids(request_id) if block_state is not None else None
-            if tables is None:
-                continue
-            order = self._order(chain, tables, 0 if state.again else state.stored, end)
-            state.stored = end
-            state.again = max(0, state.again - 1)
             if order is not None:
                 out.append(order)
         return out
+
+    def _of_request(
+        self,
+        output: Any,
+        state: RequestState,
+        scheduled: int,
+        chain_of: Callable[[RequestState], Chain | None],
+    ) -> StoreOrder | None:
+        end = self.storable(state, scheduled)
+        if end // self._grid <= state.stored // self._grid and not state.again:
+            return None
+        chain = chain_of(state)
+        block_state = output.kv_connector_block_state
+        tables = block_state.get_block_ids(state.request_id) if block_state is not None else None
+        if chain is None or tables is None:
+            return None
+        order = self._order(chain, tables, 0 if state.again else state.stored, end)
+        state.stored = end
+        state.again = max(0, state.again - 1)
+        return order
 
     def storable(self, state: RequestState, scheduled: int) -> int:
         """Tokens whose KV is final after this step: computed, and hashed (so not speculative)."""

@@ -29,7 +29,7 @@ logger = logging.getLogger("vllm.kvoffload")
 
 IDLE_WAIT_MS = 10
 """A step without a forward waits this long for a load, so that it is reported by the same step."""
-FENCE_MS = 5000
+FENCE_MS = 50
 """A store holds its source blocks for milliseconds; after this long it is cancelled instead."""
 
 _REASONS = {
@@ -291,10 +291,10 @@ class WorkerHalf:
         """Requests whose loads ended in this step, failed ones included. Each exactly once."""
         self._collect()
         if self._orders is not None and self._orders.idle and self._engine is not None:
-            for load in self._running.values():
-                for job in list(load.jobs):
-                    self._engine.wait(job, IDLE_WAIT_MS)
-            self._collect()
+            first = next((j for load in self._running.values() for j in load.jobs), None)
+            if first is not None:
+                self._engine.wait(first, IDLE_WAIT_MS)
+                self._collect()
         return self._answer()
 
     def _collect(self) -> None:
@@ -325,6 +325,9 @@ class WorkerHalf:
             self._report.load_bytes += done.nbytes
             self._report.load_copy_s.append(done.copy_ns / 1e9)
             self._report.load_wait_s.append(done.wait_ns / 1e9)
+            if done.status == OK and not done.wait_ns:
+                self._report.rate_bytes += done.nbytes
+                self._report.rate_s += done.copy_ns / 1e9
             if done.status != OK:
                 self._note_failure(load, copies, done)
             return
