@@ -73,8 +73,7 @@ def test_ended_stores_are_forgotten(rig: tuple[Arena, Fence, int]) -> None:
     "more",
     [
         {"new_block_ids_to_zero": [3, 4]},
-        {"kv_cache_block_copies": [SimpleNamespace(src=1, dst=5)]},
-        {"kv_cache_block_copies": [(1, 5)]},
+        {"kv_cache_block_copies": [SimpleNamespace(src_block_id=1, dst_block_id=5)]},
     ],
 )
 def test_zeroed_or_copied_over_is_given_up(

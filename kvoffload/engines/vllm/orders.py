@@ -110,7 +110,7 @@ class Fence:
             return 0
         written = set(getattr(output, "new_block_ids_to_zero", None) or ())
         for copy in getattr(output, "kv_cache_block_copies", None) or ():
-            written.update(_numbers(copy))
+            written.add(int(copy.dst_block_id))
         spoiled = 0
         for blocks, slots, generations in self._pending.values() if written else ():
             if blocks.isdisjoint(written):
@@ -144,16 +144,6 @@ class Fence:
             states = self._arena.states(slots, generations)
             if not (states == int(SlotState.FILLING)).any():
                 del self._pending[number]
-
-
-def _numbers(value: Any) -> set[int]:
-    """Every int in nested tuples and lists: block copies differ in shape between versions."""
-    if isinstance(value, int):
-        return {value}
-    if isinstance(value, list | tuple):
-        return set().union(*map(_numbers, value)) if value else set()
-    fields = getattr(value, "__dict__", None)
-    return _numbers(list(fields.values())) if fields else set()
 
 
 def new_blocks(output: Any, block_tokens: dict[int, int]) -> set[int]:
