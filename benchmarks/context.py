@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common import BENCH, Json, Skip
+from common import BENCH, ROOT, Json, Skip
 from lives import LifeFailed, Workplace
 from model import ModelShape
 from systems import Budget
@@ -57,12 +59,27 @@ class Context:
         )
 
 
+def portable(text: str) -> str:
+    """``text`` without this machine's folders: results are kept and published."""
+    for folder, name in ((str(ROOT), "."), (tempfile.gettempdir(), "TMP"), (sys.base_prefix, "PY")):
+        text = text.replace(folder, name)
+    return text
+
+
+def _short(error: LifeFailed) -> str:
+    """First line and the last that names an error; the whole log end goes to stderr."""
+    print(error, file=sys.stderr)
+    first, *rest = str(error).splitlines()
+    named = [line.strip() for line in rest if re.search(r"\b\w*(Error|Exception)\b", line)]
+    return f"engine life failed: {first}; {named[-1][:300] if named else 'no error in the log'}"
+
+
 @contextlib.contextmanager
 def skip_reason(into: dict[str, str], system: str) -> Iterator[None]:
     """A system that cannot run, or whose engine died, becomes its reason, never silence."""
     try:
         yield
     except Skip as error:
-        into[system] = str(error)
+        into[system] = portable(str(error))
     except LifeFailed as error:
-        into[system] = f"engine life failed: {error}"
+        into[system] = portable(_short(error))

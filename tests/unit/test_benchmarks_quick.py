@@ -93,6 +93,18 @@ def test_statistics() -> None:
 
 
 @pytest.mark.usefixtures("bench_modules")
+def test_a_failed_life_is_told_in_one_portable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    context, lives = importlib.import_module("context"), importlib.import_module("lives")
+    log = f"exit status 1\n  File {ROOT}/x.py\nImportError: no y in {ROOT}/x.py\nshutting down"
+    skipped: dict[str, str] = {}
+    with context.skip_reason(skipped, "kvoffload"):
+        raise lives.LifeFailed(log)
+    want = "engine life failed: exit status 1; ImportError: no y in ./x.py"
+    assert skipped == {"kvoffload": want}
+    assert "shutting down" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("bench_modules")
 def test_probe_times_a_load_from_alloc_to_the_output_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
