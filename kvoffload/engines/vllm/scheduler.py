@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -29,6 +28,7 @@ from kvoffload.engines.vllm.meta import (
 from kvoffload.engines.vllm.orders import Fence, load_copies
 from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, RequestState
 from kvoffload.engines.vllm.stores import AGAIN, StorePlanner
+from kvoffload.engines.vllm.telemetry import StepClock, report_levels
 from kvoffload.metrics import Payload, Recorder, is_empty
 from kvoffload.types import CacheLayout, GroupKind, LoadFailure, SlotRef, Tier
 
@@ -36,8 +36,6 @@ logger = logging.getLogger("vllm.kvoffload")
 
 STATS_S = 0.1
 """Levels and totals are exported at most this often."""
-MAX_STEPS_OUT = 8
-"""More steps than any engine has in flight."""
 LEASE_TRIES = 4
 """Where the arena has no room for a whole hit, half of it is tried, then a quarter, ..."""
 PREFILL_TOKENS = 64
@@ -102,8 +100,7 @@ class SchedulerHalf:
         self._hbm_empty: Callable[[], bool] = lambda: False
         self._weights_epoch = arena.epoch()
         self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
-        self._prefills: deque[tuple[int, float]] = deque()
-        self._last_output = float("-inf")
+        self._steps = StepClock()
         self._last_tick = float("-inf")
         self._last_stats = float("-inf")
         self._last_step = float("-inf")
@@ -329,7 +326,7 @@ class SchedulerHalf:
         if orders.loads or orders.stores or orders.fails or self._tick_due(now):
             self._tick(busy=not orders.idle)
         self._unsent.clear()  # not before: when anything above raises, these loads must be failed
-        self._prefills.append((self._prefill_tokens(output), now))
+        self._steps.built(self._prefill_tokens(output), now)
         self.metrics.scheduler_step(time.perf_counter() - began)
         return orders
 
@@ -384,16 +381,9 @@ class SchedulerHalf:
         return prompt if prompt >= PREFILL_TOKENS and 2 * prompt >= total else 0
 
     def _learn_prefill(self) -> None:
-        """One output per step, in order: a step ran from when it was built, or from when the step
-        before it ended, until now."""
-        now = self._clock()
-        if self._prefills:
-            tokens, built = self._prefills.popleft()
-            if tokens:
-                self.manager.observe_prefill(tokens, now - max(built, self._last_output))
-            if len(self._prefills) > MAX_STEPS_OUT:
-                self._prefills.clear()  # outputs went missing: pairs would be wrong
-        self._last_output = now
+        learned = self._steps.ended(self._clock())
+        if learned is not None:
+            self.manager.observe_prefill(*learned)
 
     def _answer_blindly(self, output: Any, report: WorkerReport | None) -> None:
         for request_id in output.finished_recving or ():
@@ -509,26 +499,11 @@ class SchedulerHalf:
         now = self._clock()
         if now - self._last_stats >= STATS_S:
             self._last_stats = now
-            self._levels()
+            report_levels(self.manager, self.metrics)
         for hook, count in self.guard.take_errors().items():
             self.metrics.failure(f"hook_{hook}", count)
         payload = self.metrics.take()
         return None if is_empty(payload) else payload
-
-    def _levels(self) -> None:
-        use = self.manager.levels()
-        counters = self.manager.counters
-        self.metrics.dram(use.bytes_used, use.bytes_total, use.bytes_pinned, use.slots_used)
-        nvme = None
-        if use.nvme_max:
-            nvme = {
-                "bytes_read": counters.nvme_read_bytes,
-                "bytes_written": counters.nvme_written_bytes,
-                "bytes_used": use.nvme_bytes,
-                "bytes_max": use.nvme_max,
-                "entries": use.nvme_entries,
-            }
-        self.metrics.manager(counters.as_dict(), nvme)
 
     def shutdown(self, flush_s: float) -> None:
         """Bounded flush of what was not yet written, then close the Manager."""

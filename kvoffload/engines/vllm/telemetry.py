@@ -1,0 +1,56 @@
+"""What the scheduler half learns from step times, and the levels it exports."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from kvoffload.core.manager import Manager
+from kvoffload.metrics import Recorder
+
+MAX_STEPS_OUT = 8
+"""More steps than any engine has in flight."""
+
+
+class StepClock:
+    """Pairs each step's output with when the step was built. Scheduler thread only; seconds."""
+
+    def __init__(self) -> None:
+        self._out: deque[tuple[int, float]] = deque()
+        self._last_end = float("-inf")
+
+    def built(self, prefill_tokens: int, now: float) -> None:
+        """A step was built; ``prefill_tokens`` 0 where it says nothing about prefill."""
+        self._out.append((prefill_tokens, now))
+
+    def ended(self, now: float) -> tuple[int, float] | None:
+        """A step's output arrived: (prefill tokens, seconds it ran), None when nothing is learned.
+
+        Outputs come in the order of the steps. A step ran from when it was built, or from when the
+        step before it ended, until now.
+        """
+        learned = None
+        if self._out:
+            tokens, built = self._out.popleft()
+            if tokens:
+                learned = tokens, now - max(built, self._last_end)
+            if len(self._out) > MAX_STEPS_OUT:
+                self._out.clear()  # outputs went missing: pairs would be wrong
+        self._last_end = now
+        return learned
+
+
+def report_levels(manager: Manager, metrics: Recorder) -> None:
+    """Occupancy and running totals. O(1)."""
+    use = manager.levels()
+    counters = manager.counters
+    metrics.dram(use.bytes_used, use.bytes_total, use.bytes_pinned, use.slots_used)
+    nvme = None
+    if use.nvme_max:
+        nvme = {
+            "bytes_read": counters.nvme_read_bytes,
+            "bytes_written": counters.nvme_written_bytes,
+            "bytes_used": use.nvme_bytes,
+            "bytes_max": use.nvme_max,
+            "entries": use.nvme_entries,
+        }
+    metrics.manager(counters.as_dict(), nvme)
