@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import uuid
 from collections.abc import Callable
@@ -24,6 +25,12 @@ ENGINE: Json = {
 }
 
 
+# vLLM's CPU worker leaves one core free without a connector, two with one, and none at all where
+# that would be every core: on two cores a connector's engine would compute on twice the cores.
+RESERVED_CPUS = 2 if len(os.sched_getaffinity(0)) > 2 else 1
+CORES = re.compile(r"local_rank=0, core ids=(\[[^\]]*\])")
+
+
 class LifeFailed(Exception):
     """The child ended without a result; the message holds the end of its log."""
 
@@ -41,12 +48,24 @@ class Workplace:
     timeout_s: float = 900.0
     keep_logs: Path | None = None
     progress: Callable[[str], None] = print
+    cores: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> Json:
         """What a result's ``config`` says about the engines."""
         engine = ENGINE | self.engine
         budget = {"hbm_gib": self.hbm_gib, "dram_gib": self.budget.dram_gib}
-        return {"engine": engine, "nvme_gib": self.budget.nvme_gib} | budget
+        cores = {"reserved_cpus": RESERVED_CPUS, "worker_cores": sorted(set(self.cores.values()))}
+        return {"engine": engine, "nvme_gib": self.budget.nvme_gib} | budget | cores
+
+    def same_cores(self, system: str, log: Path) -> None:
+        """Note what cores the engine computed on. Raises LifeFailed when another system had others.
+
+        Without this a change of vLLM's thread binding would pass for an effect of a connector.
+        """
+        found = CORES.search(log.read_text(errors="replace"))
+        self.cores[system] = found.group(1) if found else "not bound"
+        if len(set(self.cores.values())) > 1:
+            raise LifeFailed(f"engines ran on different cores: {self.cores}")
 
 
 @dataclass
@@ -72,6 +91,7 @@ def base_env(place: Workplace, probe: Path, system_env: dict[str, str]) -> dict[
     quiet = {
         "VLLM_CPU_KVCACHE_SPACE": str(place.hbm_gib),
         "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": str(RESERVED_CPUS),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -144,6 +164,7 @@ def run_life(
             "extra_pids": [side.server_pid] if side.server_pid else [],
         }
         raw = _child(place, side.python, base_env(place, probe, side.env), plan, here)
+    place.same_cores(system, here / "engine.log")
     result = LifeResult(raw["ready_s"], raw["ops"])
     read_probe(probe, result)
     if system != "none" and not result.probed:

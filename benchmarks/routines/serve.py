@@ -344,6 +344,7 @@ class Run:
                 after = _hits(base)
                 hits = {t: int(v - before.get(t, 0.0)) for t, v in after.items()}
                 outcomes[name] = Outcome(client.answers, wall, hits)
+        self.place.same_cores(system, here / "server.log")
         seen = LifeResult(0.0, [])
         read_probe(here / "probe", seen)
         if system != "none" and not seen.probed:

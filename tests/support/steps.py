@@ -27,6 +27,7 @@ from kvoffload.copy.base import LOAD, STORE
 from kvoffload.copy.cpu import CpuCopyEngine
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Lease, Manager, slots_needed
+from kvoffload.engines.vllm import worker as worker_module
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.worker import WorkerHalf
 from kvoffload.types import GroupLayout
@@ -50,6 +51,9 @@ from tests.support.steps_rank import (
 from tests.support.steps_sched import MiniScheduler
 from tests.support.steps_setup import MIB, Clock, FakeNamespaces, Options, cache_layout
 from tests.support.steps_types import StepOutput
+
+# A loaded machine must not turn a wait at the fence into a lost store.
+worker_module.FENCE_MS = 5000
 
 
 @dataclass

@@ -105,6 +105,19 @@ def test_a_failed_life_is_told_in_one_portable_line(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.usefixtures("bench_modules")
+def test_engines_on_different_cores_are_refused(tmp_path: Path) -> None:
+    lives, systems = importlib.import_module("lives"), importlib.import_module("systems")
+    place = lives.Workplace(tmp_path, tmp_path, {}, systems.Budget())
+    log = tmp_path / "engine.log"
+    log.write_text("INFO local_rank=0, core ids=[0]\n")
+    place.same_cores("none", log)
+    place.same_cores("native", log)
+    log.write_text("INFO local_rank=0, core ids=[0, 1]\n")
+    with pytest.raises(lives.LifeFailed, match="different cores"):
+        place.same_cores("kvoffload", log)
+
+
+@pytest.mark.usefixtures("bench_modules")
 def test_probe_times_a_load_from_alloc_to_the_output_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
