@@ -66,6 +66,8 @@ def _histogram(name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Me
     return Metric(name, Kind.HISTOGRAM, text, (), buckets)
 
 
+_STEP_TIMES = "kvoffload_scheduler_step_seconds"
+
 METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
@@ -118,7 +120,7 @@ METRICS: dict[str, Metric] = {
         _histogram("kvoffload_load_wait_seconds", "Longest wait of a load job for a slot's bytes."),
         _histogram("kvoffload_store_seconds", "Copy of one store job on one rank."),
         _histogram(
-            "kvoffload_scheduler_step_seconds",
+            _STEP_TIMES,
             "kvoffload's part of building one step's metadata.",
             STEP_SECONDS,
         ),
@@ -224,6 +226,12 @@ class Recorder:
             self._totals[series] = value
             if grown:
                 self._now["c"][series] = self._now["c"].get(series, 0) + grown
+
+    def changed(self) -> bool:
+        """Whether anything but the scheduler's step times waits to be taken."""
+        with self._lock:
+            now = self._now
+            return bool(now["c"] or now["g"] or now["h"].keys() - {_STEP_TIMES})
 
     def take(self) -> Payload:
         """What changed since the last call; the caller owns it."""

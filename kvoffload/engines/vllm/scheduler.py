@@ -495,13 +495,14 @@ class SchedulerHalf:
 
     @guarded(lambda self: None)
     def take_stats(self) -> Payload | None:
-        """Metrics since the last call, None when nothing happened."""
+        """Metrics since the last call, None when nothing happened that is worth a message."""
         now = self._clock()
-        if now - self._last_stats >= STATS_S:
-            self._last_stats = now
-            report_levels(self.manager, self.metrics)
         for hook, count in self.guard.take_errors().items():
             self.metrics.failure(f"hook_{hook}", count)
+        if now - self._last_stats < STATS_S and not self.metrics.changed():
+            return None  # a plain decode step: its own time travels with the next message
+        self._last_stats = now
+        report_levels(self.manager, self.metrics)
         payload = self.metrics.take()
         return None if is_empty(payload) else payload
 
