@@ -108,8 +108,15 @@ class WorkerReport:
     attach_error: str = ""
 
     def is_empty(self) -> bool:
-        """Nothing worth sending."""
-        return self == WorkerReport()
+        """Nothing worth sending. Asked every step: jobs leave times, so bytes need no look."""
+        return not (
+            self.load_copy_s
+            or self.store_copy_s
+            or self.bad
+            or self.failed_attempts
+            or self.hook_errors
+            or self.attach_error
+        )
 
     def merge(self, other: WorkerReport) -> WorkerReport:
         """Fold another rank's account into this one."""

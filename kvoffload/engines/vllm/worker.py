@@ -172,11 +172,13 @@ class WorkerHalf:
     def bind(self, orders: StepOrders) -> None:
         """Take this step's orders. Entering the loads cannot fail; attaching is guarded."""
         self._orders = orders
-        self._answered = {a for a in self._answered if a >= orders.low_water}
+        if self._answered:
+            self._answered = {a for a in self._answered if a >= orders.low_water}
         for order in orders.loads:
             if order.attempt not in self._answered:
                 self._running.setdefault(order.attempt, RunningLoad(order))
-        self._bind(orders)
+        if self._engine is None:
+            self._bind(orders)
 
     @guarded(lambda self, orders: None)
     def _bind(self, orders: StepOrders) -> None:
@@ -298,8 +300,8 @@ class WorkerHalf:
         return self._answer()
 
     def _collect(self) -> None:
-        if self._engine is None:
-            return
+        if self._engine is None or not (self._running or self._job_store):
+            return  # a plain decode step: nothing of ours is out
         for done in self._engine.poll():
             if done.kind == LOAD:
                 self._load_done(done)
