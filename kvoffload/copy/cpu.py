@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,34 +10,12 @@ import numpy as np
 from kvoffload import _core
 from kvoffload.copy.base import Copies, Fragment
 
-logger = logging.getLogger("vllm.kvoffload")
-
-
-@contextmanager
-def _cores_of(arena: _core.Arena) -> Iterator[None]:
-    """Threads started inside may run where the arena's process may.
-
-    vLLM binds a CPU worker's main thread to its compute cores and new threads inherit that: copies
-    would share one core with the model. The arena's creator (EngineCore) is not bound, but keeps
-    what the user allowed (taskset, cgroup).
-    """
-    mine = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, os.sched_getaffinity(int(arena.path.split("/")[2])))
-    except (OSError, ValueError, IndexError):
-        logger.debug("copy threads stay on the cores of this thread", exc_info=True)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, mine)
-
 
 class CpuCopyEngine:
     """CopyEngine over ``_core.CpuCopyPool``. 2 threads reach a small host's memory limit."""
 
     def __init__(self, arena: _core.Arena, rank: int, threads: int = 2) -> None:
-        with _cores_of(arena):
-            self._pool = _core.CpuCopyPool(arena, rank, threads)
+        self._pool = _core.CpuCopyPool(arena, rank, threads)
 
     def add_group(self, fragments: Sequence[Fragment], num_blocks: int, shard_bytes: int) -> int:
         """See CopyEngine."""

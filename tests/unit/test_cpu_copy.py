@@ -617,35 +617,3 @@ def test_many_jobs_from_many_threads() -> None:
         assert rig.kv.same(before)
     finally:
         rig.close()
-
-
-def test_copy_threads_are_not_bound_with_the_compute_thread() -> None:
-    """vLLM binds a worker's main thread to one core; the copy threads follow the arena's process."""
-    from kvoffload.copy.cpu import CpuCopyEngine
-
-    before = os.sched_getaffinity(0)
-    if len(before) < 2:
-        pytest.skip("one core")
-    own = {int(t) for t in os.listdir("/proc/self/task")}
-    arena = Arena.create(2 * MIB, 1, 1)
-    filler = multiprocessing.get_context("spawn")
-    # The arena's process keeps all cores: stand-in for EngineCore.
-    with filler.Pool(1) as pool:
-        pid = pool.apply(os.getpid)
-
-        class Named:
-            path = f"/proc/{pid}/fd/3"
-
-        from kvoffload.copy.cpu import _cores_of
-
-        os.sched_setaffinity(0, {min(before)})
-        try:
-            with _cores_of(Named()):  # type: ignore[arg-type]
-                assert os.sched_getaffinity(0) == before
-            assert os.sched_getaffinity(0) == {min(before)}
-            engine = CpuCopyEngine(arena, 0)
-        finally:
-            os.sched_setaffinity(0, before)
-    assert {int(t) for t in os.listdir("/proc/self/task")} > own
-    engine.close()
-    arena.close()
