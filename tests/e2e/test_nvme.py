@@ -1,6 +1,7 @@
 """NVMe under a real engine: restart, kill -9, damaged files, a full disk, other weights.
 
-Each life is a new engine on the same directory. Oracle: tokens and fp32 logprobs of a life without
+Each life is a new engine on the same directory, in the order of the numbers: a later test needs what
+the earlier ones left there (choose a whole prefix with -k, not single ones). Oracle: tokens and fp32 logprobs of a life without
 kvoffload (the KV-sensitive model).
 """
 
