@@ -1,6 +1,7 @@
 """An exception of ours in any hook: requests get the right tokens, the engine lives, counters tell.
 
-Each engine has its faults planted at start. A fraction is the share of calls that fail, -1 all.
+Each engine has its faults planted at start. A fraction: the first call and that
+share of the others fail; -1: all.
 """
 
 from __future__ import annotations
@@ -89,9 +90,7 @@ def test_each_hook_fails_now_and_then() -> None:
     plan = {f"scheduler__{h}": 0.2 for h in SCHEDULER} | {f"worker__{h}": 0.2 for h in WORKER}
     with _engine(**plan) as life:
         _work(life, rounds=4)
-        never = {h for h in (*SCHEDULER, *WORKER) if not _failures(life, h)}
-        # Some are called too seldom for a share of the calls to be certain.
-        assert never <= {"reset_cache", "has_pending_push_work", "take_stats"}
+        assert not [h for h in (*SCHEDULER, *WORKER) if not _failures(life, h)]
         assert total(life.metrics(), "kvoffload_loaded_tokens_total") > 0
         assert total(life.metrics(), "kvoffload_failed_loads_total") > 0
 

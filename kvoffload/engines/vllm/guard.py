@@ -7,7 +7,7 @@ own: see the table in docs/request-lifecycle.md.
 
 Tests plant exceptions with the environment variable ``KVOFFLOAD_TEST_FAULTS`` (JSON:
 ``{"role.hook": n}`` raises on the first n calls of the hook, -1 on every call, a fraction below 1
-on that share of the calls, in an order that is the same in every run). The same variable carries
+on the first call and then on that share, the same calls in every run). The same variable carries
 the worker's faults that are no hooks: ``worker.copy_fail_every`` and ``worker.copy_fail_rank``,
 ``worker.corrupt_every``.
 """
@@ -39,16 +39,24 @@ class HookGuard:
         self._logged: set[tuple[str, str]] = set()
         planted = os.environ.get("KVOFFLOAD_TEST_FAULTS")
         self._faults: dict[str, float] = json.loads(planted) if planted else {}
-        self._draw = random.Random(role)
+        self._draws: dict[str, random.Random] = {}
 
     def maybe_fault(self, hook: str) -> None:
         """Raise a planted fault, if one is due."""
         left = self._faults.get(f"{self.role}.{hook}", 0)
-        if not left or (0 < left < 1 and self._draw.random() >= left):
+        if not left or (0 < left < 1 and not self._drawn(hook, left)):
             return
         if left >= 1:
             self._faults[f"{self.role}.{hook}"] = left - 1
         raise InjectedFault(f"planted in {self.role}.{hook}")
+
+    def _drawn(self, hook: str, share: float) -> bool:
+        # The first call always: some hooks run once or twice in an engine's life.
+        draw = self._draws.get(hook)
+        if draw is None:
+            self._draws[hook] = random.Random(f"{self.role}.{hook}")
+            return True
+        return draw.random() < share
 
     def planted(self, fault: str, default: int = 0) -> int:
         """Value of a planted fault that is no hook."""
