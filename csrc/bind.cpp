@@ -305,11 +305,12 @@ void bind_copy(py::module_& m) {
 
     using Pool = CpuCopyPool;
     py::class_<Pool>(m, "CpuCopyPool")
-        .def(py::init([](const PyArena& arena, uint32_t rank, unsigned threads, bool nt_stores) {
+        .def(py::init([](const PyArena& arena, uint32_t rank, unsigned threads, bool nt_stores,
+                         int nice) {
                  return std::make_unique<Pool>(arena.get(), rank, threads,
-                                               CopyOptions{nt_stores, nt_stores});
+                                               CopyOptions{nt_stores, nt_stores, nice});
              }),
-             "arena"_a, "rank"_a, "threads"_a = 2, "nt_stores"_a = true)
+             "arena"_a, "rank"_a, "threads"_a = 2, "nt_stores"_a = true, "nice"_a = 0)
         .def(
             "add_group",
             [](Pool& p, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& fragments,

@@ -104,8 +104,8 @@ std::string isa() {
     return isa_now().name;
 }
 
-void nt_copy(void* dst, const void* src, size_t n) {
-    isa_now().nt_copy(dst, src, n);
+void nt_copy(void* dst, const void* src, size_t n, size_t ahead) {
+    isa_now().nt_copy(dst, src, n, ahead);
 }
 
 void store_fence() {

@@ -60,10 +60,12 @@ struct CopyItems {
     uint32_t blocks = 0;
 };
 
-// nt: non-temporal stores into slots (store) respectively into blocks (load).
+// nt: non-temporal stores into slots (store) respectively into blocks (load). nice: added to the
+// threads' nice value, so that background copies give way to the model.
 struct CopyOptions {
     bool nt_store = true;
     bool nt_load = true;
+    int nice = 0;
 };
 
 class CpuCopyPool {

@@ -1,5 +1,7 @@
 // The copy pool's threads: which item next, and what its outcome does to the job.
 #include <pthread.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -22,6 +24,7 @@ constexpr int64_t kPollNs = 1'000'000;
 
 void CpuCopyPool::run(unsigned index) {
     pthread_setname_np(pthread_self(), ("kvo-copy-" + std::to_string(index)).c_str());
+    if (options_.nice) setpriority(PRIO_PROCESS, id_t(gettid()), options_.nice);  // this thread's
     alignas(64) uint8_t bounce[kLeafBytes];
     std::unique_lock lock(mu_);
     for (;;) {

@@ -10,7 +10,7 @@ namespace kvo {
 struct IsaKernels {
     const char* name;
     uint64_t (*hash)(const void* data, size_t n, uint64_t seed);
-    void (*nt_copy)(void* dst, const void* src, size_t n);
+    void (*nt_copy)(void* dst, const void* src, size_t n, size_t ahead);
 };
 
 extern const IsaKernels kIsaBase;

@@ -122,8 +122,14 @@ class CpuCopyPool:
     """
 
     def __init__(
-        self, arena: Arena, rank: int, threads: int = 2, nt_stores: bool = True
-    ) -> None: ...
+        self,
+        arena: Arena,
+        rank: int,
+        threads: int = 2,
+        nt_stores: bool = True,
+        nice: int = 0,
+    ) -> None:
+        """The threads inherit the caller's cores; ``nice`` is their nice value."""
     def add_group(
         self, fragments: Sequence[tuple[int, int, int]], num_blocks: int, shard_bytes: int
     ) -> int:

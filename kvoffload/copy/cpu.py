@@ -1,8 +1,15 @@
-"""CPU copy engine: native threads, verification fused with the copy. See csrc/copy.cpp."""
+"""CPU copy engine: native threads, verification fused with the copy. See csrc/copy.cpp.
+
+Two pools, as a GPU has two streams: loads, for which a request waits, run at the worker's priority;
+stores, for which nobody waits, give way to the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,22 +17,49 @@ import numpy as np
 from kvoffload import _core
 from kvoffload.copy.base import Copies, Fragment
 
+logger = logging.getLogger("vllm.kvoffload")
+
+STORE_NICE = 10
+"""A tenth of the model's weight where both want one core (sched_prio_to_weight: 110 to 1024)."""
+
+
+@contextmanager
+def _cores_of(arena: _core.Arena) -> Iterator[None]:
+    """Threads started inside may run where the arena's process may.
+
+    vLLM binds a CPU worker's main thread to its compute cores and new threads inherit that: copies
+    would share those with the model. The arena's creator (EngineCore) is not bound, but keeps what
+    the user allowed (taskset, cgroup). docs/decisions/0005 has the measurement.
+    """
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, os.sched_getaffinity(int(arena.path.split("/")[2])))
+    except (OSError, ValueError, IndexError):
+        logger.debug("copy threads stay on the cores of this thread", exc_info=True)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
+
 
 class CpuCopyEngine:
-    """CopyEngine over ``_core.CpuCopyPool``. 2 threads reach a small host's memory limit."""
+    """CopyEngine over two ``_core.CpuCopyPool``. 2 threads reach a small host's memory limit."""
 
     def __init__(self, arena: _core.Arena, rank: int, threads: int = 2) -> None:
-        self._pool = _core.CpuCopyPool(arena, rank, threads)
+        with _cores_of(arena):
+            self._loads = _core.CpuCopyPool(arena, rank, threads)
+            self._stores = _core.CpuCopyPool(arena, rank, threads, nice=STORE_NICE)
 
     def add_group(self, fragments: Sequence[Fragment], num_blocks: int, shard_bytes: int) -> int:
         """See CopyEngine."""
-        return self._pool.add_group(
-            [(f.base, f.stride, f.nbytes) for f in fragments], num_blocks, shard_bytes
-        )
+        runs = [(f.base, f.stride, f.nbytes) for f in fragments]
+        group = self._loads.add_group(runs, num_blocks, shard_bytes)
+        assert self._stores.add_group(runs, num_blocks, shard_bytes) == group
+        return group
 
     def submit_store(self, job: int, group: int, copies: Copies, shard_offset: int) -> None:
         """See CopyEngine. The forward is synchronous on CPU: the bytes are there."""
-        self._pool.submit_store(
+        self._stores.submit_store(
             job,
             group,
             copies.slots,
@@ -39,7 +73,7 @@ class CpuCopyEngine:
         self, job: int, group: int, copies: Copies, shard_offset: int, deadline_ms: int
     ) -> None:
         """See CopyEngine."""
-        self._pool.submit_load(
+        self._loads.submit_load(
             job,
             group,
             copies.slots,
@@ -52,20 +86,22 @@ class CpuCopyEngine:
 
     def cancel(self, job: int) -> None:
         """See CopyEngine."""
-        self._pool.cancel(job)
+        self._loads.cancel(job)
+        self._stores.cancel(job)
 
     def poll(self) -> list[Any]:
         """See CopyEngine."""
-        return list(self._pool.poll())
+        return [*self._loads.poll(), *self._stores.poll()]
 
     def wait(self, job: int, timeout_ms: int) -> bool:
-        """See CopyEngine."""
-        return self._pool.wait(job, timeout_ms)
+        """See CopyEngine. A pool that does not know the job answers at once."""
+        return self._loads.wait(job, timeout_ms) and self._stores.wait(job, timeout_ms)
 
     def inject(self, fail_every: int) -> None:
         """Test hook: every n-th load item fails; 0 turns it off."""
-        self._pool.inject(fail_every)
+        self._loads.inject(fail_every)
 
     def close(self) -> None:
         """See CopyEngine."""
-        self._pool.close()
+        self._loads.close()
+        self._stores.close()

@@ -312,7 +312,7 @@ def no_generation_check_and_no_checksum(patch: Patch) -> None:
     def submit_load(
         self: Any, job: int, group: int, copies: Any, shard_offset: int, deadline_ms: int
     ) -> None:
-        self._pool.submit_load(
+        self._loads.submit_load(
             job, group, copies.slots, copies.generations,
             copies.offsets + np.uint64(shard_offset), copies.keys, copies.block_ids,
             deadline_ms, False,

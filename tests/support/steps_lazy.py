@@ -100,7 +100,7 @@ class LazyEngine:
 
     def inject(self, every: int) -> None:
         """Every n-th chunk load fails; 0 turns it off."""
-        self.inner._pool.inject(every)
+        self.inner.inject(every)
 
 
 def refuse_nth(kind: int, nth: int) -> Callable[[int], bool]:

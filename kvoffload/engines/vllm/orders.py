@@ -6,25 +6,34 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvoffload.core.manager import Lease, LeaseItem, StoreItem
-from kvoffload.engines.vllm.meta import ChunkCopies, LoadOrder, StoreOrder
+from kvoffload.engines.vllm.meta import I32, ChunkCopies, LoadOrder, StoreOrder
 from kvoffload.types import CacheLayout, GroupLayout, SlotState
 
 BlockTables = Sequence[Sequence[int]]
 
 
 def _copies(
-    group: GroupLayout, items: Sequence[LeaseItem] | Sequence[StoreItem], rows: list[list[int]]
+    group: GroupLayout, items: Sequence[LeaseItem] | Sequence[StoreItem], ids: I32
 ) -> ChunkCopies:
     return ChunkCopies(
         group=group.group,
         slots=np.asarray([i.ref.slot for i in items], np.uint32),
         generations=np.asarray([i.ref.generation for i in items], np.uint64),
         offsets=np.asarray([i.ref.offset for i in items], np.uint64),
-        keys=b"".join(i.key for i in items),
-        block_ids=np.asarray(rows, np.int32).reshape(len(items), group.blocks_per_chunk),
+        keys=b"".join([i.key for i in items]),
+        block_ids=ids,
     )
+
+
+def _block_index(
+    group: GroupLayout, items: Sequence[LeaseItem] | Sequence[StoreItem]
+) -> npt.NDArray[np.int64]:
+    """Position in the block table of every block of the items' chunks: (items, blocks)."""
+    n = group.blocks_per_chunk
+    return np.asarray([i.chunk for i in items], np.int64)[:, None] * n + np.arange(n)
 
 
 def load_copies(
@@ -35,37 +44,31 @@ def load_copies(
     out = []
     for group in layout.groups:
         items = [i for i in lease.items if i.group == group.group]
-        rows, used = [], []
-        for item in items:
-            row = []
-            for b in range(group.blocks_per_chunk):
-                block = item.chunk * group.blocks_per_chunk + b
-                token = block * group.block_tokens
-                wanted = token >= start and token + group.block_tokens <= end
-                table = tables[group.group]
-                block_id = int(table[block]) if wanted and block < len(table) else 0
-                row.append(block_id if block_id > 0 else -1)
-            if any(b >= 0 for b in row):
-                rows.append(row)
-                used.append(item)
-        if used:
-            out.append(_copies(group, used, rows))
+        table = np.asarray(tables[group.group], np.int32)
+        if not items or not len(table):
+            continue
+        index = _block_index(group, items)
+        token = index * group.block_tokens
+        wanted = (token >= start) & (token + group.block_tokens <= end) & (index < len(table))
+        ids = np.where(wanted, table[np.minimum(index, len(table) - 1)], -1)
+        ids = np.where(ids > 0, ids, -1).astype(np.int32)
+        used = (ids >= 0).any(axis=1)
+        if used.any():
+            some = [item for item, yes in zip(items, used.tolist(), strict=True) if yes]
+            out.append(_copies(group, some, np.ascontiguousarray(ids[used])))
     return out
 
 
 def store_copies(
     layout: CacheLayout, items: Sequence[StoreItem], tables: BlockTables
 ) -> list[ChunkCopies]:
-    """All blocks of the given complete chunks, by group."""
+    """All blocks of the given complete chunks, by group. IndexError where the table is shorter."""
     out = []
     for group in layout.groups:
         mine = [i for i in items if i.group == group.group]
         if mine:
-            n = group.blocks_per_chunk
-            rows = [
-                [int(b) for b in tables[group.group][i.chunk * n : (i.chunk + 1) * n]] for i in mine
-            ]
-            out.append(_copies(group, mine, rows))
+            table = np.asarray(tables[group.group], np.int32)
+            out.append(_copies(group, mine, table[_block_index(group, mine)]))
     return out
 
 
@@ -86,7 +89,7 @@ class Fence:
 
     def add(self, order: StoreOrder) -> None:
         """Enter a store that the workers will run in this step."""
-        blocks = frozenset(int(b) for c in order.copies for b in c.block_ids.ravel())
+        blocks = frozenset(b for c in order.copies for b in c.block_ids.ravel().tolist())
         slots = np.concatenate([c.slots for c in order.copies])
         generations = np.concatenate([c.generations for c in order.copies])
         self._pending[order.store] = (blocks, slots, generations)
@@ -129,7 +132,7 @@ class Fence:
         self._noted = set()
         for order in loads:
             for copies in order.copies:
-                fresh.update(int(b) for b in copies.block_ids.ravel() if b >= 0)
+                fresh.update(copies.block_ids[copies.block_ids >= 0].tolist())
         if not fresh:
             return []
         self._prune()

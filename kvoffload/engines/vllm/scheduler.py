@@ -236,7 +236,7 @@ class SchedulerHalf:
         self._committed(state)
         copies = load_copies(self.layout, held.lease, block_ids, held.start, end)
         self._load_blocks[attempt.attempt] = [
-            int(b) for c in copies for b in c.block_ids.ravel() if b >= 0
+            block for c in copies for block in c.block_ids[c.block_ids >= 0].tolist()
         ]
         order = LoadOrder(attempt.attempt, state.request_id, self.config.load_deadline_ms, copies)
         state.hit_sources = self._sources(held, end)

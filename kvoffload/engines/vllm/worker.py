@@ -53,7 +53,9 @@ class RunningLoad:
 
     def all_blocks(self) -> set[int]:
         """Every block the attempt was to fill."""
-        return {int(b) for c in self.order.copies for b in c.block_ids.ravel() if b >= 0}
+        return {
+            block for c in self.order.copies for block in c.block_ids[c.block_ids >= 0].tolist()
+        }
 
 
 @dataclass(slots=True)
