@@ -18,7 +18,7 @@ from kvoffload.errors import ConfigError
 from kvoffload.types import CacheLayout, GroupKind, GroupLayout
 
 CHUNK_TARGET_BYTES = 1 << 20
-CHUNK_MAX_TOKENS = 256
+CHUNK_MAX_TOKENS = 128
 MAX_RUNS_PER_BLOCK = 65536
 
 
@@ -190,7 +190,7 @@ def fingerprint(tensors: Sequence[TensorSpec], num_blocks: int) -> bytes:
 def choose_blocks_per_chunk(
     block_bytes_all_shards: int, block_tokens: int, kind: GroupKind, chunk_tokens: int | None = None
 ) -> int:
-    """Blocks per chunk: the fewest that make 1 MiB, at most 256 tokens, at least one block.
+    """Blocks per chunk: the fewest that make 1 MiB, at most 128 tokens, at least one block.
 
     SLIDING groups always use one block, because their blocks leave the window one by one. An
     explicit ``chunk_tokens`` wins elsewhere; ConfigError when it is not a positive multiple of the

@@ -17,8 +17,8 @@ def prompt(seed: int, tokens: int) -> list[int]:
 
 
 def connector(**extra: Any) -> dict[str, Any]:
-    """The one flag, with extra keys."""
-    config = {"dram_gib": 0.25, **extra}
+    """The one flag, with extra keys. Two CPU blocks a chunk: more can go wrong than with one."""
+    config = {"dram_gib": 0.25, "chunk_tokens": 256, **extra}
     return {
         "kv_connector": "KVOffloadConnector",
         "kv_role": "kv_both",

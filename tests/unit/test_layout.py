@@ -156,8 +156,8 @@ def test_fingerprint_sees_geometry_and_not_addresses_or_block_counts() -> None:
         (1 << 20, 16, GroupKind.FULL, None, 1),
         ((1 << 20) - 1, 16, GroupKind.FULL, None, 2),
         (1 << 18, 16, GroupKind.FULL, None, 4),
-        (1 << 10, 16, GroupKind.FULL, None, 16),  # 256 tokens
-        (1 << 10, 128, GroupKind.FULL, None, 2),
+        (1 << 10, 16, GroupKind.FULL, None, 8),  # 128 tokens
+        (1 << 10, 64, GroupKind.FULL, None, 2),
         (1 << 10, 512, GroupKind.FULL, None, 1),
         (1 << 10, 16, GroupKind.FULL, 64, 4),
         (1 << 10, 16, GroupKind.SLIDING, None, 1),
