@@ -17,7 +17,7 @@ import pytest
 from kvoffload import _core
 from kvoffload.copy.cpu import CpuCopyEngine
 from kvoffload.core.loads import LoadTable
-from kvoffload.engines.vllm import orders, scheduler, stores, worker
+from kvoffload.engines.vllm import loads, orders, scheduler, stores, worker
 from kvoffload.types import LoadFailure, SlotRef
 from tests.support.steps import MiniEngine, Options, tokens
 from tests.support.steps_blocks import GroupSpec, Status
@@ -270,7 +270,7 @@ def writes_hbm_hits(patch: Patch) -> None:
     def copies(layout: Any, lease: Any, tables: Any, start: int, end: int) -> Any:
         return real(layout, lease, tables, start - start % layout.groups[0].chunk_tokens, end)
 
-    patch.setattr(scheduler, "load_copies", copies)
+    patch.setattr(loads, "load_copies", copies)
 
 
 def one_shard_for_all(patch: Patch) -> None:

@@ -397,11 +397,11 @@ class MiniEngine:
         self.aggregator.check_idle()
         assert not self.scheduler.requests and not self.scheduler.deferred_frees
         assert self.pool.free_blocks == self.pool.num_blocks - 1, "HBM blocks leaked"
-        assert len(half._loads) == 0 and not half._load_blocks and not half._unsent
+        assert half._loads.is_empty()
         assert self.manager.store_inflight() == 0
         if not self.leaks_allowed:
             assert not half._states, "requests never forgotten"
-            assert not half._loads._banned, "bans outlive their requests"
+            assert not half._loads._table._banned, "bans outlive their requests"
         for rank in self.ranks:
             assert not rank.half._running
         for engine in self.engines:

@@ -14,23 +14,17 @@ from typing import Any, Protocol
 
 from kvoffload.config import Config
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.loads import Attempt, LoadTable
 from kvoffload.core.manager import Lease, Manager
 from kvoffload.engines.vllm.attach import AttachWatch
 from kvoffload.engines.vllm.guard import HookGuard, guarded
-from kvoffload.engines.vllm.meta import (
-    ArenaAddress,
-    FailOrder,
-    LoadOrder,
-    StepOrders,
-    WorkerReport,
-)
-from kvoffload.engines.vllm.orders import Fence, load_copies
+from kvoffload.engines.vllm.loads import Loads
+from kvoffload.engines.vllm.meta import ArenaAddress, StepOrders, WorkerReport
+from kvoffload.engines.vllm.orders import Fence
 from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, RequestState
-from kvoffload.engines.vllm.stores import AGAIN, StorePlanner
+from kvoffload.engines.vllm.stores import StorePlanner
 from kvoffload.engines.vllm.telemetry import StepClock, report_levels
 from kvoffload.metrics import Payload, Recorder, is_empty
-from kvoffload.types import CacheLayout, GroupKind, LoadFailure, SlotRef, Tier
+from kvoffload.types import CacheLayout, GroupKind, Tier
 
 logger = logging.getLogger("vllm.kvoffload")
 
@@ -86,10 +80,16 @@ class SchedulerHalf:
         self._serve = serve
         self._eagle = eagle
         self._clock = clock
-        self._loads = LoadTable()
-        self._load_blocks: dict[int, list[int]] = {}
-        self._unsent: list[LoadOrder] = []
         self._states: dict[str, RequestState] = {}
+        self._loads = Loads(
+            layout,
+            manager,
+            self.metrics,
+            self.guard,
+            self._states,
+            config.load_deadline_ms,
+            clock,
+        )
         self._leased: dict[str, RequestState] = {}  # those with a provisional lease
         self._fence = Fence(arena, layout)
         self._stores = StorePlanner(layout, manager, self._fence, self.guard, eagle=eagle)
@@ -195,10 +195,7 @@ class SchedulerHalf:
     def _drop_provisional(self, state: RequestState) -> None:
         if state.provisional is not None:
             self.manager.release(state.provisional.lease.id)
-        self._committed(state)
-
-    def _committed(self, state: RequestState) -> None:
-        state.provisional = None
+            state.provisional = None
         self._leased.pop(state.request_id, None)
 
     # ---------------------------------------------------------------- allocation -> load order
@@ -210,7 +207,8 @@ class SchedulerHalf:
             self._commit(request, blocks.get_block_ids(), num_external)
         except Exception as exc:
             self.guard.record("update_state_after_alloc", exc)
-            self._commit_failed(request, num_external)
+            if num_external > 0:
+                self._loads.commit_failed(request, num_external)
 
     def _commit(self, request: Any, block_ids: Any, num_external: int) -> None:
         state = self._state(request)
@@ -218,56 +216,13 @@ class SchedulerHalf:
         if num_external <= 0:
             # Not chosen, nothing to load, or the second call after an async load.
             self._fence.note(block_ids)
-            if self._loads.get(state.request_id) is None:
+            if not self._loads.outstanding(state.request_id):
                 self._drop_provisional(state)
             return
         if held is None:
             raise RuntimeError(f"load of {num_external} tokens without a lease")
-        end = min(held.end, held.start + num_external)
-        now = self._clock()
-        attempt = self._loads.open(
-            state.request_id,
-            held.lease,
-            held.start,
-            end,
-            now,
-            self.config.load_deadline_ms / 1000.0,
-        )
-        self._committed(state)
-        copies = load_copies(self.layout, held.lease, block_ids, held.start, end)
-        self._load_blocks[attempt.attempt] = [
-            block for c in copies for block in c.block_ids[c.block_ids >= 0].tolist()
-        ]
-        order = LoadOrder(attempt.attempt, state.request_id, self.config.load_deadline_ms, copies)
-        state.hit_sources = self._sources(held, end)
-        self.metrics.hit({t: n for t, n in state.hit_sources.items() if n})
-        self._unsent.append(order)
-
-    def _sources(self, held: ProvisionalLease, end: int) -> dict[Tier, int]:
-        total = end - held.start
-        nvme = min(total, held.lease.tokens_by_tier.get(Tier.NVME, 0))
-        return {Tier.DRAM: total - nvme, Tier.NVME: nvme}
-
-    def _commit_failed(self, request: Any, num_external: int) -> None:
-        """vLLM will park the request: make sure that an attempt exists and is failed at once."""
-        if num_external <= 0:
-            return
-        request_id = str(request.request_id)
-        state = self._states.get(request_id)
-        attempt = self._loads.get(request_id)
-        if attempt is None:
-            lease = Lease(0, request_id, (), {})
-            if state is not None and state.provisional is not None:
-                lease, state.provisional = state.provisional.lease, None
-            start = int(getattr(request, "num_computed_tokens", 0))
-            attempt = self._loads.open(
-                request_id, lease, start, start + num_external, self._clock(), 0.0
-            )
-        self._unsent = [o for o in self._unsent if o.attempt != attempt.attempt]
-        # No blocks named: the ranks answer with failed_recving. The request's blocks include those
-        # of its HBM hit, which running requests share; naming them makes vLLM truncate those too.
-        self._load_blocks[attempt.attempt] = []
-        attempt.next_order = 0.0
+        self._loads.commit(state, held, block_ids, num_external)
+        self._leased.pop(state.request_id, None)
 
     def hit_sources(self, request: Any, num_external: int) -> dict[Tier, int] | None:
         """Tokens by tier of the load just ordered, None when they do not add up."""
@@ -286,17 +241,12 @@ class SchedulerHalf:
             return self._build(output)
         except Exception as exc:
             self.guard.record("build_connector_meta", exc)
-        for order in self._unsent:
-            attempt = self._loads.get(order.request_id)
-            if attempt is not None:
-                attempt.next_order = 0.0
-        self._unsent.clear()
         return StepOrders(
             arena=self._address(),
             idle=False,
             low_water=self._loads.low_water(),
             fence=self._fence.all_pending(),
-            fails=[self._fail_order(a) for a in self._loads.due(self._clock())],
+            fails=self._loads.fail_unsent(self._clock()),
         )
 
     def _build(self, output: Any) -> StepOrders:
@@ -308,15 +258,8 @@ class SchedulerHalf:
             arena=self._address(),
             idle=not output.num_scheduled_tokens,
             low_water=self._loads.low_water(),
-            loads=list(self._unsent),
         )
-        for order in orders.loads:
-            attempt = self._loads.get(order.request_id)
-            if attempt is not None:
-                attempt.sent = True
-        orders.fails = [self._fail_order(a) for a in self._loads.due(now)]
-        failing = {f.attempt for f in orders.fails}
-        orders.loads = [o for o in orders.loads if o.attempt not in failing]
+        orders.loads, orders.fails = self._loads.orders(now)
         spoiled = self._fence.spoil(output)
         if spoiled:
             self.metrics.failure("store_source_reused", spoiled)
@@ -325,7 +268,7 @@ class SchedulerHalf:
             orders.stores = self._stores.orders(output, self._states, self._chain)
         if orders.loads or orders.stores or orders.fails or self._tick_due(now):
             self._tick(busy=not orders.idle)
-        self._unsent.clear()  # not before: when anything above raises, these loads must be failed
+        self._loads.sent()  # not before: when anything above raises, these loads must be failed
         self._steps.built(self._prefill_tokens(output), now)
         self.metrics.scheduler_step(time.perf_counter() - began)
         return orders
@@ -349,11 +292,6 @@ class SchedulerHalf:
     def _address(self) -> ArenaAddress | None:
         return None if self._attach.done() else ArenaAddress(self.arena.path, self.arena.inode)
 
-    def _fail_order(self, attempt: Attempt) -> FailOrder:
-        return FailOrder(
-            attempt.attempt, attempt.request_id, self._load_blocks.get(attempt.attempt, [])
-        )
-
     def _expire_leases(self, now: float) -> None:
         for state in list(self._leased.values()):
             if state.provisional is None or state.provisional.expires <= now:
@@ -361,13 +299,13 @@ class SchedulerHalf:
 
     # ---------------------------------------------------------------- answers
 
-    @guarded(lambda self, output, report=None: self._answer_blindly(output, report))
+    @guarded(lambda self, output, report=None: self._loads.answer_blindly(output, report))
     def update_connector_output(self, output: Any, report: WorkerReport | None = None) -> None:
         """Take the ranks' answers: finish attempts, drop bad chunks, feed the rates."""
         self._learn_prefill()
         if report is not None:
-            self._take_report(report)
-        self._answer(output)
+            self._loads.take_report(report)
+        self._loads.answer(output)
 
     def _prefill_tokens(self, output: Any) -> int:
         """Prompt tokens of a step, 0 where they are few or not most of it."""
@@ -384,64 +322,6 @@ class SchedulerHalf:
         learned = self._steps.ended(self._clock())
         if learned is not None:
             self.manager.observe_prefill(*learned)
-
-    def _answer_blindly(self, output: Any, report: WorkerReport | None) -> None:
-        for request_id in output.finished_recving or ():
-            attempt = self._loads.answer(request_id, failed=True)
-            if attempt is not None:
-                self._finish(attempt)
-        if report is not None:
-            try:  # bad chunks must go and the ranks' failures be counted
-                self._take_report(report)
-            except Exception as exc:
-                self.guard.record("update_connector_output.report", exc)
-
-    def _answer(self, output: Any) -> None:
-        failed_requests = set(output.failed_recving or ())
-        invalid = set(output.invalid_block_ids or ())
-        for attempt in self._loads if invalid else ():
-            # With several ranks one may report its failure steps before the last one answers.
-            if not invalid.isdisjoint(self._load_blocks.get(attempt.attempt, ())):
-                attempt.failed = True
-        for request_id in output.finished_recving or ():
-            answered = self._loads.answer(request_id, failed=request_id in failed_requests)
-            if answered is not None:
-                self._finish(answered)
-
-    def _finish(self, attempt: Attempt) -> None:
-        self._load_blocks.pop(attempt.attempt, None)
-        if attempt.request_id not in self._states:
-            self._loads.forget(attempt.request_id)  # aborted while loading: no ban to keep
-        self.manager.release(attempt.lease.id)
-        seconds = self._clock() - attempt.opened
-        if attempt.failed:
-            # Take in what else of this load is bad, so that the recomputed chunks are stored anew.
-            self.manager.poll()
-            state = self._states.get(attempt.request_id)
-            if state is not None:
-                state.again = AGAIN
-            self.metrics.load_failed_request()
-        else:
-            self.metrics.load_done(seconds, attempt.end - attempt.start)
-
-    def _take_report(self, report: WorkerReport) -> None:
-        self.metrics.worker(report)
-        if report.rate_s:
-            # One rank's rate times the shards that move side by side.
-            shards = max(g.shards for g in self.layout.groups)
-            self.manager.observe_load(Tier.DRAM, report.rate_bytes * shards, report.rate_s)
-        blamed = {bad.attempt for bad in report.bad}  # counted by chunk
-        for attempt_id, reason in report.failed_attempts.items():
-            attempt = self._loads.find(attempt_id)
-            if attempt is not None:
-                attempt.failed = True
-            by_chunk = reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST)
-            if not by_chunk and attempt_id not in blamed:
-                self.metrics.failure(reason.value)
-        for bad in report.bad:
-            if bad.reason in (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST, LoadFailure.DEADLINE):
-                ref = SlotRef(bad.slot, bad.generation, bad.offset)
-                self.manager.slot_failed(ref, bad.reason)
 
     @guarded(lambda self, request: self._forget(request))
     def request_finished(self, request: Any) -> None:
@@ -489,7 +369,7 @@ class SchedulerHalf:
             state.stored = 0
             if int(state.request.num_computed_tokens) > 0:
                 state.tainted = True
-        self._loads.fail_all(self._clock())
+        self._loads.fail_all()
         self.manager.reset()
         self.metrics.reset_epoch()
 
@@ -517,8 +397,6 @@ class SchedulerHalf:
         """Raise AssertionError on a broken invariant."""
         self._loads.check()
         self.manager.check()
-        for attempt in self._loads:
-            assert attempt.attempt in self._load_blocks, "attempt without its blocks"
 
     # ---------------------------------------------------------------- small helpers
 

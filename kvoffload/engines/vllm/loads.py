@@ -1,0 +1,216 @@
+"""The scheduler half's outstanding loads: orders out, answers in. Scheduler thread only.
+
+Every attempt entered here is answered exactly once by the ranks (core/loads.py); what an answer
+means for tiers, requests and metrics is decided here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kvoffload.core.loads import Attempt, LoadTable
+from kvoffload.core.manager import Lease, Manager
+from kvoffload.engines.vllm.guard import HookGuard
+from kvoffload.engines.vllm.meta import FailOrder, LoadOrder, WorkerReport
+from kvoffload.engines.vllm.orders import BlockTables, load_copies
+from kvoffload.engines.vllm.requests import ProvisionalLease, RequestState
+from kvoffload.engines.vllm.stores import AGAIN
+from kvoffload.metrics import Recorder
+from kvoffload.types import CacheLayout, LoadFailure, SlotRef, Tier
+
+logger = logging.getLogger("vllm.kvoffload")
+
+_BAD_BYTES = (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST)
+
+
+class Loads:
+    """One per scheduler half. ``states`` is the half's table of live requests, shared and read."""
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        manager: Manager,
+        metrics: Recorder,
+        guard: HookGuard,
+        states: Mapping[str, RequestState],
+        deadline_ms: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._layout = layout
+        self._manager = manager
+        self._metrics = metrics
+        self._guard = guard
+        self._states = states
+        self._deadline_ms = deadline_ms
+        self._clock = clock
+        self._table = LoadTable()
+        self._blocks: dict[int, list[int]] = {}  # that an attempt was to fill
+        self._unsent: list[LoadOrder] = []
+
+    def is_banned(self, request_id: str) -> bool:
+        """A load of this request failed before: it is never offered one again."""
+        return self._table.is_banned(request_id)
+
+    def outstanding(self, request_id: str) -> bool:
+        """Whether the request waits for a load."""
+        return self._table.get(request_id) is not None
+
+    def low_water(self) -> int:
+        """See LoadTable."""
+        return self._table.low_water()
+
+    # ---------------------------------------------------------------- orders
+
+    def commit(
+        self, state: RequestState, held: ProvisionalLease, tables: BlockTables, num_external: int
+    ) -> None:
+        """Enter the attempt that fills ``num_external`` tokens; ordered with the next step."""
+        end = min(held.end, held.start + num_external)
+        attempt = self._table.open(
+            state.request_id,
+            held.lease,
+            held.start,
+            end,
+            self._clock(),
+            self._deadline_ms / 1000.0,
+        )
+        state.provisional = None  # the attempt owns the lease, whatever breaks below
+        copies = load_copies(self._layout, held.lease, tables, held.start, end)
+        self._blocks[attempt.attempt] = [
+            block for c in copies for block in c.block_ids[c.block_ids >= 0].tolist()
+        ]
+        self._unsent.append(LoadOrder(attempt.attempt, state.request_id, self._deadline_ms, copies))
+        total = end - held.start
+        nvme = min(total, held.lease.tokens_by_tier.get(Tier.NVME, 0))
+        state.hit_sources = {Tier.DRAM: total - nvme, Tier.NVME: nvme}
+        self._metrics.hit({t: n for t, n in state.hit_sources.items() if n})
+
+    def commit_failed(self, request: Any, num_external: int) -> None:
+        """vLLM will park the request: make sure that an attempt exists and is failed at once."""
+        request_id = str(request.request_id)
+        state = self._states.get(request_id)
+        attempt = self._table.get(request_id)
+        if attempt is None:
+            lease = Lease(0, request_id, (), {})
+            if state is not None and state.provisional is not None:
+                lease, state.provisional = state.provisional.lease, None
+            start = int(getattr(request, "num_computed_tokens", 0))
+            attempt = self._table.open(
+                request_id, lease, start, start + num_external, self._clock(), 0.0
+            )
+        self._unsent = [o for o in self._unsent if o.attempt != attempt.attempt]
+        # No blocks named: the ranks answer with failed_recving. The request's blocks include those
+        # of its HBM hit, which running requests share; naming them makes vLLM truncate those too.
+        self._blocks[attempt.attempt] = []
+        attempt.next_order = 0.0
+
+    def orders(self, now: float) -> tuple[list[LoadOrder], list[FailOrder]]:
+        """This step's orders. They count as sent once ``sent`` is called."""
+        for order in self._unsent:
+            attempt = self._table.get(order.request_id)
+            if attempt is not None:
+                attempt.sent = True
+        fails = self._due(now)
+        failing = {f.attempt for f in fails}
+        return [o for o in self._unsent if o.attempt not in failing], fails
+
+    def sent(self) -> None:
+        """The step with the orders is complete. Not called: ``fail_unsent``."""
+        self._unsent.clear()
+
+    def fail_unsent(self, now: float) -> list[FailOrder]:
+        """No step could be built: what waited for it fails now."""
+        for order in self._unsent:
+            attempt = self._table.get(order.request_id)
+            if attempt is not None:
+                attempt.next_order = 0.0
+        self._unsent.clear()
+        return self._due(now)
+
+    def _due(self, now: float) -> list[FailOrder]:
+        return [
+            FailOrder(a.attempt, a.request_id, self._blocks.get(a.attempt, []))
+            for a in self._table.due(now)
+        ]
+
+    def fail_all(self) -> None:
+        """The cache was reset or the weights changed: nothing outstanding may be used."""
+        self._table.fail_all(self._clock())
+
+    def forget(self, request_id: str) -> None:
+        """The request is finished; an outstanding attempt stays until the ranks answered."""
+        self._table.forget(request_id)
+
+    # ---------------------------------------------------------------- answers
+
+    def answer(self, output: Any) -> None:
+        """Requests named by the ranks: their attempts are over."""
+        failed_requests = set(output.failed_recving or ())
+        invalid = set(output.invalid_block_ids or ())
+        for attempt in self._table if invalid else ():
+            # With several ranks one may report its failure steps before the last one answers.
+            if not invalid.isdisjoint(self._blocks.get(attempt.attempt, ())):
+                attempt.failed = True
+        for request_id in output.finished_recving or ():
+            answered = self._table.answer(request_id, failed=request_id in failed_requests)
+            if answered is not None:
+                self._finish(answered)
+
+    def answer_blindly(self, output: Any, report: WorkerReport | None) -> None:
+        """Something broke on the way: whatever is named is over and not to be trusted."""
+        for request_id in output.finished_recving or ():
+            attempt = self._table.answer(request_id, failed=True)
+            if attempt is not None:
+                self._finish(attempt)
+        if report is not None:
+            try:  # bad chunks must go and the ranks' failures be counted
+                self.take_report(report)
+            except Exception as exc:
+                self._guard.record("update_connector_output.report", exc)
+
+    def _finish(self, attempt: Attempt) -> None:
+        self._blocks.pop(attempt.attempt, None)
+        if attempt.request_id not in self._states:
+            self._table.forget(attempt.request_id)  # aborted while loading: no ban to keep
+        self._manager.release(attempt.lease.id)
+        if attempt.failed:
+            # Take in what else of this load is bad, so that the recomputed chunks are stored anew.
+            self._manager.poll()
+            state = self._states.get(attempt.request_id)
+            if state is not None:
+                state.again = AGAIN
+            self._metrics.load_failed_request()
+        else:
+            seconds = self._clock() - attempt.opened
+            self._metrics.load_done(seconds, attempt.end - attempt.start)
+
+    def take_report(self, report: WorkerReport) -> None:
+        """The ranks' account of a step: rates, failures by kind, chunks whose bytes are bad."""
+        self._metrics.worker(report)
+        if report.rate_s:
+            # One rank's rate times the shards that move side by side.
+            shards = max(g.shards for g in self._layout.groups)
+            self._manager.observe_load(Tier.DRAM, report.rate_bytes * shards, report.rate_s)
+        blamed = {bad.attempt for bad in report.bad}  # counted by chunk
+        for attempt_id, reason in report.failed_attempts.items():
+            attempt = self._table.find(attempt_id)
+            if attempt is not None:
+                attempt.failed = True
+            if reason not in _BAD_BYTES and attempt_id not in blamed:
+                self._metrics.failure(reason.value)
+        for bad in report.bad:
+            if bad.reason in (*_BAD_BYTES, LoadFailure.DEADLINE):
+                ref = SlotRef(bad.slot, bad.generation, bad.offset)
+                self._manager.slot_failed(ref, bad.reason)
+
+    def is_empty(self) -> bool:
+        """Nothing outstanding, nothing waiting to be sent."""
+        return not (len(self._table) or self._blocks or self._unsent)
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant."""
+        self._table.check()
+        for attempt in self._table:
+            assert attempt.attempt in self._blocks, "attempt without its blocks"
