@@ -306,11 +306,13 @@ void bind_copy(py::module_& m) {
     using Pool = CpuCopyPool;
     py::class_<Pool>(m, "CpuCopyPool")
         .def(py::init([](const PyArena& arena, uint32_t rank, unsigned threads, bool nt_stores,
-                         int nice) {
-                 return std::make_unique<Pool>(arena.get(), rank, threads,
-                                               CopyOptions{nt_stores, nt_stores, nice});
+                         int nice, std::vector<std::vector<int>> cores) {
+                 return std::make_unique<Pool>(
+                     arena.get(), rank, threads,
+                     CopyOptions{nt_stores, nt_stores, nice, std::move(cores)});
              }),
-             "arena"_a, "rank"_a, "threads"_a = 2, "nt_stores"_a = true, "nice"_a = 0)
+             "arena"_a, "rank"_a, "threads"_a = 2, "nt_stores"_a = true, "nice"_a = 0,
+             "cores"_a = std::vector<std::vector<int>>{})
         .def(
             "add_group",
             [](Pool& p, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& fragments,

@@ -61,11 +61,13 @@ struct CopyItems {
 };
 
 // nt: non-temporal stores into slots (store) respectively into blocks (load). nice: added to the
-// threads' nice value, so that background copies give way to the model.
+// threads' nice value, so that background copies give way to the model. cores: thread i may run on
+// cores[i % size]; none: where the creator may.
 struct CopyOptions {
     bool nt_store = true;
     bool nt_load = true;
     int nice = 0;
+    std::vector<std::vector<int>> cores = {};
 };
 
 class CpuCopyPool {

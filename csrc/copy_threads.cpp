@@ -20,10 +20,20 @@ namespace {
 constexpr int64_t kScanNs = 100'000;
 constexpr int64_t kPollNs = 1'000'000;
 
+// A core that is gone or not allowed is left out; with none left the thread stays where it may run.
+void bind_to(const std::vector<int>& cores) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (int core : cores)
+        if (core >= 0 && core < CPU_SETSIZE) CPU_SET(core, &set);
+    pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+}
+
 }  // namespace
 
 void CpuCopyPool::run(unsigned index) {
     pthread_setname_np(pthread_self(), ("kvo-copy-" + std::to_string(index)).c_str());
+    if (!options_.cores.empty()) bind_to(options_.cores[index % options_.cores.size()]);
     if (options_.nice) setpriority(PRIO_PROCESS, id_t(gettid()), options_.nice);  // this thread's
     alignas(64) uint8_t bounce[kLeafBytes];
     std::unique_lock lock(mu_);

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,8 @@ STORE_NICE = 10
 """A tenth of the model's weight where both want one core (sched_prio_to_weight: 110 to 1024)."""
 
 
-@contextmanager
-def _cores_of(arena: _core.Arena) -> Iterator[None]:
-    """Threads started inside may run where the arena's process may.
+def _cores(arena: _core.Arena) -> tuple[list[int], list[int]]:
+    """(the model's cores, the others that the arena's process may use).
 
     vLLM binds a CPU worker's main thread to its compute cores and new threads inherit that: copies
     would share those with the model. The arena's creator (EngineCore) is not bound, but keeps what
@@ -33,22 +31,25 @@ def _cores_of(arena: _core.Arena) -> Iterator[None]:
     """
     mine = os.sched_getaffinity(0)
     try:
-        os.sched_setaffinity(0, os.sched_getaffinity(int(arena.path.split("/")[2])))
+        theirs = os.sched_getaffinity(int(arena.path.split("/")[2]))
     except (OSError, ValueError, IndexError):
         logger.debug("copy threads stay on the cores of this thread", exc_info=True)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, mine)
+        theirs = mine
+    return sorted(mine), sorted(theirs - mine)
 
 
 class CpuCopyEngine:
-    """CopyEngine over two ``_core.CpuCopyPool``. 2 threads reach a small host's memory limit."""
+    """CopyEngine over two ``_core.CpuCopyPool``. 2 threads reach a small host's memory limit.
+
+    Loads take one thread on the model's cores, idle while it waits for them, and one beside them:
+    left to the scheduler, both wake on the model's core when EngineCore polls on the other one.
+    """
 
     def __init__(self, arena: _core.Arena, rank: int, threads: int = 2) -> None:
-        with _cores_of(arena):
-            self._loads = _core.CpuCopyPool(arena, rank, threads)
-            self._stores = _core.CpuCopyPool(arena, rank, threads, nice=STORE_NICE)
+        mine, others = _cores(arena)
+        sides = [mine, others] if others else [mine]
+        self._loads = _core.CpuCopyPool(arena, rank, threads, cores=sides)
+        self._stores = _core.CpuCopyPool(arena, rank, threads, nice=STORE_NICE, cores=sides[-1:])
 
     def add_group(self, fragments: Sequence[Fragment], num_blocks: int, shard_bytes: int) -> int:
         """See CopyEngine."""
