@@ -117,6 +117,16 @@ py::array_t<uint64_t> arena_leaf_hashes(const PyArena& self, uint64_t offset, ui
     return out;
 }
 
+void arena_set_leaf_hashes(const PyArena& self, uint64_t offset, const Array<uint64_t>& hashes) {
+    auto a = self.get();
+    if (hashes.ndim() != 1) throw std::invalid_argument("set_leaf_hashes: one dimension expected");
+    if (uint64_t(hashes.size()) > a->data_bytes() / kLeafBytes)
+        throw std::invalid_argument("set_leaf_hashes: more leaves than the arena has");
+    a->check_range(offset, uint64_t(hashes.size()) * kLeafBytes);
+    for (py::ssize_t i = 0; i < hashes.size(); ++i)
+        __atomic_store_n(a->leaf_ptr(offset) + i, hashes.data()[i], __ATOMIC_RELAXED);
+}
+
 void arena_hash_leaves(const PyArena& self, uint64_t offset, uint64_t nbytes,
                        const py::bytes& key) {
     auto a = self.get();
@@ -251,6 +261,7 @@ void bind_arena(py::module_& m) {
         .def("prefaulted_bytes", [](const PyArena& s) { return s.get()->prefaulted_bytes(); })
         .def("view", &arena_view, "offset"_a, "nbytes"_a)
         .def("leaf_hashes", &arena_leaf_hashes, "offset"_a, "nbytes"_a)
+        .def("set_leaf_hashes", &arena_set_leaf_hashes, "offset"_a, "hashes"_a)
         .def("hash_leaves", &arena_hash_leaves, "offset"_a, "nbytes"_a, "key"_a)
         .def("verify_leaves", &arena_verify_leaves, "offset"_a, "nbytes"_a, "key"_a)
         .def(

@@ -69,6 +69,9 @@ class Arena:
         """Writable view of data bytes (for tests, tools). Raises ValueError out of range."""
     def leaf_hashes(self, offset: int, nbytes: int) -> npt.NDArray[np.uint64]:
         """Copy of the leaf hashes that cover [offset, offset+nbytes); offset is a multiple of LEAF_BYTES."""
+    def set_leaf_hashes(self, offset: int, hashes: npt.NDArray[np.uint64]) -> None:
+        """Write leaf hashes that a device computed. Offset is a multiple of LEAF_BYTES. Raises
+        ValueError outside of the data area. The caller owns the bytes they cover."""
     def hash_leaves(self, offset: int, nbytes: int, key: bytes) -> None:
         """Hash data bytes into the leaf table. Offset is a multiple of LEAF_BYTES. Releases the GIL."""
     def verify_leaves(self, offset: int, nbytes: int, key: bytes) -> bool:

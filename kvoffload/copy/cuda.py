@@ -4,10 +4,19 @@ The worker's main thread only validates, records one event on the compute stream
 to host threads; everything that can block (READY, hashing, the driver, end events) happens there:
 
     store thread   store stream waits for the compute event; copies blocks -> slot; end event
-    hash threads   wait for the end event, hash the leaves, ``rank_done``
+    hash threads   wait for the end event, fill the leaf table, ``rank_done``
     load threads   wait for READY, verify the leaves; load stream waits for the compute event of the
                    submit (it zeroes the destination blocks); copies slot -> blocks; end event
     finish thread  waits for the end event, re-checks the slot's generation
+
+How an item's bytes move is picked per item (mover_set): plain copies at first and wherever its part
+of the arena is not pinned, what the calibration found fastest else. A mover that computes checksums
+does so on the device: the hash threads then only move them to the leaf table, and a load is not
+verified before its copy but by it, the finish thread looks at the count of bad leaves.
+
+So bytes of a corrupt slot may reach the blocks of a load. That is right for one reason: such an
+item ends as CORRUPT, its attempt is answered as failed, and vLLM recomputes every block of it
+before anything reads them. Whoever answers an attempt before its finish stage breaks this.
 
 Host threads may enqueue because a stream takes work from any thread and each item carries its own
 order: its wait and its copies are enqueued by one thread, and its end event is recorded by that
@@ -25,25 +34,45 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvoffload.copy.base import LOAD, STORE, Copies, Fragment
 from kvoffload.copy.cuda_job import Job, JobTable, Reason, SlotArena
 from kvoffload.copy.cuda_runtime import PIECE_BYTES, ArenaPinner, CudaRuntime, Runtime
-from kvoffload.copy.runs import BlockGroup
-from kvoffload.types import SlotState
+from kvoffload.copy.leaf_seats import Seat, SeatPools
+from kvoffload.copy.mover import LeafCheck, Mover
+from kvoffload.copy.mover_set import MoverSet
+from kvoffload.copy.movers import PlainMover
+from kvoffload.copy.runs import BlockGroup, Run
+from kvoffload.types import LEAF_BYTES, SlotState
 
 logger = logging.getLogger("vllm.kvoffload")
 
 CLOSE_S = 5.0
 _MAX_DEADLINE_MS = 86_400_000
 
+_ABANDONED: list[CudaCopyEngine] = []
+"""Engines whose device did not finish: their memory must outlive the copies that are out."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """One item on its way over the device."""
+
+    runs: list[Run]
+    mover: Mover
+    seat: Seat | None = None  # where its checksums are; None: the host computes them
+    end: Any = None  # end event
+    over: bool = False  # nothing of it is on the device
+
 
 class CudaCopyEngine:
     """CopyEngine for one rank's device. Made, used and closed on the worker's main thread.
 
-    ``runtime``: the CUDA calls, replaced in tests. Raises UnsupportedError where torch has no CUDA,
-    RuntimeError when the device refuses.
+    ``runtime``: the CUDA calls, replaced in tests. ``movers``: plain copies only unless given; the
+    engine closes them. Raises UnsupportedError where torch has no CUDA, RuntimeError when the
+    device refuses.
     """
 
     def __init__(
@@ -52,6 +81,7 @@ class CudaCopyEngine:
         rank: int,
         *,
         runtime: Runtime | None = None,
+        movers: MoverSet | None = None,
         load_threads: int = 2,
         hash_threads: int = 2,
         piece_bytes: int = PIECE_BYTES,
@@ -60,6 +90,12 @@ class CudaCopyEngine:
         self._runtime = runtime if runtime is not None else CudaRuntime()
         self._load_stream = self._runtime.stream(high_priority=True)
         self._store_stream = self._runtime.stream(high_priority=False)
+        self.movers = movers if movers is not None else MoverSet(PlainMover(self._runtime))
+        self._seats = SeatPools(self._runtime)
+        # Device-made hashes need a way into the leaf table; without one the host hashes stores.
+        self._put_leaves: Callable[[int, Any], None] | None = getattr(
+            arena, "set_leaf_hashes", None
+        )
         self._groups: list[BlockGroup] = []
         self._table = JobTable(arena)
         self._error_lock = threading.Lock()
@@ -67,8 +103,8 @@ class CudaCopyEngine:
         """Exceptions caught on host threads; each failed an item."""
         self._up: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._to_store: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._to_hash: queue.SimpleQueue[tuple[Job, int, Any] | None] = queue.SimpleQueue()
-        self._to_finish: queue.SimpleQueue[tuple[Job, int, Any] | None] = queue.SimpleQueue()
+        self._to_hash: queue.SimpleQueue[tuple[Job, int, _Flight] | None] = queue.SimpleQueue()
+        self._to_finish: queue.SimpleQueue[tuple[Job, int, _Flight] | None] = queue.SimpleQueue()
         self._pinner = ArenaPinner(self._runtime, arena.data_ptr, arena.data_bytes, piece_bytes)
         self._load_workers = [self._spawn("load", self._run_loads) for _ in range(load_threads)]
         self._store_worker = self._spawn("store", self._run_stores)
@@ -158,17 +194,27 @@ class CudaCopyEngine:
             for thread in threads:
                 thread.join(max(end - time.monotonic(), 0))
         alive = [t.name for threads, _ in stages for t in threads if t.is_alive()]
-        if alive or not self._pinner.close(max(end - time.monotonic(), 0)):
+        if alive or not self._let_go(end):
+            _ABANDONED.append(self)
             logger.error(
                 "kvoffload: rank %d: the device did not finish its copies in %.0f s (%s); the "
                 "arena stays pinned until the process ends.",
-                self._rank, CLOSE_S, ", ".join(alive) or "pinning",
+                self._rank, CLOSE_S, ", ".join(alive) or "pinning or calibration",
             )  # fmt: skip
+
+    def _let_go(self, end: float) -> bool:
+        """Close what copies used, after the last of them. False when something does not stop."""
+        if not self.movers.close(max(end - time.monotonic(), 0)):
+            return False
+        self._seats.close()
+        return self._pinner.close(max(end - time.monotonic(), 0))
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         self._pinner.check()
         self._table.check()
+        self.movers.check()
+        self._seats.check()
 
     # ---------------------------------------------------------------- one item
 
@@ -195,39 +241,69 @@ class CudaCopyEngine:
             )  # fmt: skip
 
     def _guarded(
-        self, body: Callable[[Job, int, Any], Reason], job: Job, item: int, e: Any
+        self, body: Callable[[Job, int, _Flight], Reason], job: Job, item: int, flight: _Flight
     ) -> None:
         try:
-            reason = body(job, item, e)
+            reason = body(job, item, flight)
         except Exception as exc:
             self._note_error(exc)
             reason = Reason.DEVICE
+        if flight.seat is not None and flight.over:
+            self._seats.give(flight.seat)
         self._table.end(job, item, reason)
 
-    def _enqueue(self, job: Job, item: int) -> None:
+    def _plan(self, job: Job, item: int) -> _Flight:
+        store, shard = job.kind == STORE, job.group.shard_bytes
+        offset = int(job.offsets[item])
+        runs = job.group.runs(job.ids[item], offset, self._piece)
+        checked = not store or self._put_leaves is not None
+        pinned = self._pinner.covers(offset, shard)
+        flight = _Flight(runs, self.movers.pick(runs, not store, pinned, checked))
+        if checked and flight.mover.checks:
+            flight.seat = self._seats.take(shard // LEAF_BYTES)
+        return flight
+
+    def _enqueue(self, job: Job, item: int, flight: _Flight) -> None:
         """Copies of one item and its end event; the next stage gets the item, whatever happens."""
         store, stream = job.kind == STORE, self._stream(job)
-        end: Any = None
         try:
-            runs = job.group.runs(job.ids[item], int(job.offsets[item]), self._piece)
             try:
                 self._runtime.wait_event(stream, job.after)
-                self._runtime.copy(runs, self._arena.data_ptr, not store, stream)
+                self._copy(job, item, flight, stream)
             except Exception as exc:
                 self._note_error(exc)
                 job.broken.add(item)
-            end = self._runtime.record(stream)  # after a failure it covers the copies before it
+            flight.end = self._runtime.record(stream)  # after a failure it covers what is out
         except Exception as exc:
             self._note_error(exc)
             job.broken.add(item)
-        (self._to_hash if store else self._to_finish).put((job, item, end))
+        (self._to_hash if store else self._to_finish).put((job, item, flight))
 
-    def _landed(self, job: Job, item: int, end: Any) -> bool:
+    def _copy(self, job: Job, item: int, flight: _Flight, stream: Any) -> None:
+        mover, runs, seat = flight.mover, flight.runs, flight.seat
+        load, arena = job.kind == LOAD, self._arena.data_ptr
+        if seat is None:
+            self.movers.copy(mover, runs, arena, load, stream)
+            return
+        offset, shard = int(job.offsets[item]), job.group.shard_bytes
+        whole = LeafCheck(job.seed(item), offset, shard, seat.leaves_at, seat.bad_at, 0, len(
+            seat.leaves))  # fmt: skip
+        if not load:
+            self.movers.copy(mover, runs, arena, False, stream, whole)
+            return
+        for at, nbytes in job.group.wanted(job.ids[item]):  # leaves of no wanted block: not read
+            low, high = offset + at, offset + at + nbytes
+            part = [run for run in runs if low <= run.offset < high]
+            check = replace(whole, first=at // LEAF_BYTES, count=nbytes // LEAF_BYTES)
+            self.movers.copy(mover, part, arena, True, stream, check)
+
+    def _landed(self, job: Job, item: int, flight: _Flight) -> bool:
         """Wait for the item's end event. False when its copies are not all there."""
-        if end is not None:
-            self._runtime.synchronize(end)
+        if flight.end is not None:
+            self._runtime.synchronize(flight.end)
         else:  # no event could be recorded, yet copies may be out
             self._runtime.drain(self._stream(job))
+        flight.over = True
         return item not in job.broken
 
     def _stream(self, job: Job) -> Any:
@@ -240,26 +316,38 @@ class CudaCopyEngine:
             for item in range(len(job.state)):
                 if not self._table.start(job, item):
                     break  # cancelled: all that was left is dropped
-                if self._state(job, item) == SlotState.FILLING:
-                    self._enqueue(job, item)
-                else:
-                    self._table.end(job, item, Reason.SLOT_LOST)
+                self._store(job, item)
+
+    def _store(self, job: Job, item: int) -> None:
+        reason = Reason.NONE
+        try:
+            if self._state(job, item) == SlotState.FILLING:
+                self._enqueue(job, item, self._plan(job, item))
+                return
+            reason = Reason.SLOT_LOST
+        except Exception as exc:
+            self._note_error(exc)
+            reason = Reason.DEVICE
+        self._table.end(job, item, reason)
 
     def _run_hashes(self) -> None:
         while (task := self._to_hash.get()) is not None:
             self._guarded(self._hash, *task)
 
-    def _hash(self, job: Job, item: int, end: Any) -> Reason:
-        if not self._landed(job, item, end):
+    def _hash(self, job: Job, item: int, flight: _Flight) -> Reason:
+        if not self._landed(job, item, flight):
             return Reason.DEVICE
         # Looked at again before the leaf table is touched: it may belong to someone else by now.
         if self._state(job, item) != SlotState.FILLING:
             return Reason.SLOT_LOST
         offset, shard = int(job.offsets[item]), job.group.shard_bytes
-        used = job.ids.shape[1] * job.group.block_bytes
-        if used < shard:
-            self._arena.view(offset + used, shard - used)[:] = bytes(shard - used)
-        self._arena.hash_leaves(offset, shard, job.key(item))
+        if flight.seat is not None and self._put_leaves is not None:
+            self._put_leaves(offset, flight.seat.leaves)
+        else:
+            used = job.ids.shape[1] * job.group.block_bytes
+            if used < shard:
+                self._arena.view(offset + used, shard - used)[:] = bytes(shard - used)
+            self._arena.hash_leaves(offset, shard, job.key(item))
         slot, generation = int(job.slots[item]), int(job.generations[item])
         done = self._arena.rank_done(slot, generation, self._rank)
         return Reason.NONE if done else Reason.SLOT_LOST
@@ -271,16 +359,31 @@ class CudaCopyEngine:
             self._load(*task)
 
     def _load(self, job: Job, item: int) -> None:
+        flight: _Flight | None = None
         try:
-            reason = self._verify(job, item)
+            flight = self._plan(job, item)
+            if flight.seat is None:
+                reason = self._verify(job, item)
+            else:
+                reason = self._expect(job, item, flight.seat)
         except Exception as exc:
             self._note_error(exc)
             reason = Reason.DEVICE
         reason = reason or self._table.may_enqueue(job)
-        if reason is Reason.NONE:
-            self._enqueue(job, item)
-        else:
-            self._table.end(job, item, reason)
+        if reason is Reason.NONE and flight is not None:
+            self._enqueue(job, item, flight)
+            return
+        if flight is not None and flight.seat is not None:
+            self._seats.give(flight.seat)
+        self._table.end(job, item, reason)
+
+    def _expect(self, job: Job, item: int, seat: Seat) -> Reason:
+        """Give the device the hashes to compare with. Those of a slot that is reused meanwhile
+        may be a mixture: the finish stage sees that."""
+        if self._state(job, item) != SlotState.READY:
+            return Reason.SLOT_LOST
+        seat.leaves[:] = self._arena.leaf_hashes(int(job.offsets[item]), job.group.shard_bytes)
+        return Reason.NONE
 
     def _verify(self, job: Job, item: int) -> Reason:
         if self._state(job, item) != SlotState.READY:
@@ -296,8 +399,11 @@ class CudaCopyEngine:
         while (task := self._to_finish.get()) is not None:
             self._guarded(self._finish, *task)
 
-    def _finish(self, job: Job, item: int, end: Any) -> Reason:
-        if not self._landed(job, item, end):
+    def _finish(self, job: Job, item: int, flight: _Flight) -> Reason:
+        if not self._landed(job, item, flight):
             return Reason.DEVICE
-        # The copy read the slot after it was verified: whoever reused it meanwhile shows here.
-        return Reason.NONE if self._state(job, item) == SlotState.READY else Reason.SLOT_LOST
+        # The copy read the slot after it was seen READY: whoever reused it meanwhile shows here.
+        if self._state(job, item) != SlotState.READY:
+            return Reason.SLOT_LOST
+        bad = flight.seat is not None and int(flight.seat.bad[0]) != 0
+        return Reason.CORRUPT if bad else Reason.NONE

@@ -55,6 +55,7 @@ class SlotArena(Protocol):
     def wait_ready(self, slot: int, generation: int, timeout_ms: int, /) -> int: ...  # noqa: D102
     def hash_leaves(self, offset: int, nbytes: int, key: bytes, /) -> None: ...  # noqa: D102
     def verify_leaves(self, offset: int, nbytes: int, key: bytes, /) -> bool: ...  # noqa: D102
+    def leaf_hashes(self, offset: int, nbytes: int, /) -> U64: ...  # noqa: D102
 
 
 class Reason(IntEnum):
@@ -96,6 +97,11 @@ class Job:
     def key(self, item: int) -> bytes:
         """The item's chunk key."""
         return self.keys[16 * item : 16 * item + 16]
+
+    def seed(self, item: int) -> int:
+        """Seed of the item's checksums; see _core."""
+        key = self.key(item)
+        return int.from_bytes(key[:8], "little") ^ int.from_bytes(key[8:], "little")
 
     def validate(self, max_slots: int, data_bytes: int) -> None:
         """Raise ValueError on anything out of range."""

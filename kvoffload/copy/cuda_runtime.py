@@ -1,9 +1,10 @@
 """The few CUDA calls the copy engine needs, behind a protocol, and pinning of the arena.
 
-One mechanism: ``cudaMemcpyAsync`` with ``cudaMemcpyDefault`` through ctypes on the libcudart that
-torch has loaded (torch does not expose it); streams and events are torch's. ctypes and torch
-release the GIL during the calls. Errors are taken off the thread's error state at once, so that a
-refused call of ours is never reported by the next kernel launch of somebody else.
+Copies that any memory takes: ``cudaMemcpyAsync`` with ``cudaMemcpyDefault`` through ctypes on the
+libcudart that torch has loaded (torch does not expose it); streams and events are torch's. ctypes
+and torch release the GIL during the calls. Errors are taken off the thread's error state at once:
+a refused call of ours is never reported by the next kernel launch of somebody else. The faster ways
+are in movers.py and kernels.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ PIECE_BYTES = 1 << 30
 """The arena is pinned in pieces of this many bytes."""
 
 _MEMCPY_DEFAULT = 4  # direction from the addresses (unified addressing: every 64-bit Linux)
-_HOST_REGISTER_PORTABLE = 1
+_HOST_REGISTER_FLAGS = 1 | 2  # portable, mapped: kernels read and write the arena themselves
+_ATTRIBUTE_USE_HOST_POINTER = 91  # cudaDevAttrCanUseHostPointerForRegisteredMem
 _CAPTURE_MODE_RELAXED = 2
 
 
@@ -92,6 +94,7 @@ def declare(lib: ctypes.CDLL) -> None:
     lib.cudaHostRegister.argtypes = [pointer, size, ctypes.c_uint]
     lib.cudaHostUnregister.argtypes = [pointer]
     lib.cudaThreadExchangeStreamCaptureMode.argtypes = [ctypes.POINTER(ctypes.c_int)]
+    lib.cudaDeviceGetAttribute.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int]
     lib.cudaGetLastError.argtypes = []
     lib.cudaGetErrorString.argtypes = [ctypes.c_int]
     lib.cudaGetErrorString.restype = ctypes.c_char_p
@@ -159,12 +162,25 @@ class CudaRuntime:
 
     def host_register(self, address: int, nbytes: int) -> None:
         """See Runtime."""
-        flags = _HOST_REGISTER_PORTABLE
+        flags = _HOST_REGISTER_FLAGS
         self._check("cudaHostRegister", self._lib.cudaHostRegister(address, nbytes, flags))
 
     def host_unregister(self, address: int) -> None:
         """See Runtime."""
         self._check("cudaHostUnregister", self._lib.cudaHostUnregister(address))
+
+    def same_addresses(self) -> bool:
+        """Whether the device sees registered host memory at its host address.
+
+        Not so under paravirtualisation: there only ``copy`` may be given arena addresses; batched
+        copies of them fault (sglang issue 40232) and kernels would, too.
+        """
+        value = ctypes.c_int(0)
+        status = self._lib.cudaDeviceGetAttribute(
+            ctypes.byref(value), _ATTRIBUTE_USE_HOST_POINTER, self._device
+        )
+        self._check("cudaDeviceGetAttribute", status)
+        return bool(value.value)
 
     def _check(self, call: str, status: int) -> None:
         check_status(self._lib, call, status)
@@ -200,12 +216,17 @@ class ArenaPinner:
             self.refused = f"{type(exc).__name__}: {exc}"
             logger.warning(
                 "kvoffload: the driver pinned only %d of %d MiB of the arena (%s); the rest is "
-                "copied unpinned, which is slower. Check ulimit -l and free memory.",
+                "copied unpinned, which is slower. Check ulimit -l and free memory; a confidential "
+                "computing GPU pins none.",
                 self.pinned_bytes() >> 20, self._nbytes >> 20, self.refused,
             )  # fmt: skip
 
+    def covers(self, offset: int, nbytes: int) -> bool:
+        """Whether these bytes are pinned: then they stay so until ``close``."""
+        return offset + nbytes <= self.pinned_bytes()
+
     def pinned_bytes(self) -> int:
-        """Bytes pinned so far."""
+        """Bytes pinned so far: a prefix of the arena."""
         return min(len(self._pinned) * self._piece, self._nbytes)
 
     def wait(self, timeout_s: float) -> bool:

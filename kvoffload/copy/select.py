@@ -9,6 +9,7 @@ from kvoffload.errors import UnsupportedError
 if TYPE_CHECKING:
     from kvoffload._core import Arena
     from kvoffload.copy.base import CopyEngine
+    from kvoffload.copy.cuda import CudaCopyEngine
 
 
 def copy_engine(device_type: str, arena: Arena, rank: int) -> CopyEngine:
@@ -18,9 +19,26 @@ def copy_engine(device_type: str, arena: Arena, rank: int) -> CopyEngine:
 
         return CpuCopyEngine(arena, rank)
     if device_type == "cuda":
-        from kvoffload.copy.cuda import CudaCopyEngine
-
-        return CudaCopyEngine(arena, rank)
+        return cuda_engine(arena, rank)
     raise UnsupportedError(
         f"KV cache on device {device_type!r}: kvoffload copies cpu and cuda only"
     )
+
+
+def cuda_engine(arena: Arena, rank: int, *, only: str = "") -> CudaCopyEngine:
+    """Engine for the current CUDA device; its faster movers join when they are calibrated.
+
+    ``only``: the name of the one mover to use besides the plain one, for tests and measurements.
+    Raises UnsupportedError, RuntimeError like CudaCopyEngine.
+    """
+    from kvoffload.copy.cuda import CudaCopyEngine
+    from kvoffload.copy.cuda_movers import prepare
+    from kvoffload.copy.cuda_runtime import CudaRuntime
+    from kvoffload.copy.mover_set import MoverSet
+    from kvoffload.copy.movers import PlainMover
+
+    runtime = CudaRuntime()
+    movers = MoverSet(PlainMover(runtime), only=only)
+    engine = CudaCopyEngine(arena, rank, runtime=runtime, movers=movers)
+    movers.prepare(runtime.enter_thread, lambda stopped: prepare(runtime, stopped))
+    return engine

@@ -24,6 +24,17 @@ from kvoffload.copy.base import Fragment
 from kvoffload.copy.runs import Run
 
 LEAF = _core.LEAF_BYTES
+HANDLES = {"load": 0x10AD, "store": 0x5704E, "scratch": 0x5C4A7C}
+
+
+class FakeStream(str):
+    """A stream's name, with the handle that C calls take."""
+
+    __slots__ = ()
+
+    @property
+    def cuda_stream(self) -> int:
+        return HANDLES[self]
 
 
 class FakeEvent:
@@ -66,7 +77,7 @@ class FakeRuntime:
     def __post_init__(self) -> None:
         self._rng = random.Random(self.seed)
         self._cv = threading.Condition()
-        self._streams: dict[str, deque[Op]] = {s: deque() for s in ("compute", "load", "store")}
+        self._streams: dict[str, deque[Op]] = {s: deque() for s in ("compute", *HANDLES)}
         self._copies = self._records = self._registers = 0
         self._paused: set[str] = set()
         self._end = False
@@ -111,8 +122,8 @@ class FakeRuntime:
         if self.fail_enter:
             raise RuntimeError("no device")
 
-    def stream(self, high_priority: bool) -> str:
-        return "load" if high_priority else "store"
+    def stream(self, high_priority: bool) -> FakeStream:
+        return FakeStream("load" if high_priority else "store")
 
     def mark(self) -> FakeEvent:
         return self.record("compute")
@@ -141,8 +152,7 @@ class FakeRuntime:
         self.enqueued_by.add(threading.current_thread().name)
         if self.driver is not None:
             self.driver.wait()
-        if to_device != (stream == "load"):
-            self.violations.append(f"direction {to_device} on {stream}")
+        self.note_direction(to_device, stream)
         fail = self._copies == self.fail_copy
         self._copies += 1
         for i, run in enumerate(runs):
@@ -154,6 +164,14 @@ class FakeRuntime:
             host = arena + run.offset
             ends = (run.address, host) if to_device else (host, run.address)
             self._push(stream, Op("copy", fn=partial(ctypes.memmove, *ends, run.nbytes)))
+
+    def note_direction(self, to_device: bool, stream: str) -> None:
+        if stream != "scratch" and to_device != (stream == "load"):
+            self.violations.append(f"direction {to_device} on {stream}")
+
+    def push_copy(self, stream: str, fn: Callable[[], None]) -> None:
+        """A device operation of a mover that does not go through ``copy``."""
+        self._push(stream, Op("copy", fn=fn))
 
     def host_register(self, address: int, nbytes: int) -> None:
         self._registers += 1
@@ -197,7 +215,7 @@ class FakeRuntime:
 
 
 class LeafArena:
-    """A real ``_core.Arena`` plus ``hash_leaves``/``verify_leaves`` in Python where it lacks them."""
+    """A real ``_core.Arena`` whose leaf table is in Python, ``set_leaf_hashes`` included."""
 
     def __init__(self, data_bytes: int, max_slots: int, n_ranks: int) -> None:
         self._arena = _core.Arena.create(data_bytes, max_slots, n_ranks, False)
@@ -217,12 +235,23 @@ class LeafArena:
     def verify_leaves(self, offset: int, nbytes: int, key: bytes) -> bool:
         return all(self.leaves.get(at) == h for at, h in self._hashes(offset, nbytes, key).items())
 
+    def leaf_hashes(self, offset: int, nbytes: int) -> Any:
+        span = range(offset, offset + nbytes, LEAF)
+        return np.array([self.leaves.get(at, 0) for at in span], np.uint64)
 
-def make_arena(data_bytes: int, max_slots: int = 64, n_ranks: int = 1) -> Any:
-    """The native arena where it can hash leaves, else the same with that part in Python."""
-    if hasattr(_core.Arena, "hash_leaves"):
-        return _core.Arena.create(data_bytes, max_slots, n_ranks, False)
-    return LeafArena(data_bytes, max_slots, n_ranks)
+    def set_leaf_hashes(self, offset: int, hashes: Any) -> None:
+        assert offset % LEAF == 0
+        self.leaves |= {offset + i * LEAF: h for i, h in enumerate(hashes.tolist())}
+
+
+def make_arena(
+    data_bytes: int, max_slots: int = 64, n_ranks: int = 1, *, leaf_table: bool = False
+) -> Any:
+    """The native arena. ``leaf_table``: one that takes leaf hashes, its table in Python where the
+    native one does not."""
+    if leaf_table and not hasattr(_core.Arena, "set_leaf_hashes"):
+        return LeafArena(data_bytes, max_slots, n_ranks)
+    return _core.Arena.create(data_bytes, max_slots, n_ranks, False)
 
 
 @dataclass

@@ -26,11 +26,14 @@ pytest.importorskip("kvoffload._core")
 from kvoffload import _core
 from kvoffload.copy.base import CANCELLED, DEADLINE, FAILED, LOAD, OK, STORE, Fragment
 from kvoffload.copy.cpu import CpuCopyEngine
-from kvoffload.copy.cuda import CudaCopyEngine
+from kvoffload.copy.cuda import _ABANDONED, CudaCopyEngine
 from kvoffload.copy.cuda_job import Reason
 from kvoffload.copy.cuda_runtime import ArenaPinner
+from kvoffload.copy.mover_set import MoverSet, Prepared
+from kvoffload.copy.movers import PlainMover
 from kvoffload.errors import ClosedError, UnsupportedError
-from tests.support.cuda import LEAF, FakeRuntime, Layout, LeafArena, chunks, make_arena, make_layout
+from tests.support.cuda import LEAF, FakeRuntime, Layout, chunks, make_arena, make_layout
+from tests.support.cuda_movers import every_mover, mover_set
 
 MIB = 1 << 20
 JOBS = count(1)
@@ -39,15 +42,22 @@ JOBS = count(1)
 class Rig:
     """An arena, a fake device with KV memory, an engine; slot i lies at ``offset(i)``."""
 
-    def __init__(self, layout: Layout, *, rank: int = 0, **fake: Any) -> None:
+    def __init__(self, layout: Layout, *, rank: int = 0, movers: Any = "", **fake: Any) -> None:
+        """``movers``: the one of all movers to use, or a MoverSet of the fake runtime."""
         self.layout = layout
-        self.arena = make_arena(8 * MIB)
+        self.arena = make_arena(8 * MIB, leaf_table=bool(movers))
         self.fake = FakeRuntime(**fake)
+        if isinstance(movers, str):
+            movers = mover_set(self.fake, movers) if movers else None
+        elif movers is not None:
+            movers = movers(self.fake)
         self.memory = np.zeros(layout.total, np.uint8)
         self.arena.view(0, 8 * MIB)[:] = b"\xee" * (8 * MIB)  # what a slot held before
         self.engine = CudaCopyEngine(
-            self.arena, rank, runtime=self.fake, piece_bytes=self.fake.piece_bytes
+            self.arena, rank, runtime=self.fake, movers=movers, piece_bytes=self.fake.piece_bytes
         )
+        if movers is not None:
+            assert self.engine._pinner.wait(5)  # before that all copies are plain
         base = self.memory.ctypes.data
         self.group = self.engine.add_group(
             layout.fragments(base), layout.num_blocks, layout.shard_bytes
@@ -88,13 +98,13 @@ class Rig:
         assert self.done(self.store(slots, generations, ids)).status == OK
         return generations
 
+    def only_served(self, mover: str) -> bool:
+        return set(self.engine.movers.served) == {mover}
+
     def slot_bytes(self, slot: int) -> bytes:
         return bytes(self.arena.view(self.offset(slot), self.layout.shard_bytes))
 
     def leaves(self, slot: int) -> list[int]:
-        if isinstance(self.arena, LeafArena):
-            span = range(self.offset(slot), self.offset(slot + 1), LEAF)
-            return [self.arena.leaves.get(at, 0) for at in span]
         return self.arena.leaf_hashes(self.offset(slot), self.layout.shard_bytes).tolist()
 
     def close(self) -> None:
@@ -106,6 +116,8 @@ class Rig:
         self.arena.close()
 
 
+MOVERS = ["plain", "batch", "staged", "triton"]
+CHECKING = ["staged", "triton"]
 SMALL = make_layout([3000, 5000, 700], False, 0, 32, 4)
 
 
@@ -141,11 +153,13 @@ LAYOUTS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(LAYOUTS, st.integers(0, 1 << 30), st.data())
-def test_round_trip_over_random_layouts(layout: Layout, seed: int, data: st.DataObject) -> None:
+@settings(max_examples=100, deadline=None)
+@given(LAYOUTS, st.sampled_from(["", *MOVERS]), st.integers(0, 1 << 30), st.data())
+def test_round_trip_over_random_layouts(
+    layout: Layout, mover: str, seed: int, data: st.DataObject
+) -> None:
     n, bpc = data.draw(st.integers(1, 3)), layout.blocks_per_chunk
-    rig = Rig(layout, seed=seed, piece_bytes=5 * LEAF)
+    rig = Rig(layout, movers=mover, seed=seed, piece_bytes=5 * LEAF)
     try:
         before = rig.fill(seed)
         order = data.draw(st.permutations(range(layout.num_blocks)))
@@ -172,12 +186,15 @@ def test_round_trip_over_random_layouts(layout: Layout, seed: int, data: st.Data
                     new = before[at + frm * stride : at + frm * stride + nbytes]
                     expected[at + to * stride : at + to * stride + nbytes] = new
         assert np.array_equal(rig.memory, expected)  # the gaps and other blocks too
+        served = set(rig.engine.movers.served)
+        assert (mover or "plain") in served <= {mover, "plain"}  # plain: a load of no block
     finally:
         rig.close()
 
 
-def test_slots_are_the_same_as_the_cpu_engines(rig: Any) -> None:
-    r = rig()
+@pytest.mark.parametrize("mover", MOVERS)
+def test_slots_are_the_same_as_the_cpu_engines(rig: Any, mover: str) -> None:
+    r = rig(movers=mover)
     r.fill()
     ids = [[3, 4, 5, 9]]
     r.stored([0], ids)
@@ -190,10 +207,9 @@ def test_slots_are_the_same_as_the_cpu_engines(rig: Any) -> None:
         assert cpu.wait(1, 5000)
         assert [d.status for d in cpu.poll()] == [OK]
         assert r.slot_bytes(0) == r.slot_bytes(1)
-        if not hasattr(r.arena, "_arena"):  # native leaf table: the hashes as well
-            mine = r.arena.leaf_hashes(r.offset(0), r.layout.shard_bytes)
-            theirs = r.arena.leaf_hashes(r.offset(1), r.layout.shard_bytes)
-            assert np.array_equal(mine, theirs)
+        native = getattr(r.arena, "_arena", r.arena)
+        theirs = native.leaf_hashes(r.offset(1), r.layout.shard_bytes)
+        assert r.leaves(0) == theirs.tolist()
     finally:
         cpu.close()
 
@@ -481,6 +497,262 @@ def test_slot_reused_while_the_store_is_on_the_device(rig: Any) -> None:
     assert r.arena.state(1) == _core.READY  # other chunks of a store are worth keeping
 
 
+# -------------------------------------------------------------------- every mover
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+@pytest.mark.parametrize("kind", ["store", "load"])
+def test_every_mover_waits_for_compute_and_reports_after_its_end(
+    rig: Any, mover: str, kind: str
+) -> None:
+    r, gate, ids = rig(movers=mover), threading.Event(), [[0, 1, 2, 3]]
+    before = r.fill()
+    generations = r.stored([0], ids) if kind == "load" else r.begin([0])
+    r.fake.compute(lambda: r.memory.fill(7), gate)  # the forward, or the zeroing
+    job = r.store([0], generations, ids) if kind == "store" else r.load([0], generations, ids)
+    soon(lambda: r.fake.queued(kind, "event") >= 1)
+    assert not r.engine.wait(job, 30)
+    gate.set()
+    r.fake.poke()
+    assert r.done(job).status == OK
+    if kind == "store":
+        assert set(r.slot_bytes(0)[: 4 * 8700]) == {7}
+    else:
+        assert all(r.layout.block(r.memory, b) == r.layout.block(before, b) for b in range(4))
+    assert r.only_served(mover)
+
+
+@pytest.mark.parametrize("mover", CHECKING)
+def test_checksums_are_the_devices_work(rig: Any, mover: str, monkeypatch: Any) -> None:
+    r = rig(movers=mover)
+    before = r.fill()
+
+    def host(*args: Any) -> Any:
+        raise AssertionError("hashed by the host")
+
+    proxy = Proxy(r.arena, hash_leaves=host, verify_leaves=host)
+    monkeypatch.setattr(r.engine, "_arena", proxy)
+    generations = r.stored([0, 1], np.arange(8).reshape(2, 4))
+    target = np.array([[16, 17, 18, 19], [-1, 21, -1, 23]])
+    assert r.done(r.load([0, 1], generations, target)).status == OK
+    assert r.layout.block(r.memory, 23) == r.layout.block(before, 7)
+    for slot in (0, 1):
+        key = chunks([slot], [1], [0], [[0]]).keys
+        assert r.leaves(slot) == _core.leaf_checksums(r.slot_bytes(slot), key).tolist()
+
+
+class Proxy:
+    def __init__(self, real: Any, **replaced: Any) -> None:
+        self._real = real
+        self.__dict__ |= replaced
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+@pytest.mark.parametrize("mover", CHECKING)
+def test_corruption_seen_by_the_device_fails_the_item(rig: Any, mover: str) -> None:
+    r = rig(movers=mover)
+    before = r.fill()
+    generations = r.stored([0, 1, 2], np.arange(12).reshape(3, 4))
+    r.arena.view(r.offset(1) + 20_000, 1)[0] ^= 1
+    done = r.done(r.load([0, 1, 2], generations, np.arange(16, 28).reshape(3, 4)))
+    assert (done.status, done.failed_item, done.reason) == (FAILED, 1, Reason.CORRUPT)
+    for b in range(4):  # what lies before the bad chunk is good and stays
+        assert r.layout.block(r.memory, 16 + b) == r.layout.block(before, b)
+    assert r.done(r.load([0], generations[:1], [[28, 29, 30, 31]])).status == OK  # counter is reset
+    assert r.only_served(mover)
+
+
+@pytest.mark.parametrize("mover", CHECKING)
+def test_the_device_reads_no_leaf_that_no_wanted_block_touches(rig: Any, mover: str) -> None:
+    r = rig(make_layout([LEAF], True, 0, 16, 4), movers=mover)
+    generations = r.stored([0], [[0, 1, 2, 3]])
+    r.arena.view(r.offset(0) + 2 * LEAF, 1)[0] ^= 1
+    assert r.done(r.load([0], generations, [[4, 5, -1, 7]])).status == OK
+    assert r.done(r.load([0], generations, [[4, 5, 6, 7]])).reason == Reason.CORRUPT
+
+
+@pytest.mark.parametrize("mover", CHECKING)
+@pytest.mark.parametrize("kind", ["store", "load"])
+def test_slot_reused_while_a_checking_mover_is_at_it(rig: Any, mover: str, kind: str) -> None:
+    r, ids = rig(movers=mover), [[0, 1, 2, 3]]
+    generations = r.stored([0], ids) if kind == "load" else r.begin([0])
+    r.fake.pause(kind)
+    job = (r.load if kind == "load" else r.store)([0], generations, ids)
+    soon(lambda: r.fake.queued(kind, "event") >= 1)
+    again, leaves = r.begin([0]), r.leaves(0)
+    r.arena.view(r.offset(0), 100)[:] = b"x" * 100
+    r.fake.resume(kind)
+    done = r.done(job)
+    assert (done.status, done.failed_item, done.reason) == (FAILED, 0, Reason.SLOT_LOST)
+    assert r.leaves(0) == leaves  # the new owner's
+    assert (r.arena.generation(0), r.arena.state(0)) == (again[0], _core.FILLING)
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+def test_many_jobs_of_every_mover(rig: Any, mover: str) -> None:
+    r = rig(make_layout([2000, 300], False, 0, 256, 4), movers=mover, seed=5)
+    before, slots = r.fill(), list(range(24))
+    generations, ids = r.begin(slots), np.arange(96).reshape(24, 4)
+    loads = [
+        r.load(slots[i : i + 4], generations[i : i + 4], ids[i : i + 4] + 128)
+        for i in range(0, 24, 4)
+    ]
+    stores = [r.store([s], [generations[s]], ids[s : s + 1]) for s in slots]
+    for job in loads + stores:
+        assert r.engine.wait(job, 10_000)
+    assert {d.job: d.status for d in r.engine.poll()} == dict.fromkeys(loads + stores, OK)
+    assert all(r.layout.block(r.memory, b + 128) == r.layout.block(before, b) for b in range(96))
+    r.engine.check()
+
+
+def test_a_mover_that_refuses_is_not_used_again(rig: Any, caplog: Any) -> None:
+    r = rig(movers="triton")
+    kernels = r.engine.movers._by[False]["triton"]
+    kernels.wrong = "raises"
+    generations = r.begin([0])
+    done = r.done(r.store([0], generations, [[0, 1, 2, 3]]))
+    assert (done.status, done.reason) == (FAILED, Reason.DEVICE)
+    assert r.arena.state(0) == _core.FAILED
+    assert "triton" not in r.engine.movers.names(False)
+    assert "triton" in r.engine.movers.names(True)  # the other direction's is another one
+    assert len([m for m in caplog.messages if "not used again" in m]) == 1
+    fresh = r.stored([1], [[0, 1, 2, 3]])
+    assert r.done(r.load([1], fresh, [[4, 5, 6, 7]])).status == OK
+    assert r.engine.movers.served == {"triton": 2, "plain": 1}
+    r.engine.close()
+    assert kernels.closed
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+def test_what_is_not_pinned_is_copied_plainly(rig: Any, mover: str) -> None:
+    r = rig(movers=mover, piece_bytes=MIB, refuse_from=0)
+    before = r.fill()
+    generations = r.stored([0], [[0, 1, 2, 3]])
+    assert r.done(r.load([0], generations, [[8, 9, 10, 11]])).status == OK
+    assert r.layout.block(r.memory, 8) == r.layout.block(before, 0)
+    assert r.engine.pinned_bytes() == 0 and r.only_served("plain")
+
+
+def test_only_what_lies_in_pinned_pieces_is_given_to_other_movers(rig: Any) -> None:
+    r = rig(
+        make_layout([LEAF], True, 0, 16, 4), movers="batch", piece_bytes=6 * LEAF, refuse_from=1
+    )
+    assert r.engine.pinned_bytes() == 6 * LEAF  # slot 0, half of slot 1
+    r.stored([0, 1, 2], np.arange(12).reshape(3, 4))
+    assert r.engine.movers.served == {"batch": 1, "plain": 2}
+
+
+@pytest.mark.parametrize("how", ["none free", "refused"])
+def test_without_a_seat_the_host_does_the_checksums(rig: Any, how: str, caplog: Any) -> None:
+    r = rig(movers="triton", refuse_from=1 if how == "refused" else -1)
+    assert r.engine.pinned_bytes() == 8 * MIB
+    if how == "none free":
+        r.engine._seats.take = lambda leaves: None
+    before = r.fill()
+    generations = r.stored([0, 1], np.arange(8).reshape(2, 4))
+    r.arena.view(r.offset(1) + 9, 1)[0] ^= 1
+    done = r.done(r.load([0, 1], generations, np.arange(16, 24).reshape(2, 4)))
+    assert (done.failed_item, done.reason) == (1, Reason.CORRUPT)
+    assert r.layout.block(r.memory, 16) == r.layout.block(before, 0)
+    assert r.only_served("triton")
+    assert len([m for m in caplog.messages if "the host computes" in m]) == (how == "refused")
+
+
+def test_seats_come_back_once_nothing_uses_them(rig: Any) -> None:
+    r = rig(movers="triton")
+    generations = r.stored([0, 1], np.arange(8).reshape(2, 4))
+    (pool,) = r.engine._seats._pools.values()
+
+    def out() -> int:
+        return pool.total - len(pool.free)
+
+    r.arena.view(r.offset(1), 1)[0] ^= 1
+    r.done(r.load([0, 1], generations, np.arange(8).reshape(2, 4)))  # one good, one corrupt
+    r.done(r.load([0], [generations[0] + 9], [[0, 1, 2, 3]]))  # not enqueued: the slot is lost
+    assert out() == 0
+    r.fake.pause("load")
+    job = r.load([0], generations[:1], [[0, 1, 2, 3]])
+    soon(lambda: r.fake.queued("load", "event") == 1)
+    assert out() == 1
+    r.fake.resume("load")
+    r.done(job)
+    assert out() == 0
+    synchronize = r.fake.synchronize
+
+    def lost(event: Any) -> None:
+        synchronize(event)
+        raise RuntimeError("planted: device lost")
+
+    r.fake.synchronize = lost
+    assert r.done(r.load([0], generations[:1], [[0, 1, 2, 3]])).reason == Reason.DEVICE
+    assert out() == 1  # the copies may still be writing there
+
+
+def test_an_arena_that_takes_no_hashes_has_its_stores_hashed_by_the_host(rig: Any) -> None:
+    r = rig(movers="triton")
+    r.engine._put_leaves = None  # as with a native core that lacks set_leaf_hashes
+    generations = r.stored([0], [[0, 1, 2, 3]])
+    assert r.arena.verify_leaves(0, r.layout.shard_bytes, chunks([0], [1], [0], [[0]]).keys)
+    assert r.done(r.load([0], generations, [[4, 5, 6, 7]])).status == OK
+
+
+def test_movers_join_when_they_are_prepared(rig: Any) -> None:
+    go, made = threading.Event(), []
+
+    def prepared(fake: FakeRuntime) -> MoverSet:
+        movers = MoverSet(PlainMover(fake), only="batch")
+
+        def body(stopped: Any) -> Prepared:
+            made.append(threading.current_thread().name)
+            go.wait(10)
+            both = [every_mover(fake, fake.piece_bytes) for _ in range(2)]
+            return Prepared(*both)
+
+        movers.prepare(fake.enter_thread, body)
+        return movers
+
+    r = rig(movers=prepared)
+    r.stored([0], [[0, 1, 2, 3]])
+    assert r.only_served("plain") and made == ["kvo-cuda-calibrate"]
+    go.set()
+    assert r.engine.movers.wait(10)
+    r.stored([1], [[0, 1, 2, 3]])
+    assert r.engine.movers.served == {"plain": 1, "batch": 1}
+
+
+def test_preparation_that_fails_costs_only_speed(rig: Any, caplog: Any) -> None:
+    def broken(fake: FakeRuntime) -> MoverSet:
+        movers = MoverSet(PlainMover(fake))
+        movers.prepare(fake.enter_thread, lambda stopped: 1 / 0)  # type: ignore[arg-type,return-value]
+        return movers
+
+    r = rig(movers=broken)
+    assert r.engine.movers.wait(5) and "ZeroDivisionError" in caplog.text
+    r.stored([0], [[0, 1, 2, 3]])
+    assert r.only_served("plain")
+
+
+def test_close_stops_the_preparation(rig: Any) -> None:
+    def slow(fake: FakeRuntime) -> MoverSet:
+        movers = MoverSet(PlainMover(fake))
+
+        def body(stopped: Any) -> Prepared:
+            while not stopped():
+                time.sleep(0.001)
+            return Prepared()
+
+        movers.prepare(fake.enter_thread, body)
+        return movers
+
+    r = rig(movers=slow)
+    start = time.monotonic()
+    r.engine.close()
+    assert time.monotonic() - start < 3
+    assert not [t for t in threading.enumerate() if t.name.startswith("kvo-cuda")]
+
+
 # -------------------------------------------------------------------- driver failures
 
 
@@ -612,8 +884,10 @@ def test_close_gives_up_on_a_hung_device(
     r.engine.close()
     assert "kvo-cuda-hash" in caplog.text and r.fake.registered  # still pinned: copies are out
     assert r.engine.poll() == []
+    assert r.engine in _ABANDONED  # else its buffers would go while copies use them
     r.fake.resume("store")
     assert r.engine.wait(job, 5000)
+    _ABANDONED.remove(r.engine)
     r.fake.stop()
 
 
