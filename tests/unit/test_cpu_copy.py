@@ -617,3 +617,46 @@ def test_many_jobs_from_many_threads() -> None:
         assert rig.kv.same(before)
     finally:
         rig.close()
+
+
+def _copy_threads() -> dict[int, str]:
+    """Task id and name of this process's copy threads."""
+    found = {}
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/comm") as file:
+            name = file.read().strip()
+        if name.startswith("kvo-copy"):
+            found[int(task)] = name
+    return found
+
+
+def test_threads_have_their_cores_and_priority() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    cores = [[allowed[0]], [allowed[-1]]]
+    arena = Arena.create(4 << 20, 4, 1)
+    before = set(_copy_threads())
+    pool = CpuCopyPool(arena, 0, 2, nice=3, cores=cores)
+
+    def settled() -> bool:
+        mine = {t: n for t, n in _copy_threads().items() if t not in before}
+        return len(mine) == 2 and all(
+            os.sched_getaffinity(t) == set(cores[int(n[-1])])
+            and os.getpriority(os.PRIO_PROCESS, t) == os.getpriority(os.PRIO_PROCESS, 0) + 3
+            for t, n in mine.items()
+        )
+
+    end = time.monotonic() + 5
+    while not settled() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert settled()
+    pool.close()
+
+
+def test_a_core_that_is_not_there_leaves_the_thread_where_it_may_run() -> None:
+    arena = Arena.create(4 << 20, 4, 1)
+    before = set(_copy_threads())
+    pool = CpuCopyPool(arena, 0, 1, cores=[[100_000]])
+    time.sleep(0.05)
+    mine = set(_copy_threads()) - before
+    assert [os.sched_getaffinity(t) for t in mine] == [os.sched_getaffinity(0)]
+    pool.close()
