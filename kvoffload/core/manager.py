@@ -280,6 +280,14 @@ class Manager:
                 self.counters.store_aborted += 1
                 self._pool.undo(entry, self._clock())
 
+    def spoil_store(self, slot: int, generation: int) -> bool:
+        """A store's source blocks are about to be overwritten: its bytes must not become READY.
+
+        False when it has ended. Its copy may still be running, so the slot stays out of use.
+        """
+        with self._lock:
+            return self._pool.spoil(slot, generation, self._clock())
+
     def store_inflight(self) -> int:
         """Stores that workers still have to finish (timed-out ones excepted)."""
         with self._lock:

@@ -254,10 +254,25 @@ class Pool:
         if entry.source is Tier.DRAM:
             self._counters.store_failed += not entry.dropped
             several = self._masks[entry.group].bit_count() > 1
-            if several and state == SlotState.FAILED:
+            if several and state == SlotState.FAILED and not entry.hold_until:
                 entry.hold_until = now + STORE_TIMEOUT_S
                 self._held.append(entry)
         self.drop(entry, now)
+
+    def spoil(self, slot: int, generation: int, now: float) -> bool:
+        """Give up a store whose copy may still be running: the slot is not reused for a while.
+
+        False when the slot is not FILLING with that generation.
+        """
+        entry = self._filling.get(slot)
+        if entry is None or entry.ref.generation != generation:
+            return False
+        if not self._arena.fail(slot, generation):
+            return False
+        if not entry.hold_until:
+            entry.hold_until = now + STORE_TIMEOUT_S
+            self._held.append(entry)
+        return True
 
     def read_over(self, entry: Entry, ok: bool, now: float) -> None:
         """The NVMe read into ``entry``'s slot has returned; nothing writes to the slot any more."""

@@ -81,14 +81,14 @@ def test_zeroed_or_copied_over_is_given_up(
 ) -> None:
     arena, fence, generation = rig
     assert arena.state(1) == FILLING
-    assert fence.spoil(output(**more)) == 1
+    assert fence.spoil(output(**more), arena.fail) == 1
     assert arena.state(1) == FAILED
     assert not arena.rank_done(1, generation, 0), "a late copy cannot make it READY"
 
 
 def test_nothing_else_is_given_up(rig: tuple[Arena, Fence, int]) -> None:
     arena, fence, generation = rig
-    assert fence.spoil(output(new_block_ids_to_zero=[9])) == 0
+    assert fence.spoil(output(new_block_ids_to_zero=[9]), arena.fail) == 0
     assert arena.rank_done(1, generation, 0)
-    assert fence.spoil(output(new_block_ids_to_zero=[4])) == 0, "it had ended"
+    assert fence.spoil(output(new_block_ids_to_zero=[4]), arena.fail) == 0, "it had ended"
     assert arena.state(1) == READY

@@ -211,6 +211,26 @@ def test_all_writing_ranks_must_answer_and_a_failed_rank_delays_reuse() -> None:
     assert rig.manager.occupancy().slots_quarantined == 0
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_spoiled_store_keeps_its_slot_out_of_use(ranks: int) -> None:
+    """Its copy may still be running: what reuses the slot must not meet it."""
+    layout = layout_of(full_group(ranks=ranks), world_size=ranks)
+    rig = make(slots=4, layout=layout)
+    (item,) = rig.manager.begin_store(rig.chain("a"), 0, 16)
+    assert rig.manager.spoil_store(item.ref.slot, item.ref.generation)
+    rig.manager.poll()
+    rig.manager.check()
+    assert rig.hit("a") == 0 and rig.manager.occupancy().slots_quarantined == 1
+    for text in "bcdef":
+        others = rig.manager.begin_store(rig.chain(text), 0, 16)
+        assert all(other.ref.slot != item.ref.slot for other in others)
+        rig.manager.abort_store(others)
+    rig.clock.advance(STORE_TIMEOUT_S + 1)
+    rig.manager.poll()
+    rig.manager.check()
+    assert rig.manager.occupancy().slots_quarantined == 0
+
+
 # -- eviction
 
 

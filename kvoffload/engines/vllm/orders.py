@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,8 +103,10 @@ class Fence:
             for ids in tables:
                 self._noted.update(ids)
 
-    def spoil(self, output: Any) -> int:
+    def spoil(self, output: Any, give_up: Callable[[int, int], bool]) -> int:
         """Fail stores whose source blocks this step zeroes or copies over. Returns slots failed.
+
+        ``give_up(slot, generation)`` is Manager.spoil_store: False where the store has ended.
 
         Some model runners do both before they call ``handle_preemptions``, so waiting there comes
         too late; a store that has not ended is given up instead.
@@ -121,7 +123,7 @@ class Fence:
             states = self._arena.states(slots, generations)
             for slot, generation, state in zip(slots, generations, states, strict=True):
                 if state == int(SlotState.FILLING):
-                    spoiled += bool(self._arena.fail(int(slot), int(generation)))
+                    spoiled += bool(give_up(int(slot), int(generation)))
         return spoiled
 
     def due(self, output: Any, loads: Iterable[LoadOrder]) -> list[int]:

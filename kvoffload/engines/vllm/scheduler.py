@@ -260,7 +260,7 @@ class SchedulerHalf:
             low_water=self._loads.low_water(),
         )
         orders.loads, orders.fails = self._loads.orders(now)
-        spoiled = self._fence.spoil(output)
+        spoiled = self._fence.spoil(output, self.manager.spoil_store)
         if spoiled:
             self.metrics.failure("store_source_reused", spoiled)
         orders.fence = self._fence.due(output, orders.loads)
