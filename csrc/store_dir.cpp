@@ -78,11 +78,14 @@ void each_entry(int dirfd, const std::function<void(const std::string&)>& fn) {
         ::close(fd);
         return;
     }
+    struct Closer {
+        DIR* d;
+        ~Closer() { ::closedir(d); }
+    } closer{d};  // `fn` may throw
     while (dirent* e = ::readdir(d)) {
         std::string name = e->d_name;
         if (name != "." && name != "..") fn(name);
     }
-    ::closedir(d);
 }
 
 int64_t mtime_of(const struct stat& st) {

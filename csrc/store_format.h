@@ -190,7 +190,7 @@ inline bool record_ok(const Record& r, const Uuid& uuid, uint32_t seg, uint64_t 
                       uint64_t file_bytes) {
     if (r.magic != kRecordMagic || r.seg != seg || r.gen != gen || r.crc != record_crc(r, uuid))
         return false;
-    if (r.type == kDelete) return true;
+    if (r.type == kDelete) return r.off4k == 0 && r.len == 0;
     return r.type == kPut && r.len > 0 && r.off4k > 0 &&
            r.off4k * kBlock + round_up(r.len) <= file_bytes;
 }

@@ -97,7 +97,8 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     void start();
 
     // -- store_jobs.cpp
-    StoreEntry* find_live(const Key& key);  // mu held
+    static bool is_live(const StoreEntry& e);  // mu held
+    StoreEntry* find_live(const Key& key);     // mu held
     void submit_put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items,
                     uint32_t ns);
     void submit_get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items);

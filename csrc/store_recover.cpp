@@ -45,6 +45,9 @@ void StoreImpl::load_segment(uint32_t writer, SegmentScan& s, std::unique_lock<s
 void StoreImpl::load(uint32_t writer, WriterScan& scan, std::unique_lock<std::mutex>& lk) {
     n.io_errors += scan.read_errors;
     std::set<uint32_t> there;
+    size_t records = 0;
+    for (auto& s : scan.segments) records += s.records.size();
+    if (records > index.size()) index.reserve(index.size() + records);  // no rehash on the way
     for (auto& s : scan.segments) {
         there.insert(s.id);
         load_segment(writer, s, lk);

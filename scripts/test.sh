@@ -79,6 +79,9 @@ suite unit "not e2e and not e2e_real and not gpu and not stress and not packagin
     tests/unit tests/model tests/fault tests/contract
 if [[ $QUICK == 0 ]]; then
     suite packaging packaging tests
+    # Two engines at a time: most of an engine's start is one thread that imports. A module's tests stay
+    # together, in order.
+    PYTEST_ARGS+=(-n 2 --dist loadfile)
     suite e2e "(e2e or e2e_real) and not gpu and not stress" tests/e2e
 fi
 

@@ -1,8 +1,9 @@
-"""``copy``: arena slots <-> paged KV blocks on the CPU, beside memcpy and per-block torch copies.
+"""``copy``: arena slots <-> paged KV blocks, beside plain memory copies and per-block torch copies.
 
 ``d2h`` is KV blocks to arena (a store), ``h2d`` arena to KV blocks (a load), as on a GPU. Blocks
 are taken in random order, every load is checked against what was stored. kvoffload's copies include
 checksums: hashing on store, verification on load; ``kvoffload_unverified`` loads without.
+``--device cuda``: the blocks are in GPU memory (``peers/cuda_copies.py``).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, default=64, help="blocks per copy")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
 class Pages:
@@ -243,15 +245,21 @@ def _case(context: Context, options: argparse.Namespace, layout: str, fragment: 
 
 
 def run(context: Context, options: argparse.Namespace) -> Json:
-    """All layouts and page sizes on the CPU."""
+    """All layouts and page sizes on the chosen device."""
     if options.quick:
         options.blocks, options.repeats, options.fragments_kib = 16, 2, "32"
+    case = _case
+    if options.device == "cuda":
+        from peers.cuda_copies import case
     cases: list[Json] = []
     for layout in ("per_layer", "block_contiguous"):
         for kib in map(int, options.fragments_kib.split(",")):
-            cases += _case(context, options, layout, kib << 10)
-    top = max(c["h2d_gbps"] for c in cases if c["engine"] == "limit")
-    out: Json = {"device": "cpu", "limit": {"h2d_gbps": top, "d2h_gbps": top}, "cases": cases}
+            cases += case(context, options, layout, kib << 10)
+    limit = {
+        f"{way}_gbps": max(c[f"{way}_gbps"] for c in cases if c["engine"] == "limit")
+        for way in ("h2d", "d2h")
+    }
+    out: Json = {"device": options.device, "limit": limit, "cases": cases}
     if not any(c["engine"] == "kvoffload" for c in cases):
         out["systems"] = {"kvoffload": {"skipped": "kvoffload._core is not built"}}
     return out

@@ -8,13 +8,17 @@ over pairs is reported, which takes the machine's slow drift out of the comparis
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import random
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from common import Json, quantile, summary
+from common import Json, Skip, quantile, summary
 from context import Context, skip_reason
 from lives import run_life
+from model import SHAPES
 
 NAME = "overhead"
 QUICK_SYSTEMS = ("none", "kvoffload")
@@ -28,6 +32,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=2, help="lives per system, each after a none")
     parser.add_argument("--no-nvme", action="store_true", help="DRAM tier only")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--engine", default="{}", help="JSON of more engine arguments")
+    parser.add_argument(
+        "--share-base", action="store_true", help="one life without a connector a round, for all"
+    )
+    parser.add_argument("--deadline-s", type=float, default=0.0, help="start no life beyond")
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,10 @@ class Run:
 
     def __init__(self, context: Context, options: argparse.Namespace) -> None:
         self.context, self.options = context, options
+        context.shape = SHAPES[options.shape]
+        self.ends = time.monotonic() + options.deadline_s if options.deadline_s else math.inf
+        self.shortest = 0.0  # seconds of a life; the first one also warms caches
+        self._bases: dict[int, Figures] = {}
         tokens = options.prompt_tokens + options.output_tokens
         dram = 1.25 * options.requests * tokens * context.shape.kv_bytes_per_token / 2**30
         self.place = context.workplace(
@@ -118,10 +132,19 @@ class Run:
                 "max_model_len": tokens + 256,
                 "max_num_batched_tokens": 2048,
                 "max_num_seqs": max(4, options.concurrency),
-            },
+            }
+            | context.shape.engine
+            | json.loads(options.engine),
             hbm_gib=1,
             dram_gib=max(1.0, round(dram + 0.5)),
         )
+
+    def base(self, number: int) -> Figures:
+        """The life without a connector that ``number``'s are compared with."""
+        if self.options.share_base and number in self._bases:
+            return self._bases[number]
+        self._bases[number] = self.life("none", number)
+        return self._bases[number]
 
     def life(self, system: str, number: int) -> Figures:
         """One life with prompts no other life has seen. Raises Skip or LifeFailed."""
@@ -143,7 +166,15 @@ class Run:
         if system != "none" and not opt.no_nvme:
             storage = self.place.scratch / f"{system}-tier-{number}"
         self.context.progress(f"{system}: life {number}")
-        life = run_life(self.place, system, ops, prompts, storage)
+        start = time.monotonic()
+        if self.ends - start < 0.7 * self.shortest:
+            raise Skip(f"no time left: a life took {self.shortest:.0f} s")
+        place = replace(self.place, timeout_s=min(self.place.timeout_s, self.ends - start))
+        try:
+            life = run_life(place, system, ops, prompts, storage)
+        finally:
+            took = time.monotonic() - start
+            self.shortest = min(self.shortest or took, took)
         loads = sum(len(events) for events in life.loads.values())
         return Figures.of(life.ops[1], life.step_ns, loads)
 
@@ -161,11 +192,13 @@ def run(context: Context, options: argparse.Namespace) -> Json:
         for system in [s for s in systems if s not in skipped]:
             with skip_reason(skipped, system):
                 # Same prompts on both sides of a pair; engine lives share no cache.
-                base, own = run_.life("none", number), run_.life(system, number)
+                base, own = run_.base(number), run_.life(system, number)
                 pairs.setdefault(system, []).append((own, base))
-            number += 1
+            number += not options.share_base
+        number += options.share_base
     reports = {s: {"skipped": skipped[s]} if s in skipped else _report(pairs[s]) for s in systems}
-    floor = _floor([base for done in pairs.values() for _, base in done])
+    bases = {id(base): base for done in pairs.values() for _, base in done}
+    floor = _floor(list(bases.values()))
     out: Json = {"config": run_.place.describe(), "systems": reports, "floor": floor}
     if "kvoffload" in reports:
         out |= {k: v for k, v in reports["kvoffload"].items() if k not in ("own", "none", "pairs")}

@@ -10,15 +10,18 @@ one whose output is compared with the cold run without a connector.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
+import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common import DirectFile, Json, drop_page_cache, quantile, summary
+from common import DirectFile, Json, Skip, drop_page_cache, quantile, summary
 from context import Context, skip_reason
 from lives import LifeResult, Workplace, run_life
+from model import SHAPES
 from systems import SYSTEMS
 
 NAME = "ttft"
@@ -35,6 +38,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unaligned", type=int, default=57, help="third length: N + this, 0: none")
     parser.add_argument("--repeats", type=int, default=10, help="prompts per length and system")
     parser.add_argument("--lives", type=int, default=2, help="rounds the prompts are spread over")
+    parser.add_argument("--lengths", help="comma-separated, instead of the three lengths above")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--engine", default="{}", help="JSON of more engine arguments")
+    parser.add_argument("--no-nvme", action="store_true", help="DRAM tier only")
+    parser.add_argument("--deadline-s", type=float, default=0.0, help="start no life beyond")
 
 
 @dataclass
@@ -49,6 +57,7 @@ class Samples:
     dlogprob: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     unequal: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     failed_loads: int = 0
+    compared: int = 0
 
     def add(self, phase: str, request: Json, life: LifeResult, reference: Json | None) -> None:
         """Take one request's figures; ``reference`` is the same prompt cold without a connector."""
@@ -63,6 +72,7 @@ class Samples:
         else:
             self.loaded[phase].append(0)
         if reference is not None:
+            self.compared += 1
             self.unequal[phase] += request["tokens"] != reference["tokens"]
             for got, want in zip(request["logprobs"], reference["logprobs"], strict=True):
                 self.dlogprob[phase] = max(self.dlogprob[phase], abs(got - want))
@@ -75,7 +85,7 @@ class Samples:
         out["arrival_to_loaded_ms"] = {p: summary(self.arrival_ms[p]) for p in tiers}
         out["tokens_loaded"] = {p: _median_int(self.loaded[p]) for p in tiers}
         out["cached_tokens"] = {p: _median_int(self.cached[p]) for p in PHASES}
-        out["outputs_equal"] = not any(self.unequal.values())
+        out["outputs_equal"] = not any(self.unequal.values()) if self.compared else None
         out["unequal_outputs"] = {p: self.unequal[p] for p in PHASES if self.ms[p]}
         out["max_abs_dlogprob"] = max(self.dlogprob.values(), default=None)
         out["failed_loads"] = self.failed_loads
@@ -107,9 +117,11 @@ class Plan:
 def _plan(context: Context, options: argparse.Namespace) -> Plan:
     first = max(BLOCK, options.prompt_tokens // BLOCK * BLOCK)
     lengths = [first]
-    if options.long_tokens:
+    if options.lengths:
+        lengths = [int(n) for n in options.lengths.split(",")]
+    elif options.long_tokens:
         lengths.append(options.long_tokens // BLOCK * BLOCK)
-    if options.unaligned:
+    if options.unaligned and not options.lengths:
         lengths.append(first + options.unaligned)
     rng = random.Random(options.seed)
     prompts = {
@@ -147,6 +159,9 @@ class Run:
 
     def __init__(self, context: Context, options: argparse.Namespace) -> None:
         self.context, self.options = context, options
+        context.shape = SHAPES[options.shape]
+        self.ends = time.monotonic() + options.deadline_s if options.deadline_s else math.inf
+        self.shortest = 0.0  # seconds of a life; the first one also warms caches
         self.plan = _plan(context, options)
         self.samples: dict[str, dict[int, Samples]] = {}
         self.skipped: dict[str, str] = {}
@@ -158,7 +173,9 @@ class Run:
                 "max_model_len": max(self.plan.lengths) + 2 * BLOCK,
                 "max_num_batched_tokens": 8192,
                 "max_num_seqs": 4,
-            },
+            }
+            | context.shape.engine
+            | json.loads(options.engine),
             hbm_gib=max(1, math.ceil(largest * 1.5 / 2**30)),
             dram_gib=max(1.0, math.ceil(largest * 1.5 / 2**30)),
         )
@@ -166,19 +183,28 @@ class Run:
     def _take(self, system: str, phase: str, requests: list[Json], life: LifeResult) -> None:
         for request in requests:
             prompt = request["prompt"]
-            if system == "none" and phase == "cold":
+            if system == "none" and phase == "cold" and not self.context.shape.dummy:
                 self.reference[prompt] = request
             sample = self.samples.setdefault(system, {})
             length = sample.setdefault(self.plan.length_of(prompt), Samples())
             length.add(phase, request, life, self.reference.get(prompt))
 
     def _life(self, system: str, ops: list[Json], storage: Path | None) -> LifeResult:
-        return run_life(self.place, system, ops, self.plan.prompts, storage)
+        start = time.monotonic()
+        if self.ends - start < 0.7 * self.shortest:
+            raise Skip(f"no time left: a life took {self.shortest:.0f} s")
+        place = replace(self.place, timeout_s=min(self.place.timeout_s, self.ends - start))
+        try:
+            return run_life(place, system, ops, self.plan.prompts, storage)
+        finally:
+            took = time.monotonic() - start
+            self.shortest = min(self.shortest or took, took)
 
     def system_round(self, system: str, number: int) -> None:
         """Both lives of one system in one round. Raises Skip or LifeFailed."""
         prompts = self.plan.rounds[number]
-        storage = None if system == "none" else self.place.scratch / f"{system}-tier-{number}"
+        kept = system != "none" and not self.options.no_nvme
+        storage = self.place.scratch / f"{system}-tier-{number}" if kept else None
         ops, phases = _first_ops(self.plan, prompts, storage is not None)
         self.context.progress(f"{system}: life {number + 1}a (cold, HBM, DRAM)")
         life = self._life(system, ops, storage)
@@ -234,7 +260,8 @@ def _ratios(report: Json, cold_ms: float | None, limit: Json) -> Json:
 
 
 def _case(run: Run, length: int) -> Json:
-    limit = run.read_limit(length)
+    skipped: Json = {"skipped": "DRAM tier only", "read_ms": None}
+    limit = skipped if run.options.no_nvme else run.read_limit(length)
     systems: Json = {}
     none = run.samples.get("none", {}).get(length)
     cold = quantile(none.ms["cold"], 0.5) if none else None
@@ -253,6 +280,7 @@ def run(context: Context, options: argparse.Namespace) -> Json:
         options.prompt_tokens = min(options.prompt_tokens, 1024)
         options.long_tokens = options.unaligned = 0
         options.repeats, options.lives = 2, 1
+        options.lengths = options.lengths and options.lengths.split(",")[0]
     run_ = Run(context, options)
     rounds = len(run_.plan.rounds)
     # `none` goes first: its cold outputs are the reference that the others are compared with.
@@ -285,7 +313,7 @@ def table(result: Json) -> tuple[list[str], list[list[str]]]:
             cells = [_cell(figures[f"{p}_ms"]) for p in PHASES]
             loads = [_cell(figures["load_only_ms"][p]) for p in ("dram", "nvme_restart")]
             loads.append(_cell(figures["arrival_to_loaded_ms"]["nvme_restart"]))
-            same = "yes" if figures["outputs_equal"] else "NO"
+            same = {True: "yes", False: "NO", None: "-"}[figures["outputs_equal"]]
             delta = figures["max_abs_dlogprob"]
             last = [same, "-" if delta is None else f"{delta:.1e}"]
             rows.append([str(case["prompt_tokens"]), system, *cells, *loads, *last])

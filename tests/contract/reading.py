@@ -18,11 +18,44 @@ MIXIN = "vllm.v1.worker.kv_connector_model_runner_mixin"
 RUNNER_V2 = "vllm.v1.worker.gpu.kv_connector"
 SCHEDULER = "vllm.v1.core.sched.scheduler"
 HASHING = "vllm.v1.core.kv_cache_utils"
+LAYOUTS = "vllm.v1.kv_cache_layout"
 
 #: Hooks that exist only from this version on; before, vLLM never calls them.
-HOOKS_SINCE = {"get_loaded_kv_cache_group_ids": (0, 32), "get_external_cache_hit_sources": (0, 32)}
-#: Modules and names imported only where a hook of that version asks for them.
-IMPORTS_SINCE = {("vllm.v1.metrics.cache_hit_source", "CacheHitSource"): (0, 32)}
+HOOKS_SINCE = {
+    "requires_kv_delivery": (0, 28),
+    "bind_kv_cache_manager": (0, 30),
+    "get_transfer_results": (0, 30),
+    "get_loaded_kv_cache_group_ids": (0, 32),
+    "get_external_cache_hit_sources": (0, 32),
+    "supports_sleep_mode": (0, 33),
+}
+#: Modules and names imported only where a hook of that version asks for them, never at module level.
+IMPORTS_SINCE = {
+    ("vllm.v1.metrics.cache_hit_source", "CacheHitSource"): (0, 32),
+    (BASE, "KVConnectorTransferResults"): (0, 30),
+}
+#: What ``compat`` makes up for, or calls by another name, in older versions.
+FIELDS_SINCE = {
+    "has_sync_kv_loads": (0, 30),
+    "kv_connector_block_state": (0, 30),
+    "failed_recving": (0, 30),
+    "kv_cache_layout": (0, 30),
+    "layers": (0, 30),
+}
+CLASSES_SINCE = {"KVConnectorTransferResults": (0, 30)}
+#: Fields that ``compat`` reads in older versions: (module, class) -> attributes, below 0.30.
+OLD_FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("vllm.v1.kv_cache_interface", "KVCacheTensor"): ("shared_by",),
+    ("vllm.v1.kv_cache_interface", "AttentionSpec"): ("kv_quant_mode",),
+    ("vllm.v1.core.sched.output", "NewRequestData"): ("req_id", "block_ids"),
+    ("vllm.v1.core.sched.output", "CachedRequestData"): (
+        "req_ids",
+        "resumed_req_ids",
+        "new_block_ids",
+    ),
+}
+BRIDGED = (0, 30)
+"""Below this, compat.Bridge stands between vLLM and the connector."""
 
 #: What we read of vLLM's objects: (module, class) -> attributes.
 FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -89,6 +122,8 @@ FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
         "dtype",
         "quantization",
         "is_encoder_decoder",
+        "enable_sleep_mode",
+        "use_mla",
     ),
     ("vllm.config.load", "LoadConfig"): (
         "load_format",
@@ -127,7 +162,7 @@ FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 #: The order of a step's calls on the connector in a worker.
-STEP_ORDER = (
+STEP_ORDER: tuple[str, ...] = (
     "bind_connector_metadata",
     "start_load_kv",
     "wait_for_save",
@@ -165,18 +200,23 @@ class Imported:
     file: str
     module: str
     name: str
+    eager: bool = False  # at module level: it must exist in every version
 
 
 def our_imports() -> set[Imported]:
     """Every import from vllm in the adapter, wherever it stands."""
     found: set[Imported] = set()
     for file, module in adapter_modules().items():
+        top = {id(n) for n in module.tree.body}
         for node in ast.walk(module.tree):
+            eager = id(node) in top
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
-                found |= {Imported(file, node.module or "", a.name) for a in node.names}
+                found |= {Imported(file, node.module or "", a.name, eager) for a in node.names}
             elif isinstance(node, ast.Import):
                 found |= {
-                    Imported(file, a.name, "") for a in node.names if a.name.split(".")[0] == "vllm"
+                    Imported(file, a.name, "", eager)
+                    for a in node.names
+                    if a.name.split(".")[0] == "vllm"
                 }
     return found
 
@@ -236,7 +276,8 @@ def check_imports(source: Source, imports: set[Imported]) -> list[str]:
     """Each module we import exists and binds the names we take."""
     problems = []
     for item in sorted(imports, key=lambda i: (i.module, i.name, i.file)):
-        if source.minor < IMPORTS_SINCE.get((item.module, item.name), (0, 0)):
+        since = IMPORTS_SINCE.get((item.module, item.name), (0, 0))
+        if source.minor < since and not item.eager:
             continue
         if source.module(item.module) is None:
             problems.append(f"{item.file}: no module {item.module}")
@@ -248,11 +289,26 @@ def check_imports(source: Source, imports: set[Imported]) -> list[str]:
 def check_fields(source: Source) -> list[str]:
     """The attributes in FIELDS exist."""
     problems = []
-    for (module, cls), names in FIELDS.items():
+    wanted = dict(FIELDS)
+    if source.minor < BRIDGED:
+        for key, names in OLD_FIELDS.items():
+            wanted[key] = (*wanted.get(key, ()), *names)
+    for (module, cls), names in wanted.items():
+        if source.minor < CLASSES_SINCE.get(cls, (0, 0)):
+            continue
         parsed = source.module(module)
         have = parsed.fields(cls) if parsed else set()
-        problems += [f"{module}.{cls} has no {n}" for n in names if n not in have]
+        for name in names:
+            if name not in have and source.minor >= FIELDS_SINCE.get(name, (0, 0)):
+                problems.append(f"{module}.{cls} has no {name}")
     return problems
+
+
+def step_order(source: Source) -> tuple[str, ...]:
+    """STEP_ORDER in this version's words."""
+    if source.minor >= BRIDGED:
+        return STEP_ORDER
+    return tuple("get_finished" if n == "get_transfer_results" else n for n in STEP_ORDER)
 
 
 def check_step_order(source: Source) -> list[str]:
@@ -263,9 +319,13 @@ def check_step_order(source: Source) -> list[str]:
     if method is None:
         return ["_get_kv_connector_output is gone"]
     calls = [(at, name) for at, owner, name in calls_in(method) if owner == "kv_connector"]
-    problems = _in_order(calls, STEP_ORDER)
+    problems = _in_order(calls, step_order(source))
     forward = [n.lineno for n in ast.walk(method) if isinstance(n, ast.Yield)]
     starts = [at[0] for at, name in calls if name == "start_load_kv"]
+    if source.minor < BRIDGED:
+        if not (len(forward) == 1 and starts and max(starts) < forward[0]):
+            problems.append("start_load_kv no longer runs before the forward")
+        return problems
     if not (len(forward) == 1 and starts and min(starts) < forward[0] < max(starts)):
         problems.append("start_load_kv no longer runs before (sync) or after (async) the forward")
     guard = [n for n in ast.walk(method) if isinstance(n, ast.Attribute)]
@@ -280,7 +340,7 @@ def check_step_order_v2(source: Source) -> list[str]:
     problems = []
     for name, order in (
         ("pre_forward", ("handle_preemptions", "bind_connector_metadata")),
-        ("post_forward", STEP_ORDER[2:]),
+        ("post_forward", step_order(source)[2:]),
     ):
         if name not in methods:
             problems.append(f"ActiveKVConnector.{name} is gone")
@@ -354,7 +414,12 @@ def check_scheduler_calls(source: Source) -> list[str]:
 
 def check_wrap_points(source: Source) -> list[str]:
     """What plugin.py wraps or calls."""
-    from kvoffload.engines.vllm.plugin import _MODEL_RUNNERS, _POST_INIT, WEIGHT_METHODS
+    from kvoffload.engines.vllm.plugin import (
+        _MODEL_RUNNERS,
+        _POST_INIT,
+        WEIGHT_METHODS,
+        WEIGHT_METHODS_SINCE,
+    )
 
     problems = []
     config = source.need("vllm.config.vllm").methods("VllmConfig")
@@ -363,7 +428,9 @@ def check_wrap_points(source: Source) -> list[str]:
     if not any(n == _POST_INIT for _, _, n in calls_in(config["__post_init__"])):
         problems.append(f"VllmConfig does not call {_POST_INIT}")
     worker = source.need("vllm.v1.worker.gpu_worker").methods("Worker")
-    problems += [f"Worker.{m} is gone" for m in (*WEIGHT_METHODS, "add_lora") if m not in worker]
+    methods = [*WEIGHT_METHODS, "add_lora"]
+    methods += [m for since, m in WEIGHT_METHODS_SINCE if source.minor >= since]
+    problems += [f"Worker.{m} is gone" for m in methods if m not in worker]
     bases = source.need("vllm.v1.worker.gpu_worker").cls("Worker")
     if bases is None or "WorkerBase" not in {getattr(b, "id", "") for b in bases.bases}:
         problems.append("Worker is no WorkerBase")
@@ -471,4 +538,17 @@ def check_stats(source: Source) -> list[str]:
         for f in ("_labelnames", "per_engine_labelvalues")
         if f not in module.fields("KVConnectorPromMetrics")
     ]
+    return problems
+
+
+def check_layout_and_sleep(source: Source) -> list[str]:
+    """The layout that compat asks for has that name, and vLLM asks about sleep mode (0.33+)."""
+    problems = []
+    if source.minor >= BRIDGED and "\n    BLHNC = (1, 0, 2, 3, 4)" not in source.text(LAYOUTS):
+        problems.append("the layout BLHNC is gone or has another order")
+    if source.minor >= HOOKS_SINCE["supports_sleep_mode"]:
+        methods = source.need("vllm.config.vllm").methods("VllmConfig")
+        verify = methods.get("_verify_kv_transfer_compat")
+        if verify is None or "supports_sleep_mode" not in {n for _, _, n in calls_in(verify)}:
+            problems.append("vLLM no longer asks a connector about sleep mode")
     return problems

@@ -1,4 +1,4 @@
-"""vLLM 0.30 to 0.33 are as we read them. Sources are parsed, never imported.
+"""vLLM 0.26 and 0.30 to 0.33 are as we read them. Sources are parsed, never imported.
 
 The installed vLLM is always read. The others come from scripts/fetch_vllm_wheels.py: without them
 these tests skip, or fail where KVOFFLOAD_REQUIRE_WHEELS is set (it downloads them then). A folder
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from kvoffload.cli.doctor import SUPPORTED_VLLM, vllm_distribution
+from kvoffload.engines.vllm import compat
 from tests.contract import reading
 from tests.contract.vllm_source import Function, Module, Parameters, Source
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.contract
 sys.path.insert(0, str(reading.ROOT / "scripts"))
 fetch = importlib.import_module("fetch_vllm_wheels")
 
-VERSIONS = ("0.30.0", "0.31.0", "installed", "0.33.0")
+VERSIONS = ("0.26.0", "0.30.0", "0.31.0", "installed", "0.33.0")
 
 
 def _installed() -> Source:
@@ -89,6 +90,7 @@ CHECKS: dict[str, Callable[[Source], list[str]]] = {
     "hashing": reading.check_hashing,
     "loaders": reading.check_loaders,
     "stats": reading.check_stats,
+    "layout and sleep": reading.check_layout_and_sleep,
 }
 
 
@@ -101,7 +103,10 @@ def test_vllm_is_as_we_read_it(source: Source, name: str) -> None:
 def test_the_supported_range_is_covered() -> None:
     low, high = SUPPORTED_VLLM
     minors = {tuple(map(int, v.split(".")[:2])) for v in fetch.VERSIONS}
-    assert min(minors) == low and max(minors) == high
+    assert minors >= compat.REDUCED
+    whole = minors - compat.REDUCED
+    assert min(whole) == compat.OLDEST and max(whole) == high == compat.NEWEST
+    assert low in (compat.OLDEST, min(compat.REDUCED))
 
 
 def test_our_adapter_is_really_read() -> None:
@@ -134,6 +139,7 @@ MUTATIONS = [
     ("hashing", reading.HASHING, "    parent_block_hash: BlockHash | None,", "    parent: BlockHash | None,"),
     ("loaders", "vllm.model_executor.model_loader", '"hf": DefaultModelLoader', '"hf": RunaiModelStreamerLoader'),
     ("stats", reading.METRICS, "def aggregate(self, other", "def fold(self, other"),
+    ("layout and sleep", reading.LAYOUTS, "BLHNC = (1, 0, 2, 3, 4)", "BLHNC = (0, 1, 2, 3, 4)"),
 ]  # fmt: skip
 
 
@@ -144,6 +150,22 @@ MUTATIONS = [
 )
 def test_each_check_fails_on_a_changed_vllm(name: str, module: str, old: str, new: str) -> None:
     source = load("installed")
+    assert CHECKS[name](source) == []
+    assert CHECKS[name](source.mutated(module, old, new)) != []
+
+
+OLD_MUTATIONS = [
+    ("fields", "vllm.v1.kv_cache_interface", "    shared_by: list[str]", "    shared: list[str]"),
+    ("fields", "vllm.v1.core.sched.output", "    resumed_req_ids: set[str]", "    resumed: set[str]"),
+    ("step order", reading.MIXIN, "kv_connector.get_finished(", "kv_connector.finished("),
+    ("step order", reading.MIXIN, "        kv_connector.start_load_kv(get_forward_context())\n", ""),
+    ("step order, runner V2", reading.RUNNER_V2, "self.kv_connector.get_finished(", "self.finished("),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "module", "old", "new"), OLD_MUTATIONS)
+def test_checks_of_the_bridged_version_can_fail(name: str, module: str, old: str, new: str) -> None:
+    source = load("0.26.0")
     assert CHECKS[name](source) == []
     assert CHECKS[name](source.mutated(module, old, new)) != []
 

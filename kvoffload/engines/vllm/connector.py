@@ -11,7 +11,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -22,7 +21,9 @@ from kvoffload.engines.vllm.stats import KVOffloadPromMetrics, KVOffloadStats
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -62,6 +63,7 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: build.SchedulerSide | None = None
         self._worker: build.WorkerSide | None = None
+        self._bridge = compat.Bridge()
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = build.scheduler_side(vllm_config, kv_cache_config)
         else:
@@ -73,6 +75,16 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
     @property
     def requires_kv_delivery(self) -> bool:
         """A cache: a dropped store is a future miss, never a reason to recompute an output."""
+        return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """All layers of a block side by side, where the attention backend takes that."""
+        return compat.wanted_layout(vllm_config)
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        """Refused (0.33 asks): copies of ours may be out when the KV memory is unmapped."""
         return False
 
     @classmethod
@@ -98,10 +110,9 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._scheduler is not None
         return self._scheduler.half
 
-    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         """HBM's own prefix cache: watched after in-place weight updates."""
-        super().bind_kv_cache_manager(kv_cache_manager)
-        self._half.watch_hbm(lambda: compat.prefix_cache_is_empty(kv_cache_manager))
+        self._half.watch_hbm(lambda: compat.block_pool_is_empty(gpu_block_pool))
 
     def on_new_request(self, request: Request) -> None:
         """Arrival of a request."""
@@ -133,13 +144,13 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Orders of this step."""
-        return StepMetadata(self._half.build_connector_meta(scheduler_output))
+        return StepMetadata(self._half.build_connector_meta(self._bridge.step(scheduler_output)))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Answers of the ranks."""
         meta = connector_output.kv_connector_worker_meta
         report = meta.report if isinstance(meta, WorkerMetadata) else None
-        self._half.update_connector_output(connector_output, report)
+        self._half.update_connector_output(self._bridge.answers(connector_output), report)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -210,9 +221,15 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Requests whose loads ended, failed ones included."""
         answers = self._rank.transfer_results()
-        return KVConnectorTransferResults(
-            finished_recving=answers.finished, failed_recving=answers.failed
+        results: KVConnectorTransferResults = self._bridge.transfer_results(
+            answers.finished, answers.failed
         )
+        return results
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """As get_transfer_results, for vLLM before 0.30."""
+        answers = self._rank.transfer_results()
+        return self._bridge.finished(answers.finished, answers.failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks left without valid KV by failed loads."""

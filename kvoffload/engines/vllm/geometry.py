@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvoffload.core.layout import Run, TensorSpec, block_runs, choose_blocks_per_chunk
+from kvoffload.engines.vllm import compat
 from kvoffload.types import CacheLayout, GroupKind, GroupLayout
 
 _FULL = {"FullAttentionSpec"}
@@ -138,7 +139,7 @@ def why_not_served(kv_cache_config: Any) -> str | None:
         facts = group_facts(group)
         if facts.kind is GroupKind.NONE:
             return facts.name
-    return None
+    return compat.why_not_served(kv_cache_config)
 
 
 def tensor_spec(tensor: Any) -> TensorSpec:

@@ -37,6 +37,7 @@ class Loads:
         states: Mapping[str, RequestState],
         deadline_ms: int,
         clock: Callable[[], float],
+        fail_by_blocks: bool = False,
     ) -> None:
         self._layout = layout
         self._manager = manager
@@ -45,6 +46,7 @@ class Loads:
         self._states = states
         self._deadline_ms = deadline_ms
         self._clock = clock
+        self._fail_by_blocks = fail_by_blocks
         self._table = LoadTable()
         self._blocks: dict[int, list[int]] = {}  # that an attempt was to fill
         self._unsent: list[LoadOrder] = []
@@ -87,16 +89,17 @@ class Loads:
         state.hit_sources = {Tier.DRAM: total - nvme, Tier.NVME: nvme}
         self._metrics.hit({t: n for t, n in state.hit_sources.items() if n})
 
-    def commit_failed(self, request: Any, num_external: int) -> None:
+    def commit_failed(self, request: Any, blocks: Any, num_external: int) -> None:
         """vLLM will park the request: make sure that an attempt exists and is failed at once."""
         request_id = str(request.request_id)
         state = self._states.get(request_id)
         attempt = self._table.get(request_id)
         if attempt is None:
             lease = Lease(0, request_id, (), {})
-            if state is not None and state.provisional is not None:
-                lease, state.provisional = state.provisional.lease, None
             start = int(getattr(request, "num_computed_tokens", 0))
+            if state is not None and state.provisional is not None:
+                start, lease = state.provisional.start, state.provisional.lease
+                state.provisional = None
             attempt = self._table.open(
                 request_id, lease, start, start + num_external, self._clock(), 0.0
             )
@@ -104,6 +107,10 @@ class Loads:
         # No blocks named: the ranks answer with failed_recving. The request's blocks include those
         # of its HBM hit, which running requests share; naming them makes vLLM truncate those too.
         self._blocks[attempt.attempt] = []
+        if self._fail_by_blocks:  # the only way before vLLM 0.30, which then has one KV group
+            block = self._layout.groups[0].block_tokens
+            wanted = slice(attempt.start // block, -(-attempt.end // block))
+            self._blocks[attempt.attempt] = [int(b) for b in blocks.get_block_ids()[0][wanted]]
         attempt.next_order = 0.0
 
     def orders(self, now: float) -> tuple[list[LoadOrder], list[FailOrder]]:

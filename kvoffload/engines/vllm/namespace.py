@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from kvoffload.engines.vllm import compat
 from kvoffload.engines.vllm.adapters import AdapterDigests
 from kvoffload.engines.vllm.weights import WeightsDigest
 
@@ -187,7 +188,7 @@ def _pages(kv_cache_config: Any, cache: Any) -> dict[str, Any]:
         "groups": groups,
         "layout": canonical(layout or getattr(cache, "kv_cache_layout", None)),
         # The order of layers in memory; offsets and strides grow with the number of blocks.
-        "tensors": [list(t.layers) for t in kv_cache_config.kv_cache_tensors],
+        "tensors": [compat.tensor_layers(t) for t in kv_cache_config.kv_cache_tensors],
     }
 
 
@@ -264,8 +265,8 @@ def canary(vllm_config: Any) -> bytes:
 def volatile_hash_reason(vllm_config: Any) -> str:
     """Why another process would hash the same tokens differently; empty when it would not."""
     algo = str(vllm_config.cache_config.prefix_caching_hash_algo)
-    if algo.startswith("xxhash") and os.environ.get("PYTHONHASHSEED") in (None, "random"):
-        return f"{algo} is seeded per process: use sha256 or set PYTHONHASHSEED"
+    if compat.hash_seed_is_random(algo):
+        return f"{algo} block hashes are seeded per process: set PYTHONHASHSEED"
     multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
     if multimodal is not None and not getattr(multimodal, "mm_processor_cache_gb", 1):
         # vLLM then may name multimodal inputs by a counter that starts anew with each process.

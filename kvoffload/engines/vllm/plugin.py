@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kvoffload.config import Config
+from kvoffload.engines.vllm import compat
 from kvoffload.errors import ConfigError, OffloadError, UnsupportedError
 
 CONNECTOR = "KVOffloadConnector"
@@ -26,7 +27,7 @@ CONNECTOR_MODULE = "kvoffload.engines.vllm.connector"
 _WRAPPED = "_kvoffload_wrapped"
 _POST_INIT = "_post_init_kv_transfer_config"
 
-#: Methods of a vLLM worker or model runner that change weights in place (0.30..0.33).
+#: Methods of a vLLM worker or model runner that change weights in place (0.26, 0.30..0.33).
 WEIGHT_METHODS = (
     "reload_weights",
     "start_weight_update",
@@ -34,6 +35,9 @@ WEIGHT_METHODS = (
     "update_weights",
     "finish_weight_update",
 )
+#: The same, in some versions only: (since, name).
+WEIGHT_METHODS_SINCE = (((0, 33), "reset_weights"),)
+_ALL_WEIGHT_METHODS = frozenset(WEIGHT_METHODS) | {name for _, name in WEIGHT_METHODS_SINCE}
 _MODEL_RUNNERS = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
@@ -114,7 +118,13 @@ def _wrap_config() -> None:
 
     @functools.wraps(original)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = _names_us(self)
         result = original(self, *args, **kwargs)
+        if named and not _names_us(self):
+            raise StartupError(
+                "kvoffload: --kv-offloading-size puts vLLM's own connector in our place; "
+                "leave it out and set dram_gib in kv_connector_extra_config"
+            )
         prepare(self)
         return result
 
@@ -143,6 +153,14 @@ def _our_children(child: Any) -> Iterator[Mapping[str, Any]]:
             yield from _our_children(inner)
 
 
+def _names_us(vllm_config: Any) -> bool:
+    transfer = getattr(vllm_config, "kv_transfer_config", None)
+    try:
+        return transfer is not None and any(True for _ in our_configs(transfer))
+    except Exception:  # settings of another shape: prepare() meets the same and logs it
+        return False
+
+
 def prepare(vllm_config: Any) -> None:
     """Check and complete a VllmConfig that names our connector; does nothing for any other.
 
@@ -154,6 +172,7 @@ def prepare(vllm_config: Any) -> None:
             return
         _check_all(vllm_config, transfer, extras)
         _set_failure_policy(transfer)
+        _note_alone(vllm_config, transfer)
     except (ConfigError, UnsupportedError) as exc:
         raise StartupError(str(exc)) from None
     except Exception:
@@ -178,8 +197,17 @@ def _check_all(vllm_config: Any, transfer: Any, extras: list[Mapping[str, Any]])
 
 
 def check_supported(vllm_config: Any) -> None:
-    """Refuse engine settings we cannot serve. Raises UnsupportedError: what, why, what to do."""
-    parallel = getattr(vllm_config, "parallel_config", None)
+    """Refuse engine settings we cannot serve. Raises UnsupportedError: what, why, what to do.
+
+    docs/gpu.md has the table of what works, what is refused here, and what vLLM refuses itself.
+    """
+    if (refused := compat.why_refused(compat.vllm_version())) is not None:
+        raise UnsupportedError(f"kvoffload: {refused}; or start vLLM without {CONNECTOR}")
+    _check_parallel(getattr(vllm_config, "parallel_config", None))
+    _check_model(getattr(vllm_config, "model_config", None))
+
+
+def _check_parallel(parallel: Any) -> None:
     for field, option, why in (
         ("pipeline_parallel_size", "--pipeline-parallel-size", "chunks hold all layers of a block"),
         (
@@ -205,7 +233,14 @@ def check_supported(vllm_config: Any) -> None:
             "shared memory of one machine; keep an engine on one node or start vLLM without "
             f"{CONNECTOR}"
         )
-    model = getattr(vllm_config, "model_config", None)
+
+
+def _check_model(model: Any) -> None:
+    if getattr(model, "enable_sleep_mode", False) is True:
+        raise UnsupportedError(
+            "kvoffload: --enable-sleep-mode is not supported: sleeping unmaps the KV blocks while "
+            f"copies of them may be out; leave it off or start vLLM without {CONNECTOR}"
+        )
     if getattr(model, "is_encoder_decoder", False) is True:
         raise UnsupportedError(
             "kvoffload: encoder-decoder models are not supported: vLLM has no KV connector for "
@@ -218,6 +253,12 @@ def _nodes_of_one_engine(parallel: Any) -> int:
     if not isinstance(nodes, int):
         nodes = getattr(parallel, "nnodes", 1)
     return nodes if isinstance(nodes, int) else 1
+
+
+def _note_alone(vllm_config: Any, transfer: Any) -> None:
+    """Leave word for ``compat.wanted_layout``, which sees our own part of the settings only."""
+    alone = getattr(transfer, "kv_connector", None) == CONNECTOR
+    object.__setattr__(vllm_config, compat.ALONE, alone)
 
 
 def _set_failure_policy(transfer: Any) -> None:
@@ -291,7 +332,7 @@ def wrap_weight_methods() -> list[str]:
 
 
 def _changes_weights(cls: type, name: str) -> bool:
-    if name in WEIGHT_METHODS or name == "add_lora":
+    if name in _ALL_WEIGHT_METHODS or name == "add_lora":
         return True
     # A worker extension (--worker-extension-cls) names its own methods; a false alarm only costs
     # a cold cache.

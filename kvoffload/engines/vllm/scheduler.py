@@ -68,6 +68,7 @@ class SchedulerHalf:
         *,
         serve: bool = True,
         eagle: bool = False,
+        fail_by_blocks: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.guard = HookGuard("scheduler")
@@ -89,6 +90,7 @@ class SchedulerHalf:
             self._states,
             config.load_deadline_ms,
             clock,
+            fail_by_blocks,
         )
         self._leased: dict[str, RequestState] = {}  # those with a provisional lease
         self._fence = Fence(arena, layout)
@@ -208,7 +210,7 @@ class SchedulerHalf:
         except Exception as exc:
             self.guard.record("update_state_after_alloc", exc)
             if num_external > 0:
-                self._loads.commit_failed(request, num_external)
+                self._loads.commit_failed(request, blocks, num_external)
 
     def _commit(self, request: Any, block_ids: Any, num_external: int) -> None:
         state = self._state(request)

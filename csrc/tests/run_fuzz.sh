@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Builds the fuzzer of the chunk store's files under ASan and UBSan and runs it.
+#   run_fuzz.sh [cases] [first case] [seconds per case]     default: 2000, 0, 5
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# Small directories, thousands of times: in memory where files can be.
+base="${TMPDIR:-}"
+[[ -z $base && -w /dev/shm ]] && base=/dev/shm
+work="$(mktemp -d ${base:+-p "$base"})"
+trap 'rm -rf "$work"' EXIT
+# Threads do the I/O: what is read is the same, and liburing need not be there.
+"${CXX:-g++}" -std=c++20 -g -O1 -Wall -Wextra -DKVO_NO_URING \
+  -fsanitize=address,undefined -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS \
+  -o "$work/fuzz_store" "$here/fuzz_store.cpp" "$here"/../store*.cpp "$here"/../arena.cpp \
+  "$here"/../checksum.cpp "$here"/../isa_*.cpp -pthread
+ASAN_OPTIONS="allocator_may_return_null=0" "$work/fuzz_store" "$work/data" "${@:-2000}"
