@@ -188,16 +188,11 @@ class StoreDone(NamedTuple):
     nbytes: int  # payload bytes that made it
     ns: int  # submit to done, wall
 
-def io_uring_problem() -> str | None:
-    """None when ``SegmentStore(io_engine="uring")`` works in this process, else why not."""
-
 class SegmentStore:
     """Log-structured chunk store in one directory; format and protocol: docs/format.md."""
 
     path: str
     writer_dir: str  # ".../w<id>"
-    io_engine: str  # what runs: "uring" or "threads"
-    io_engine_note: str  # why "auto" took threads; "" where it did not
 
     def __init__(
         self,
@@ -208,11 +203,8 @@ class SegmentStore:
         queue_bytes: int = 268435456,
         direct: bool = True,
         read_only: bool = False,
-        io_engine: str = "auto",
     ) -> None:
         """Open or create. ``segment_bytes`` 0: 256 MiB, less where ``max_bytes`` is small.
-        ``io_engine``: "uring" (OSError where this process cannot have it), "threads", or "auto":
-        io_uring where it works. ``threads`` read and write, or check what the ring has moved.
         Raises OSError whose message is one clear line naming the path (wrong owner or mode, foreign or
         newer format, symlink, read-only file system, no space)."""
     # -- arena slots (the connector's path): no staging copy; the slot is the I/O buffer
@@ -260,9 +252,7 @@ class SegmentStore:
     def stats(self) -> dict[str, int | float]:
         """entries, bytes_used, bytes_max, segments, puts, gets, hits, misses, corrupt, io_errors, no_space,
         dropped, bytes_written, bytes_read, recycled_segments, recovered_entries, recover_ms, queued_bytes;
-        also payload_bytes, segment_bytes, writers, journal_bytes, sealed_segments; of the engine:
-        uring (1 or 0), fixed_bytes (moved through registered buffers), registered_bytes (arena memory
-        pinned for that now), register_errors (registrations refused, e.g. by RLIMIT_MEMLOCK)"""
+        also payload_bytes, segment_bytes, writers, journal_bytes, sealed_segments"""
     def ls(self, limit: int = 0) -> list[tuple[bytes, int, int, int, int, int]]:
         """(key, namespace, depth, nbytes, segment, seq), newest first."""
     def verify(
