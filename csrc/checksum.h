@@ -38,8 +38,8 @@ std::string isa();
 
 // memcpy with non-temporal stores; call store_fence() before publishing what was written.
 // [dst, dst+n) and [src, src+n) must not overlap; no alignment is required. Falls back to memcpy
-// where the architecture has no such stores. ahead > 0: also prefetch [src + ahead, src + ahead + n)
-// (it may lie outside of any mapping).
+// where the architecture has no such stores. ahead > 0: also prefetch [src + ahead, src + ahead +
+// n) (it may lie outside of any mapping).
 void nt_copy(void* dst, const void* src, size_t n, size_t ahead = 0);
 void store_fence();
 
