@@ -9,6 +9,7 @@
 #include "bind.h"
 #include "errors.h"
 #include "store.h"
+#include "store_io.h"
 
 namespace py = pybind11;
 
@@ -42,8 +43,9 @@ struct Held {
 class PyStore {
   public:
     PyStore(const std::string& path, uint64_t max_bytes, uint64_t segment_bytes, unsigned threads,
-            uint64_t queue_bytes, bool direct, bool read_only) {
-        StoreOptions o{path, max_bytes, segment_bytes, threads, queue_bytes, direct, read_only};
+            uint64_t queue_bytes, bool direct, bool read_only, const std::string& io_engine) {
+        StoreOptions o{path,        max_bytes, segment_bytes, threads,
+                       queue_bytes, direct,    read_only,     io_engine};
         py::gil_scoped_release nogil;
         s_ = std::make_unique<SegmentStore>(o);
     }
@@ -211,14 +213,30 @@ void bind_store(py::module_& m) {
     using namespace kvo::store;
     using kvo::PyArena;
     m.attr("StoreDone") = PyStore::done_type();
+    m.def(
+        "io_uring_problem",
+        []() -> std::optional<std::string> {
+            std::string why;
+            {
+                py::gil_scoped_release nogil;
+                why = uring_problem();
+            }
+            if (why.empty()) return std::nullopt;
+            return why;
+        },
+        "None when io_engine=uring works in this process, else why not, in a few words.");
     auto nogil = py::call_guard<py::gil_scoped_release>();
     py::class_<PyStore>(m, "SegmentStore")
-        .def(py::init<const std::string&, uint64_t, uint64_t, unsigned, uint64_t, bool, bool>(),
+        .def(py::init<const std::string&, uint64_t, uint64_t, unsigned, uint64_t, bool, bool,
+                      const std::string&>(),
              py::arg("path"), py::arg("max_bytes"), py::arg("segment_bytes") = 0,
              py::arg("threads") = 4, py::arg("queue_bytes") = 268435456, py::arg("direct") = true,
-             py::arg("read_only") = false)
+             py::arg("read_only") = false, py::arg("io_engine") = "auto")
         .def_property_readonly("path", [](PyStore& p) { return p.store().path(); })
         .def_property_readonly("writer_dir", [](PyStore& p) { return p.store().writer_dir(); })
+        .def_property_readonly("io_engine", [](PyStore& p) { return p.store().io_engine(); })
+        .def_property_readonly("io_engine_note",
+                               [](PyStore& p) { return p.store().io_engine_note(); })
         .def(
             "put_slots",
             [](PyStore& p, int64_t job, const PyArena& a, const py::bytes& keys,

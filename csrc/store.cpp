@@ -11,17 +11,35 @@
 namespace kvo::store {
 
 namespace {
+[[noreturn]] void refuse_uring(const StoreOptions& o, const std::string& why) {
+    throw OsError(EOPNOTSUPP,
+                  "chunk store " + o.path + ": io_engine=uring: " + why + "; use auto or threads");
+}
+
+// Before the directory is touched.
 const StoreOptions& checked(const StoreOptions& o) {
     if (!o.threads || o.threads > 256) throw std::invalid_argument("threads must be 1 to 256");
+    if (o.io_engine != "auto" && o.io_engine != "uring" && o.io_engine != "threads")
+        throw std::invalid_argument("io_engine must be auto, uring or threads");
+    if (o.io_engine == "uring")
+        if (std::string why = uring_problem(); !why.empty()) refuse_uring(o, why);
     return o;
 }
 }  // namespace
 
 StoreImpl::StoreImpl(const StoreOptions& o) : opt(checked(o)), dir(opt) {}
 
+void StoreImpl::pick_engine() {
+    if (opt.io_engine != "threads") {
+        engine = make_uring_engine(opt.threads, faults, engine_note);
+        if (!engine && opt.io_engine == "uring") refuse_uring(opt, engine_note);
+    }
+    if (!engine) engine = make_thread_engine(opt.threads, faults);
+}
+
 void StoreImpl::start() {
     recover();
-    engine = make_thread_engine(opt.threads, faults);
+    pick_engine();
     keeper_alive = true;
     keeper_thread = std::thread([self = shared_from_this()] { self->keeper(); });
 }
@@ -238,6 +256,12 @@ void StoreImpl::check() const {
 
 // ---- surface
 
+namespace {
+void use_arena(IoEngine& engine, const std::shared_ptr<Arena>& arena) {
+    if (arena) engine.use_region({arena, arena->data(), arena->data_bytes()});
+}
+}  // namespace
+
 SegmentStore::SegmentStore(const StoreOptions& opt) : s_(std::make_shared<StoreImpl>(opt)) {
     s_->start();
 }
@@ -252,11 +276,20 @@ std::string SegmentStore::writer_dir() const {
     return s_->dir.writer_path();
 }
 
+std::string SegmentStore::io_engine() const {
+    return s_->engine->name();
+}
+std::string SegmentStore::io_engine_note() const {
+    return s_->engine_note;
+}
+
 void SegmentStore::put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items,
                        uint32_t ns) {
+    use_arena(*s_->engine, arena);
     s_->submit_put(job, std::move(arena), items, ns);
 }
 void SegmentStore::get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items) {
+    use_arena(*s_->engine, arena);
     s_->submit_get(job, std::move(arena), items);
 }
 
@@ -319,6 +352,7 @@ std::map<std::string, double> SegmentStore::stats() const {
     std::lock_guard lk(s_->mu);
     const StoreCounters& n = s_->n;
     uint64_t count = 0;
+    EngineStats io = s_->engine->stats();
     std::set<uint32_t> writers;
     for (auto& s : s_->segments) {
         if (s->state == SegState::kGone) continue;
@@ -347,7 +381,11 @@ std::map<std::string, double> SegmentStore::stats() const {
             {"recycled_segments", double(n.recycled_segments)},
             {"recovered_entries", double(n.recovered_entries)},
             {"recover_ms", s_->recover_ms},
-            {"queued_bytes", double(s_->queued)}};
+            {"queued_bytes", double(s_->queued)},
+            {"uring", double(s_->engine->name() == std::string_view("uring"))},
+            {"fixed_bytes", double(io.fixed_bytes)},
+            {"registered_bytes", double(io.registered_bytes)},
+            {"register_errors", double(io.register_errors)}};
 }
 
 std::vector<ListedChunk> SegmentStore::ls(size_t limit) const {

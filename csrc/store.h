@@ -73,6 +73,8 @@ class SegmentStore {
 
     std::string path() const;
     std::string writer_dir() const;
+    std::string io_engine() const;       // what runs: "uring" or "threads"
+    std::string io_engine_note() const;  // why io_engine "auto" took threads; else empty
 
     // Throw std::invalid_argument on a job id in use or a closed store, OsError(EROFS) when read
     // only. `arena` is null for plain buffers.

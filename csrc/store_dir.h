@@ -26,6 +26,7 @@ struct StoreOptions {
     uint64_t queue_bytes = 256 << 20;
     bool direct = true;
     bool read_only = false;
+    std::string io_engine = "auto";  // auto, uring, threads
 };
 
 class Fd {

@@ -95,6 +95,7 @@ struct StoreCounters {
 struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     explicit StoreImpl(const StoreOptions& opt);
     void start();
+    void pick_engine();
 
     // -- store_jobs.cpp
     static bool is_live(const StoreEntry& e);  // mu held
@@ -118,7 +119,6 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     uint8_t check_read(StoreWork& w, const uint8_t* data, std::vector<uint64_t>& tmp);
     void drop_entry(const Key& key, const StoreSegment* seg, uint32_t gen,
                     uint64_t off);  // mu held
-    uint64_t merge_limit(uint64_t total) const;
 
     // -- store.cpp, mu held unless said
     void publish(StoreSegment& seg, const Record& r);
@@ -170,6 +170,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     StoreDir dir;
     std::shared_ptr<Faults> faults = std::make_shared<Faults>();
     std::shared_ptr<IoEngine> engine;
+    std::string engine_note;  // why it is not io_uring, where that was asked for or would be used
     StoreCounters n;
 
     mutable std::mutex mu;

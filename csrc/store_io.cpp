@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
@@ -36,7 +37,7 @@ File::~File() {
 }
 
 bool File::drop_direct() {
-    if (!direct_.exchange(false)) return false;
+    direct_.store(false);
     int flags = ::fcntl(fd_, F_GETFL);
     return flags >= 0 && ::fcntl(fd_, F_SETFL, flags & ~O_DIRECT) == 0;
 }
@@ -62,6 +63,8 @@ FilePtr open_file(int dirfd, const char* name, int flags, bool direct, int& err)
         err = EPERM;
         return nullptr;
     }
+    // A regular file, then: io_uring must be free to wait for it.
+    if (int had = ::fcntl(fd, F_GETFL); had >= 0) ::fcntl(fd, F_SETFL, had & ~O_NONBLOCK);
     err = 0;
     return f;
 }
@@ -87,17 +90,11 @@ bool hit(const std::atomic<int>& every, uint64_t count) {
     return n > 0 && count % unsigned(n) == 0;
 }
 
-int read_fault(Faults& f, bool& halve) {
-    uint64_t c = f.reads.fetch_add(1, std::memory_order_relaxed) + 1;
-    while (f.hang_read.load() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    if (int ms = f.slow_read_ms.load()) std::this_thread::sleep_for(std::chrono::milliseconds(ms));
-    halve = hit(f.short_read, c);
-    return hit(f.read_eio, c) ? EIO : 0;
-}
-
-int write_fault(Faults& f) {
-    uint64_t c = f.writes.fetch_add(1, std::memory_order_relaxed) + 1;
-    return hit(f.enospc, c) ? ENOSPC : hit(f.write_eio, c) ? EIO : 0;
+// As a slow or hung disk would, on the thread that reads.
+void wait_out(Faults& f, const Fault& fault) {
+    auto ms = [](int n) { std::this_thread::sleep_for(std::chrono::milliseconds(n)); };
+    while (fault.hang && f.hang_read.load() > 0) ms(1);
+    if (fault.slow_ms) ms(fault.slow_ms);
 }
 
 // Runs preadv/pwritev until `total` bytes moved. Works on a copy of the vector.
@@ -132,24 +129,39 @@ size_t total_of(const iovec* iov, size_t n) {
 
 }  // namespace
 
+Fault read_fault(Faults& f) {
+    uint64_t c = f.reads.fetch_add(1, std::memory_order_relaxed) + 1;
+    return {hit(f.read_eio, c) ? EIO : 0, hit(f.short_read, c), f.slow_read_ms.load(),
+            f.hang_read.load() > 0};
+}
+
+int write_fault(Faults& f) {
+    uint64_t c = f.writes.fetch_add(1, std::memory_order_relaxed) + 1;
+    return hit(f.enospc, c) ? ENOSPC : hit(f.write_eio, c) ? EIO : 0;
+}
+
 int read_full(const File& f, const iovec* iov, size_t n, uint64_t off, Faults& faults,
               size_t& done) {
-    bool halve = false;
+    Fault fault = read_fault(faults);
+    wait_out(faults, fault);
     done = 0;
-    if (int e = read_fault(faults, halve)) return e;
+    if (fault.err) return fault.err;
     size_t total = total_of(iov, n);
+    bool direct = f.direct();
     int e = transfer(f, iov, n, off, total, done, ::preadv);
-    if (e == EINVAL && const_cast<File&>(f).drop_direct())
+    if (e == EINVAL && direct && const_cast<File&>(f).drop_direct())
         e = transfer(f, iov, n, off, total, done, ::preadv);
-    if (halve) done /= 2;
+    if (fault.halve) done /= 2;
     return e;
 }
 
 int write_full(File& f, const iovec* iov, size_t n, uint64_t off, Faults& faults) {
     if (int e = write_fault(faults)) return e;
     size_t total = total_of(iov, n), done = 0;
+    bool direct = f.direct();
     int e = transfer(f, iov, n, off, total, done, ::pwritev);
-    if (e == EINVAL && f.drop_direct()) e = transfer(f, iov, n, off, total, done, ::pwritev);
+    if (e == EINVAL && direct && f.drop_direct())
+        e = transfer(f, iov, n, off, total, done, ::pwritev);
     if (!e && done < total) e = EIO;
     return e;
 }
@@ -168,6 +180,31 @@ int sync_data(const File& f) {
     return ::fdatasync(f.fd()) == 0 ? 0 : errno;
 }
 
+// Best fit, so that small requests leave the large buffers to large ones.
+AlignedBuf BufferPool::take(size_t n) {
+    {
+        std::lock_guard lk(mu_);
+        AlignedBuf* best = nullptr;
+        for (auto& b : free_)
+            if (b.size() >= n && (!best || b.size() < best->size())) best = &b;
+        if (best) {
+            AlignedBuf out = std::move(*best);
+            *best = std::move(free_.back());
+            free_.pop_back();
+            return out;
+        }
+    }
+    return AlignedBuf(n);
+}
+
+void BufferPool::give(AlignedBuf b) {
+    if (!b.size() || b.size() > (8u << 20)) return;
+    std::lock_guard lk(mu_);
+    size_t kept = b.size();
+    for (auto& f : free_) kept += f.size();
+    if (kept <= (64u << 20) && free_.size() < 256) free_.push_back(std::move(b));
+}
+
 void setup_native_thread(const char* name) {
     sigset_t all;
     sigfillset(&all);
@@ -176,33 +213,6 @@ void setup_native_thread(const char* name) {
 }
 
 namespace {
-
-// Buffers are kept after use: the first touch of fresh pages costs more than the copy into them.
-class BufferPool {
-  public:
-    AlignedBuf take(size_t n) {
-        {
-            std::lock_guard lk(mu_);
-            for (auto& b : free_) {
-                if (b.size() < n) continue;
-                AlignedBuf out = std::move(b);
-                b = std::move(free_.back());
-                free_.pop_back();
-                return out;
-            }
-        }
-        return AlignedBuf(n);
-    }
-    void give(AlignedBuf b) {
-        if (!b.size() || b.size() > (8u << 20)) return;
-        std::lock_guard lk(mu_);
-        if (free_.size() < 16) free_.push_back(std::move(b));
-    }
-
-  private:
-    std::mutex mu_;
-    std::vector<AlignedBuf> free_;
-};
 
 struct PoolState {
     std::mutex mu;
@@ -250,7 +260,7 @@ void worker(std::shared_ptr<PoolState> s, unsigned i) {
 class ThreadEngine : public IoEngine {
   public:
     ThreadEngine(unsigned threads, std::shared_ptr<Faults> faults)
-        : s_(std::make_shared<PoolState>()) {
+        : count_(threads), s_(std::make_shared<PoolState>()) {
         s_->faults = std::move(faults);
         for (unsigned i = 0; i < threads; ++i) {
             ++s_->alive;
@@ -301,8 +311,14 @@ class ThreadEngine : public IoEngine {
     }
 
     AlignedBuf take_buffer(size_t n) override { return s_->buffers.take(n); }
+    const char* name() const override { return "threads"; }
+    // Big enough to be cheap, small enough that all threads have one.
+    uint64_t merge_bytes(uint64_t total, bool) const override {
+        return std::clamp<uint64_t>(total / count_, 256 << 10, 4 << 20);
+    }
 
   private:
+    unsigned count_;
     std::shared_ptr<PoolState> s_;
     std::vector<std::thread> threads_;
 };

@@ -33,7 +33,8 @@ class File {
     File& operator=(const File&) = delete;
     int fd() const { return fd_; }
     bool direct() const { return direct_.load(std::memory_order_relaxed); }
-    // Some file systems accept O_DIRECT at open and refuse it at the first transfer.
+    // Some file systems accept O_DIRECT at open and refuse it at the first transfer. True when the
+    // flag is gone, whoever took it away: several transfers may be refused at once.
     bool drop_direct();
 
   private:
@@ -61,6 +62,17 @@ class AlignedBuf {
     size_t n_ = 0;
 };
 
+// Buffers are kept after use: the first touch of fresh pages costs more than the copy into them.
+class BufferPool {
+  public:
+    AlignedBuf take(size_t n);
+    void give(AlignedBuf b);
+
+  private:
+    std::mutex mu_;
+    std::vector<AlignedBuf> free_;
+};
+
 // Transfers until done, end of file (done < wanted, result 0) or error (errno).
 int read_full(const File& f, const iovec* iov, size_t n, uint64_t off, Faults& faults,
               size_t& done);
@@ -69,9 +81,27 @@ int read_full(const File& f, void* p, size_t n, uint64_t off, Faults& faults, si
 int write_full(File& f, const void* p, size_t n, uint64_t off, Faults& faults);
 int sync_data(const File& f);
 
+// What the injected faults want of one transfer. Counts it; never waits.
+struct Fault {
+    int err = 0;
+    bool halve = false;  // report half of what was read
+    int slow_ms = 0;
+    bool hang = false;  // until Faults::hang_read is 0 again
+};
+Fault read_fault(Faults& faults);
+int write_fault(Faults& faults);
+
+// Memory that many requests use, for as long as `owner` lives: an arena.
+struct IoRegion {
+    std::shared_ptr<const void> owner;
+    uint8_t* data = nullptr;
+    uint64_t bytes = 0;
+};
+
 struct IoRequest {
     bool write = false;
     uint64_t offset = 0;
+    uint64_t bytes = 0;      // about how much it moves, known before prepare
     FilePtr file;            // set by prepare at the latest
     std::vector<iovec> iov;  // set by prepare at the latest
     AlignedBuf bounce;       // taken from the engine's pool by prepare, given back after finish
@@ -81,7 +111,14 @@ struct IoRequest {
     std::function<void(IoRequest&, int err, size_t done)> finish;
 };
 
-// Runs requests, reads before writes. Engines: a pread/pwrite thread pool (this file).
+struct EngineStats {
+    uint64_t fixed_bytes = 0;       // moved through registered buffers
+    uint64_t registered_bytes = 0;  // memory registered now
+    uint64_t register_errors = 0;   // registrations the kernel refused (RLIMIT_MEMLOCK)
+};
+
+// Runs requests, reads before writes. Engines: a pread/pwrite thread pool (store_io.cpp), io_uring
+// (store_uring.cpp).
 class IoEngine {
   public:
     virtual ~IoEngine() = default;
@@ -91,9 +128,20 @@ class IoEngine {
     // threads are then detached and hold all they use.
     virtual bool stop(int timeout_ms) = 0;
     virtual AlignedBuf take_buffer(size_t n) = 0;
+    // Requests are about to use this memory: an engine may prepare for it. Never blocks.
+    virtual void use_region(const IoRegion&) {}
+    virtual const char* name() const = 0;
+    // The best size of one request where `total` bytes are to be moved together.
+    virtual uint64_t merge_bytes(uint64_t total, bool write) const = 0;
+    virtual EngineStats stats() const { return {}; }
 };
 
 std::shared_ptr<IoEngine> make_thread_engine(unsigned threads, std::shared_ptr<Faults> faults);
+// Null where this process cannot have it; `why` is then a few words. `threads` prepare and finish.
+std::shared_ptr<IoEngine> make_uring_engine(unsigned threads, std::shared_ptr<Faults> faults,
+                                            std::string& why);
+// Empty when make_uring_engine works here, else why not.
+std::string uring_problem();
 
 // Names the calling thread and blocks all signals in it.
 void setup_native_thread(const char* name);

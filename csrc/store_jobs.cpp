@@ -18,11 +18,6 @@ uint8_t result_of(int err) {
 
 }  // namespace
 
-// Requests big enough to be cheap, small enough that all threads have one.
-uint64_t StoreImpl::merge_limit(uint64_t total) const {
-    return std::clamp<uint64_t>(total / std::max(1u, opt.threads), 256 << 10, 4 << 20);
-}
-
 StoreJobPtr StoreImpl::new_job(int64_t id, int kind, size_t n_items, std::shared_ptr<Arena> arena) {
     if (closed) throw std::invalid_argument("store is closed");
     if (kind == 0 && opt.read_only)
@@ -149,7 +144,7 @@ void StoreImpl::place_tombs() {
 void StoreImpl::place() {
     if (discard) return;
     place_tombs();
-    uint64_t limit = merge_limit(queued);
+    uint64_t limit = engine->merge_bytes(queued, true);
     while (!put_queue.empty() && next_segment()) {
         auto g = std::make_shared<StoreGroup>();
         g->seg = open;
@@ -182,6 +177,7 @@ void StoreImpl::send(std::shared_ptr<StoreGroup> g, bool write) {
     auto r = std::make_unique<IoRequest>();
     r->write = write;
     r->offset = g->off;
+    r->bytes = g->bytes;
     auto self = shared_from_this();
     if (write) {
         r->prepare = [self, g](IoRequest& q) { return self->prepare_put(*g, q); };
@@ -291,7 +287,7 @@ void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena,
             return a.first.seg != b.first.seg ? a.first.seg < b.first.seg
                                               : a.second.off < b.second.off;
         });
-        uint64_t limit = merge_limit(total);
+        uint64_t limit = engine->merge_bytes(total, false);
         for (auto& [e, w] : found) {
             uint64_t pad = round_up(e.len);
             StoreGroup* g = groups.empty() ? nullptr : groups.back().get();

@@ -75,13 +75,6 @@ def _one_of(names: tuple[str, ...]) -> Callable[[str, Any], str]:
     return rule
 
 
-def _io_engine(key: str, value: Any) -> str:
-    name = _one_of(get_args(IoEngine))(key, value)
-    if name == "uring":
-        raise _fail(key, value, "not available in this version; choose auto or threads")
-    return name
-
-
 def _directory(key: str, value: Any) -> str:
     allowed = "give one absolute directory path"
     if isinstance(value, list | tuple):
@@ -121,7 +114,7 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "nvme_path": _directory,
     "nvme_gib": _gib,
     "nvme_write_tb_per_day": _terabytes,
-    "io_engine": _io_engine,
+    "io_engine": _one_of(get_args(IoEngine)),
     "remote": _unavailable,
     "server": _unavailable,
     "server_autostart": _unavailable,

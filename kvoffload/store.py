@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from kvoffload.config import IoEngine
 from kvoffload.errors import ClosedError, StoreError
 from kvoffload.types import StoreResult
 
@@ -60,24 +61,28 @@ def open_store(
     direct: bool = True,
     read_only: bool = False,
     timeout_s: float = 30.0,
+    io_engine: IoEngine = "auto",
 ) -> Store:
     """Open or create a store.
 
     ``max_bytes`` bounds everything under ``path`` (None: as it was created, at creation half of the
     free space). ``timeout_s``: the longest a put or get waits for the disk. Several processes may
-    open one path; each writes its own directory and reads all.
+    open one path; each writes its own directory and reads all. ``io_engine``: "uring" (StoreError
+    where this process cannot have it), "threads", or "auto": io_uring where it works.
     Raises StoreError with one line that names the path; ValueError for numbers out of range.
     """
-    from kvoffload.tiers.nvme import open_segment_store
+    from kvoffload._core import SegmentStore
 
-    native = open_segment_store(
-        path,
-        max_bytes=max_bytes,
-        segment_bytes=segment_bytes,
-        threads=threads,
-        direct=direct,
-        read_only=read_only,
-    )
+    with _store_errors():
+        native = SegmentStore(
+            os.fspath(path),
+            max_bytes or 0,
+            segment_bytes or 0,
+            threads,
+            direct=direct,
+            read_only=read_only,
+            io_engine=io_engine,
+        )
     return Store(native, timeout_s)
 
 
@@ -85,8 +90,9 @@ class Store:
     """An open chunk store; made by ``open_store``. Every method may be called from any thread.
 
     Keys are 16 bytes, and the same key must always mean the same payload: a key that is held is not
-    written again. Methods raise ClosedError after ``close``, ValueError for a key of another
-    length, StoreError when a read-only store is written to. Disk failures are results and counters.
+    written again. ``io_engine`` says what does the I/O: "uring" or "threads". Methods raise
+    ClosedError after ``close``, ValueError for a key of another length, StoreError when a read-only
+    store is written to. Disk failures are results and counters.
     """
 
     def __init__(self, native: SegmentStore, timeout_s: float = 30.0) -> None:
@@ -98,6 +104,7 @@ class Store:
         self._results: dict[int, StoreDone] = {}
         self.path = native.path
         self.writer_dir = native.writer_dir
+        self.io_engine = native.io_engine
 
     # -- payloads
 

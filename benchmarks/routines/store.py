@@ -1,8 +1,9 @@
 """``store``: the chunk store alone, beside raw O_DIRECT I/O and vLLM's file-system tier.
 
-Per size and depth every engine writes the same incompressible chunks, then reads them back in
-random order after the page cache was dropped; engines alternate within each repeat. ``restore`` is
-one request asking for many chunks at once. All bytes read are checked.
+``kvoffload`` takes the I/O engine that ``io_engine=auto`` picks, ``kvoffload_threads`` its
+pread/pwrite threads. Per size and depth every engine writes the same incompressible chunks, then
+reads them back in random order after the page cache was dropped; engines alternate within each
+repeat. ``restore`` is one request asking for many chunks at once. All bytes read are checked.
 """
 
 from __future__ import annotations
@@ -82,12 +83,14 @@ class Ring:
 class KvoffloadEngine:
     """``SegmentStore`` through its buffer interface; checksums on."""
 
-    def __init__(self, where: Path, ring: Ring, total: int, threads: int) -> None:
+    def __init__(
+        self, where: Path, ring: Ring, total: int, threads: int, io_engine: str = "auto"
+    ) -> None:
         from kvoffload import _core
 
         self._ring = ring
         self._store = _core.SegmentStore(
-            str(where), max_bytes=4 * total + 64 * MIB, threads=threads
+            str(where), max_bytes=4 * total + 64 * MIB, threads=threads, io_engine=io_engine
         )
         self._done: list[tuple[int, bool]] = []
         self._open: list[int] = []
@@ -163,6 +166,11 @@ def _engines() -> tuple[dict[str, Any], dict[str, str]]:
     skipped = {"lmcache": "its disk adapters are not driven by this routine yet"}
     for name, module, engine in (
         ("kvoffload", "kvoffload._core", KvoffloadEngine),
+        (
+            "kvoffload_threads",
+            "kvoffload._core",
+            functools.partial(KvoffloadEngine, io_engine="threads"),
+        ),
         ("vllm_fs", "vllm", VllmFsEngine),
     ):
         if importlib.util.find_spec(module) is None:
@@ -297,7 +305,7 @@ def run(context: Context, options: argparse.Namespace) -> Json:
                 rate = systems[name][f"{op}_gbps"] / out["limit"][f"{base}_gbps"]
                 systems[name][f"{op}_vs_limit"] = round(rate, 3)
             systems[name]["checksum_cpu_s_per_gb"] = (
-                _checksum_cost() if name == "kvoffload" else None
+                _checksum_cost() if name.startswith("kvoffload") else None
             )
     return out
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import errno
+import importlib
 import mmap
 import os
 import resource
 import tempfile
 from pathlib import Path
-
-_IO_URING_SETUP = 425  # the same number on x86_64, aarch64, riscv64, ppc64le and s390x
 
 
 def shmem_hugepages(
@@ -31,19 +29,13 @@ def memlock_bytes() -> int | None:
 
 
 def io_uring_problem() -> str | None:
-    """None when an io_uring can be created here, else why not."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    params = ctypes.create_string_buffer(120)
-    fd = libc.syscall(_IO_URING_SETUP, 2, params)
-    if fd >= 0:
-        os.close(fd)
-        return None
-    code = ctypes.get_errno()
-    if code == errno.ENOSYS:
-        return "not in this kernel"
-    if code == errno.EPERM:
-        return "forbidden here (seccomp or kernel.io_uring_disabled)"
-    return os.strerror(code)
+    """None when the NVMe tier can use io_uring in this process, else why not, in a few words."""
+    try:
+        core = importlib.import_module("kvoffload._core")
+    except ImportError:
+        return "unknown: the native core does not load"
+    problem: str | None = core.io_uring_problem()
+    return problem
 
 
 def cuda_devices() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kvoffload.store import open_store
 from kvoffload.types import StoreResult
+from tests.support.store_engines import io_engine  # noqa: F401  (every test runs on both engines)
 
 MIB = 1 << 20
 BOUND = 6 * MIB
@@ -29,7 +30,7 @@ def payload_of(i):
     return (hashlib.sha256(b"bytes %d" % i).digest() * (nbytes // 32 + 1))[:nbytes]
 
 path, first = sys.argv[1], int(sys.argv[2])
-store = open_store(path, max_bytes=int(sys.argv[3]), segment_bytes=512 << 10, threads=2)
+store = open_store(path, max_bytes=int(sys.argv[3]), segment_bytes=512 << 10, threads=2, io_engine=sys.argv[4])
 os.write(1, b"open\\n")
 i = first
 while True:
@@ -37,7 +38,7 @@ while True:
     os.write(1, b"try %d\\n" % (i + 8))  # before: what is not announced must never be found
     results = set(store.put_many((key_of(j), payload_of(j)) for j in batch))
     # With a live neighbour the bound may be used up before we have a segment of our own to recycle.
-    assert results == {StoreResult.OK} or (sys.argv[4:] and results == {StoreResult.NO_SPACE}), results
+    assert results == {StoreResult.OK} or (sys.argv[5:] and results == {StoreResult.NO_SPACE}), results
     os.write(1, b"put %d\\n" % (i + 8))
     if i % 5 == 0:
         gone = [j for j in batch if j % 10 == 0]
@@ -57,9 +58,10 @@ def payload_of(i: int) -> bytes:
     return (hashlib.sha256(b"bytes %d" % i).digest() * (nbytes // 32 + 1))[:nbytes]
 
 
-def spawn(path: Path, first: int, *, shared: bool = False) -> subprocess.Popen[bytes]:
+def spawn(path: Path, first: int, engine: str, *, shared: bool = False) -> subprocess.Popen[bytes]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    args = [sys.executable, "-c", CHILD, str(path), str(first), str(BOUND), *["shared"] * shared]
+    args = [sys.executable, "-c", CHILD, str(path), str(first), str(BOUND), engine]
+    args += ["shared"] * shared
     return subprocess.Popen(args, stdout=subprocess.PIPE, env=env)
 
 
@@ -78,13 +80,13 @@ def kill_after(child: subprocess.Popen[bytes], seconds: float) -> dict[str, int]
     return said
 
 
-def test_kill_loop(tmp_path: Path) -> None:
+def test_kill_loop(tmp_path: Path, io_engine: str) -> None:  # noqa: F811
     rng = random.Random(11)
     path = tmp_path / "s"
     first = tried = 0
     checked = 0
     for _ in range(20):
-        said = kill_after(spawn(path, first), rng.uniform(0.0, 0.12))
+        said = kill_after(spawn(path, first, io_engine), rng.uniform(0.0, 0.12))
         tried = said.get("try", tried)
         with open_store(path, max_bytes=BOUND, segment_bytes=512 << 10) as store:
             store.check()
@@ -107,11 +109,11 @@ def test_kill_loop(tmp_path: Path) -> None:
     assert checked > 200 and tried > 200
 
 
-def test_two_processes_and_a_kill(tmp_path: Path) -> None:
+def test_two_processes_and_a_kill(tmp_path: Path, io_engine: str) -> None:  # noqa: F811
     """Two writers share the path; one dies, the other goes on, a third adopts the dead one's part."""
     path = tmp_path / "s"
-    a = spawn(path, 0, shared=True)
-    b = spawn(path, 1_000_000, shared=True)
+    a = spawn(path, 0, io_engine, shared=True)
+    b = spawn(path, 1_000_000, io_engine, shared=True)
     assert b.stdout is not None and b.stdout.readline() == b"open\n"
     try:
         said = kill_after(a, 0.5)

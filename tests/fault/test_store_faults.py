@@ -18,6 +18,7 @@ from kvoffload._core import SegmentStore
 from kvoffload.errors import StoreError
 from kvoffload.store import Store, open_store
 from kvoffload.types import StoreResult
+from tests.support.store_engines import io_engine  # noqa: F401  (every test runs on both engines)
 
 MIB = 1 << 20
 

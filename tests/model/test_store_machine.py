@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvoffload.config import IoEngine
 from kvoffload.store import Store, open_store
 from kvoffload.types import StoreResult
+from tests.support.store_engines import skip_without
 
 KEYS = st.integers(0, 60)
 SIZES = (1, 100, 4096, 5000, 30_000, 70_000)
@@ -34,9 +36,11 @@ class StoreMachine(RuleBasedStateMachine):
     """
 
     roomy = True
+    io_engine: IoEngine = "threads"
 
     @initialize(roomy=st.booleans())
     def start(self, roomy: bool) -> None:
+        skip_without(self.io_engine)
         self.dir = Path(tempfile.mkdtemp(prefix="kvo-machine-"))
         self.roomy = roomy
         self.sure: set[int] = set()
@@ -51,6 +55,7 @@ class StoreMachine(RuleBasedStateMachine):
             max_bytes=bound,
             segment_bytes=1 << (18 if self.roomy else 17),
             threads=2,
+            io_engine=self.io_engine,
         )
 
     @rule(keys=st.lists(KEYS, min_size=1, max_size=12))
@@ -138,10 +143,19 @@ class StoreMachine(RuleBasedStateMachine):
             shutil.rmtree(self.dir)
 
 
-StoreMachine.TestCase.settings = settings(
+class UringMachine(StoreMachine):
+    """The same on the other engine."""
+
+    io_engine: IoEngine = "uring"
+
+
+SETTINGS = settings(
     max_examples=25,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+for machine in (StoreMachine, UringMachine):
+    machine.TestCase.settings = SETTINGS
 TestStoreMachine = StoreMachine.TestCase
+TestUringMachine = UringMachine.TestCase

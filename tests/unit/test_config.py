@@ -79,7 +79,6 @@ def test_bad_whole_numbers(key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "part"),
     [
-        ("io_engine", "uring", "not available in this version"),
         ("io_engine", "URING", "choose one of auto, uring, threads"),
         ("load", None, "choose one of auto, always, never"),
         ("load", True, "auto, always, never"),

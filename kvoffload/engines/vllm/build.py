@@ -156,7 +156,9 @@ def _open_store(config: Config) -> Any:
         return None
     try:
         free = _free_bytes(config.nvme_path)
-        return _core.SegmentStore(config.nvme_path, config.nvme_bytes(free))
+        return _core.SegmentStore(
+            config.nvme_path, config.nvme_bytes(free), io_engine=config.io_engine
+        )
     except OSError as exc:
         logger.error("kvoffload: nvme_path is not used, DRAM only: %s", exc)
         return None
@@ -180,7 +182,7 @@ def _announce(config: Config, layout: CacheLayout, arena: Any, store: Any) -> No
     )
     nvme = (
         f"{_bound(store) / GIB:.1f} GiB at {store.path} "
-        f"({int(store.stats()['entries'])} chunks found)"
+        f"({int(store.stats()['entries'])} chunks found, io_engine={store.io_engine})"
         if store is not None
         else "none"
     )
