@@ -29,7 +29,7 @@ find_python() {
     die "no Python 3.11, 3.12 or 3.13 found (set PYTHON=/path/to/python3)"
 }
 
-# Debian packages that are missing here: compiler, two libraries' headers, Python's headers and venv.
+# Debian packages that are missing here: compiler, xxhash's header, Python's headers and venv.
 missing_packages() {
     local python=$1 version
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -37,7 +37,6 @@ missing_packages() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo "python$version-venv"
     "$python" -c 'import pathlib, sys, sysconfig
 sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())' || echo "python$version-dev"
-    needs_header liburing.h && echo liburing-dev
     needs_header xxhash.h && echo libxxhash-dev
     return 0
 }
@@ -50,16 +49,27 @@ have_header() { printf '#include <%s>\n' "$1" | g++ -x c++ -fsyntax-only - 2>/de
 install_system_packages() {
     local missing
     missing=$(missing_packages "$1" | xargs)
-    [[ -z $missing ]] && return
-    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-        say "installing Debian packages: $missing"
-        # shellcheck disable=SC2086  # a list of words
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-            --no-install-recommends $missing; } >"$LOG" 2>&1 \
-            || { tail -n 20 "$LOG" >&2; die "apt-get could not install: $missing"; }
-    else
-        die "missing Debian packages, run as root: apt-get install $missing"
+    if [[ -n $missing ]]; then
+        may_install || die "missing Debian packages, run as root: apt-get install $missing"
+        apt_install "$missing" || { tail -n 20 "$LOG" >&2; die "apt-get could not install: $missing"; }
     fi
+    install_liburing
+}
+
+may_install() { [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; }
+
+apt_install() {
+    say "installing Debian packages: $1"
+    # shellcheck disable=SC2086  # a list of words
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+        --no-install-recommends $1; } >"$LOG" 2>&1
+}
+
+# Wanted, not needed: without it the chunk store uses its threads (io_engine=threads).
+install_liburing() {
+    needs_header liburing.h || return 0
+    may_install && apt_install liburing-dev && return
+    say "without liburing-dev the chunk store is built without io_uring (apt-get install liburing-dev)"
 }
 
 quietly() { # run a command with its output in $LOG; show the end of it when it fails
@@ -74,7 +84,7 @@ deps_digest() {
 }
 
 build_digest() {
-    digest "$(deps_digest)" "$ROOT" "${KVOFFLOAD_CFLAGS:-}" \
+    digest "$(deps_digest)" "$ROOT" "${KVOFFLOAD_CFLAGS:-}" "$(have_header liburing.h && echo uring)" \
         < <(find csrc setup.py pyproject.toml kvoffload/_core.pyi -type f ! -path '*/build/*' \
                 ! -name '*.o' -print0 2>/dev/null | sort -z | xargs -0 -r sha256sum)
 }

@@ -121,9 +121,9 @@ def test_2_restart_after_kill(path: Path, plain: dict[int, Output]) -> None:
     with EngineLife(models.llama(), extra) as life:
         same(life, plain, range(6))
         assert total(life.metrics(), "kvoffload_failures_total", kind="exception") == 0
-        before = nvme_chunks(life)
-        assert until(lambda: nvme_chunks(life) >= before), events(life)
-        assert until(lambda: event(life, "nvme_written") + event(life, "nvme_read") >= 48)
+        # Each of the 48 chunks is on NVMe again, or was read from there.
+        on_nvme = lambda: nvme_chunks(life) + event(life, "nvme_read") >= 48  # noqa: E731
+        assert until(on_nvme), events(life)
 
 
 def test_3_restart_serves_from_nvme(path: Path, plain: dict[int, Output]) -> None:
