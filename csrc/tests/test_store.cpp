@@ -282,6 +282,7 @@ int main(int argc, char** argv) {
     fs::path dir = argv[1];
     fs::create_directories(dir);
     format();
+    test_forged((dir / "forged").string());
     std::vector<std::string> engines{"threads"};
     if (std::string why = uring_problem(); why.empty())
         engines.push_back("uring");

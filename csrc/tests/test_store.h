@@ -77,3 +77,6 @@ inline Bytes put(kvo::store::SegmentStore& s, uint64_t from, uint64_t to, uint64
 
 // test_store_engine.cpp: `kind` is "threads" or "uring", `dir` an existing directory.
 void test_engine(const std::string& kind, const std::string& dir);
+
+// test_store_forged.cpp: below `dir`.
+void test_forged(const std::string& dir);
