@@ -1,8 +1,7 @@
 """The only version checks, and the one bridge to older vLLM.
 
 Followed: vLLM 0.30 to 0.33, live on 0.32, by contract tests on the others. 0.26 is reached through
-``Bridge``: models with one KV group, no KV scales outside of the pages, no reuse after a restart
-unless PYTHONHASHSEED is set. 0.27 to 0.29 have not been read and are refused.
+``Bridge``, with less served (REDUCED_TO). 0.27 to 0.29 have not been read and are refused.
 """
 
 from __future__ import annotations
@@ -20,6 +19,12 @@ OLDEST = (0, 30)
 NEWEST = (0, 33)
 REDUCED = frozenset({(0, 26)})
 """Older versions that ``Bridge`` reaches, with less served."""
+
+REDUCED_TO = (
+    "models with one KV group, no KV scales outside of the pages, no reuse after a restart unless "
+    "PYTHONHASHSEED is set"
+)
+"""What is served on them."""
 
 ALONE = "_kvoffload_alone"
 """Attribute that the start-up check leaves on a VllmConfig: no other connector runs beside ours."""
