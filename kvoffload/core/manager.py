@@ -58,7 +58,7 @@ _SETTLED_KEPT = 65536
 _PREFILL_SHOWN = 1024  # tokens of the prompt whose prefill rate is exported
 _EXPLORER = ""  # no request: owner of reads that only serve to learn
 EXPLORE_EVERY = 64
-"""One in so many hits in DRAM that are refused is loaded all the same, so that a bad estimate is
+"""Of one in so many refused hits in DRAM the head is loaded all the same, so that a bad estimate is
 unlearned: only loads tell what loads cost."""
 EXPLORE_S = 1.0
 EXPLORE_BYTES = 4 << 20
@@ -157,19 +157,21 @@ class Manager:
             if made.end < held:
                 self.counters.planner_refused += 1
             if made.decision is Decision.REFUSED:
-                made = self._explore(chain, start, steps[-1], made, now)
+                made = self._explore(chain, start, steps, made, now)
             self._count_hit(search.hit(start, made.end), start)
             return made
 
-    def _explore(self, chain: Chain, start: int, whole: Step, refused: Plan, now: float) -> Plan:
+    def _explore(
+        self, chain: Chain, start: int, steps: Sequence[Step], refused: Plan, now: float
+    ) -> Plan:
         """Keep learning what the refused hit would cost, at nobody's expense where possible."""
-        if whole.nbytes.get(Tier.NVME):
+        if steps[-1].nbytes.get(Tier.NVME):
             if now - self._explored >= EXPLORE_S:
                 self._explored = now
-                self._loader.prefetch(_EXPLORER, chain, start, whole.end, now, EXPLORE_BYTES)
+                self._loader.prefetch(_EXPLORER, chain, start, steps[-1].end, now, EXPLORE_BYTES)
                 self._prefetches.cancel(_EXPLORER)
         elif self.counters.planner_refused % EXPLORE_EVERY == 0:
-            return explore(start, whole, self.rates.tiers(), self.rates.prefill.seconds)
+            return explore(start, steps, self.rates.tiers(), self.rates.prefill.seconds)
         return refused
 
     def _count_hit(self, hit: Hit, start: int) -> Hit:

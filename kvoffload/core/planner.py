@@ -49,15 +49,29 @@ class Plan:
     recompute_s: float | None = None  # of what is loaded
 
 
+PRIOR: Mapping[Tier, TierRate] = {
+    Tier.DRAM: TierRate(4e9, 0.001),
+    Tier.NVME: TierRate(0.5e9, 0.002),
+    Tier.REMOTE: TierRate(0.1e9, 0.01),
+}
+"""What a tier is taken for while unknown: slower than most, so that only a hit that would pay even
+then is loaded; small reads that nobody waits for (Manager) soon tell better."""
+LEARN_BYTES = 256 << 20
+"""At most so much is loaded of a hit while nothing is known of the engine's prefill."""
+EXPLORE_BYTES = 32 << 20
+"""And of a refused hit that is loaded all the same."""
+
+
 def load_seconds(nbytes: Mapping[Tier, int], tiers: Mapping[Tier, TierRate]) -> float:
-    """Seconds until all bytes are in HBM. Unknown tiers cost nothing: they are learnt by loading.
+    """Seconds until all bytes are in HBM. Unknown tiers are taken for PRIOR.
 
     All bytes cross the DRAM hop; slower tiers stream into DRAM meanwhile, so the slowest hop
     counts.
     """
     total = sum(nbytes.values())
     slowest = latency = 0.0
-    for tier, rate in tiers.items():
+    for tier, prior in PRIOR.items():
+        rate = tiers.get(tier, prior)
         moved = total if tier is Tier.DRAM else nbytes.get(tier, 0)
         if moved:
             slowest = max(slowest, moved / rate.bytes_per_s)
@@ -75,8 +89,8 @@ def plan(
     """What to load of a hit; ``Plan.end`` is ``start`` (what HBM has) for nothing.
 
     ``steps`` ascend; each is servable. AUTO picks the boundary that saves the most time against
-    recomputing [start, end), the longest among equals, and none that costs more than it saves. An
-    unknown prefill rate loads everything.
+    recomputing [start, end), the longest among equals, and none that costs more than it saves.
+    While the prefill rate is not known, up to LEARN_BYTES are loaded.
     """
     if not steps or mode is LoadMode.NEVER:
         return Plan(start, Decision.FORCED)
@@ -84,7 +98,7 @@ def plan(
     if mode is LoadMode.ALWAYS:
         return _whole(start, last, tiers, prefill, Decision.FORCED)
     if prefill(start, last.end) is None:
-        return _whole(start, last, tiers, prefill, Decision.UNKNOWN)
+        return _whole(start, _head(steps, LEARN_BYTES), tiers, prefill, Decision.UNKNOWN)
     best, gain = Plan(start, Decision.REFUSED), 0.0
     for step in steps:
         recompute = prefill(start, step.end) or 0.0
@@ -96,9 +110,17 @@ def plan(
     return best
 
 
-def explore(start: int, step: Step, tiers: Mapping[Tier, TierRate], prefill: Prefill) -> Plan:
-    """Load a refused hit all the same."""
-    return _whole(start, step, tiers, prefill, Decision.EXPLORE)
+def explore(
+    start: int, steps: Sequence[Step], tiers: Mapping[Tier, TierRate], prefill: Prefill
+) -> Plan:
+    """Load the head of a refused hit all the same."""
+    return _whole(start, _head(steps, EXPLORE_BYTES), tiers, prefill, Decision.EXPLORE)
+
+
+def _head(steps: Sequence[Step], nbytes: int) -> Step:
+    """The last boundary whose load moves at most ``nbytes``; the first where all move more."""
+    small = [s for s in steps if sum(s.nbytes.values()) <= nbytes]
+    return (small or steps)[-1 if small else 0]
 
 
 def _whole(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 KEEP = 0.95
 """Weight of all samples before, per sample: about the last 20 count."""
-WARM = 3
+WARM = 2
 """Samples until the model is trusted."""
 RIDGE_TOKENS = 256.0
 """Spread of contexts (standard deviation, tokens) at which half of a measured slope is believed:

@@ -100,6 +100,7 @@ class MiniEngine:
             self.arena,
             self.namespaces,
             eagle=o.eagle,
+            follow=o.follow and o.caching,
             clock=self.clock,
         )
         self.known: dict[str, Known] = {}

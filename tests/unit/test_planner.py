@@ -79,7 +79,10 @@ def test_modes_and_unknown_rates() -> None:
     assert plan(0, bad, FAST, 1e9, LoadMode.ALWAYS) == 100
     assert plan(0, steps(DRAM), FAST, 1.0, LoadMode.NEVER) == 0
     assert plan(0, bad, FAST, None) == 100
-    assert plan(0, bad, {}, 1e9) == 100
+    assert plan(0, bad, {}, 1e9) == 0, "an unknown disk is taken for a slow one"
+    assert plan(0, bad, {}, 1e3) == 100, "and even that pays here"
+    large = steps(*[NVME] * 4, nbytes=100 << 20)
+    assert plan(0, large, FAST, None) == 200, "LEARN_BYTES while the engine is not known"
     assert plan(7, [], FAST, 1000.0) == 7
     with pytest.raises(ConfigError, match="load='maybe'"):
         load_mode("maybe")
@@ -88,7 +91,8 @@ def test_modes_and_unknown_rates() -> None:
 def test_hops_overlap_so_the_slowest_counts() -> None:
     both = {DRAM: 10_000_000, NVME: 10_000_000}
     assert load_seconds(both, FAST) == pytest.approx(0.1)
-    assert load_seconds(both, {DRAM: FAST[DRAM]}) == pytest.approx(0.02)
+    slow_dram = {DRAM: TierRate(1e8, 0.0), NVME: TierRate(1e9, 0.0)}
+    assert load_seconds(both, slow_dram) == pytest.approx(0.2), "all bytes cross DRAM"
 
 
 @given(
