@@ -90,7 +90,7 @@ def test_a_life_is_not_empty() -> None:
     """The generator above reaches loads, failures, evictions, preemptions (seeded, so it stays so)."""
     import random
 
-    total = dict.fromkeys(("parked", "failed", "preempted", "evicted", "followed"), 0)
+    total = dict.fromkeys(("parked", "failed", "preempted", "evicted"), 0)
     for seed in range(25):
         rng = random.Random(seed)
         options = Options(
@@ -108,6 +108,5 @@ def test_a_life_is_not_empty() -> None:
         total["parked"] += engine.scheduler.parked
         total["failed"] += engine.scheduler.failed_loads
         total["preempted"] += engine.scheduler.preemptions
-        total["followed"] += engine.scheduler.asked_again
         total["evicted"] += engine.manager.counters.evicted
     assert min(total.values()) > 5, total
