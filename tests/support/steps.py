@@ -105,7 +105,10 @@ class MiniEngine:
         )
         self.known: dict[str, Known] = {}
         self.pool = BlockPool(o.blocks)
-        self.scheduler_half.watch_hbm(lambda: not self.pool.hash_of)
+        self.scheduler_half.watch_hbm(
+            lambda: not self.pool.hash_of,
+            lambda block_hash: self.pool.cached(0, block_hash) is not None,
+        )
         self.kv = KVGroups(o.groups, self.pool, o.caching)
         self.engines: list[LazyEngine] = []
         self.ranks = [self._rank(r) for r in range(o.ranks)]

@@ -106,15 +106,22 @@ class SchedulerHalf:
         self._dram_only = False
         self._stale = False
         self._hbm_empty: Callable[[], bool] = lambda: False
+        self._hbm_holds: Callable[[Any], bool] | None = None
         self._weights_epoch = arena.epoch()
         self._steps = StepClock()
         self._last_tick = float("-inf")
         self._last_stats = float("-inf")
         self._last_step = float("-inf")
 
-    def watch_hbm(self, is_empty: Callable[[], bool]) -> None:
-        """How to tell that HBM's prefix cache holds nothing (called only after a weight change)."""
+    def watch_hbm(
+        self, is_empty: Callable[[], bool], holds: Callable[[Any], bool] | None = None
+    ) -> None:
+        """How to see into HBM's prefix cache: whether it is empty (asked only after a weight
+        change), and whether it holds the block with a vLLM block hash (asked at arrival)."""
         self._hbm_empty = is_empty
+        one = len(self.layout.groups) == 1
+        if one and self.layout.groups[0].block_tokens == self.layout.hash_tokens:
+            self._hbm_holds = holds
 
     # ---------------------------------------------------------------- arrival and lookup
 
@@ -127,7 +134,18 @@ class SchedulerHalf:
         if chain is None or self.config.load == "never" or self._skips_cache(request):
             return
         if self._ready():
-            self.manager.prefetch(state.request_id, chain, 0, request.num_tokens)
+            start = self._hbm_tokens(request)
+            self.manager.prefetch(state.request_id, chain, start, request.num_tokens)
+
+    def _hbm_tokens(self, request: Any) -> int:
+        """Leading tokens that HBM holds now: not worth moving up from NVMe."""
+        blocks = 0
+        if self._hbm_holds is not None:
+            for block_hash in request.block_hashes:
+                if not self._hbm_holds(block_hash):
+                    break
+                blocks += 1
+        return blocks * self.layout.hash_tokens
 
     @guarded(lambda self, request, num_computed: (0, False))
     def get_num_new_matched_tokens(
