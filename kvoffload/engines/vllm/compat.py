@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from kvoffload.errors import UnsupportedError
@@ -148,6 +149,12 @@ def block_pool_is_empty(block_pool: Any) -> bool:
         return len(cached) == 0
     except TypeError:
         return not getattr(cached, "_cache", True)
+
+
+def block_pool_lookup(block_pool: Any) -> Callable[[Any], bool] | None:
+    """Whether a BlockPool caches the first group's block of a hash; None where it cannot say."""
+    get = getattr(block_pool, "get_cached_block", None)
+    return None if get is None else lambda block_hash: get(block_hash, [0]) is not None
 
 
 def wanted_layout(vllm_config: Any) -> str | None:
