@@ -127,6 +127,10 @@ METRICS: dict[str, Metric] = {
             "outcome",
             series=(("hit_hbm",), ("gave_up",)),
         ),
+        _counter(
+            "kvoffload_shared_blocks_total",
+            "HBM blocks (first KV group) that such requests share instead of filling others.",
+        ),
         _counter("kvoffload_saved_seconds_total", "Prefill seconds saved by loads, net."),
         _counter("kvoffload_cost_seconds_total", "Seconds by which loads were the slower way."),
         _counter("kvoffload_resets_total", "Times everything stored was hidden by a new epoch."),
@@ -303,9 +307,10 @@ class Recorder:
         """What became of a request's hit (core/planner.Decision); counted when it changes."""
         self.inc("kvoffload_plans_total", 1, decision)
 
-    def follower(self, outcome: str) -> None:
-        """A request that waited for another one's load stopped waiting."""
+    def follower(self, outcome: str, shared_blocks: int = 0) -> None:
+        """A request that waited for another one's load stopped waiting; it now shares blocks."""
         self.inc("kvoffload_followers_total", 1, outcome)
+        self.inc("kvoffload_shared_blocks_total", shared_blocks)
 
     def saved(self, seconds: float) -> None:
         """Prefill time that a load saved beyond its own; negative: what it cost."""

@@ -118,7 +118,7 @@ class Lookups:
             state.decision = Decision.FOLLOW
             self._metrics.plan(Decision.FOLLOW.value)
         if start >= waiting.end:
-            self._metrics.follower("hit_hbm")
+            self._metrics.follower("hit_hbm", waiting.end // self._primary.block_tokens)
         elif now < waiting.until and self._leader(state, chain, waiting.end) is not None:
             return True
         else:
