@@ -310,6 +310,7 @@ int main(int argc, char** argv) {
     fs::path dir = argv[1];
     fs::create_directories(dir);
     format();
+    test_key_index();
     std::vector<std::string> engines{"threads"};
     if (std::string why = uring_problem(); why.empty())
         engines.push_back("uring");

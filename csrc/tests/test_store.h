@@ -12,5 +12,6 @@
         }                                                                           \
     } while (0)
 
+void test_key_index();  // test_key_index.cpp
 // test_store_engine.cpp: `kind` is "threads" or "uring", `dir` an existing directory.
 void test_engine(const std::string& kind, const std::string& dir);
