@@ -1,5 +1,5 @@
 // Python module kvoffload._core; the contract is kvoffload/_core.pyi. The segment store's part is
-// in bind_store.cpp.
+// in bind_store.cpp, the key index's in bind_index.cpp.
 #include "bind.h"
 
 #include <pybind11/stl.h>
@@ -395,5 +395,6 @@ PYBIND11_MODULE(_core, m) {
     kvo::bind_checksum(m);
     kvo::bind_arena(m);
     kvo::bind_copy(m);
+    bind_index(m);
     bind_store(m);
 }

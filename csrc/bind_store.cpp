@@ -20,14 +20,6 @@ template <class T>
 using Array =
     py::array_t<T, py::array::c_style>;  // no forcecast: a lossy conversion is a TypeError
 
-std::vector<Key> keys_of(const py::bytes& b) {
-    std::string_view v = b;
-    if (v.size() % 16) throw std::invalid_argument("keys must be a multiple of 16 bytes");
-    std::vector<Key> out(v.size() / 16);
-    std::memcpy(out.data(), v.data(), v.size());
-    return out;
-}
-
 // Buffers of one job. Released with the GIL when the job has been polled.
 struct Held {
     std::vector<Py_buffer> views;
@@ -58,7 +50,7 @@ class PyStore {
                const Array<uint64_t>& offsets, uint64_t nbytes, uint64_t ns,
                const Array<uint32_t>* depths) {
         auto a = arena.get();
-        auto k = keys_of(keys);
+        auto k = kvo::keys_in(keys);
         auto n = py::ssize_t(k.size());
         if (slots.size() != n || gens.size() != n || offsets.size() != n ||
             (depths && depths->size() != n))
@@ -82,7 +74,7 @@ class PyStore {
 
     void plain(bool put, int64_t job, const py::bytes& keys, const py::sequence& buffers,
                uint64_t ns) {
-        auto k = keys_of(keys);
+        auto k = kvo::keys_in(keys);
         if (buffers.size() != k.size()) throw std::invalid_argument("one buffer per key");
         Held held;
         held.views.reserve(k.size());
@@ -194,14 +186,14 @@ py::dict verify(PyStore& p, bool repair, const py::object& progress) {
 }
 
 py::bytes contains(PyStore& p, const py::bytes& keys) {
-    auto k = keys_of(keys);
+    auto k = kvo::keys_in(keys);
     std::string out(k.size(), '\0');
     p.store().contains(k, reinterpret_cast<uint8_t*>(out.data()));
     return py::bytes(out);
 }
 
 int64_t length(PyStore& p, const py::bytes& key) {
-    auto k = keys_of(key);
+    auto k = kvo::keys_in(key);
     if (k.size() != 1) throw std::invalid_argument("one key of 16 bytes");
     return p.store().length(k[0]);
 }
@@ -273,13 +265,16 @@ void bind_store(py::module_& m) {
             "wait", [](PyStore& p, int64_t job, int ms) { return p.store().wait(job, ms); },
             py::arg("job"), py::arg("timeout_ms"), nogil)
         .def("contains", &contains, py::arg("keys"))
+        .def(
+            "longest_prefix",
+            [](PyStore& p, const py::bytes& keys) {
+                return p.store().longest_prefix(kvo::keys_in(keys));
+            },
+            py::arg("keys"))
         .def("length", &length, py::arg("key"))
         .def(
             "delete",
-            [](PyStore& p, const py::bytes& keys) {
-                auto k = keys_of(keys);
-                return p.store().remove(k);
-            },
+            [](PyStore& p, const py::bytes& keys) { return p.store().remove(kvo::keys_in(keys)); },
             py::arg("keys"))
         .def("queued_bytes", [](PyStore& p) { return p.store().queued_bytes(); })
         .def(

@@ -52,31 +52,31 @@ bool StoreImpl::is_live(const StoreEntry& e) {
 }
 
 StoreEntry* StoreImpl::find_live(const Key& key) {
-    auto it = index.find(key);
-    return it != index.end() && is_live(it->second) ? &it->second : nullptr;
+    StoreEntry* e = index.find(key);
+    return e && is_live(*e) ? e : nullptr;
 }
 
-void StoreImpl::erase_entry(std::unordered_map<Key, StoreEntry, KeyHash>::iterator it) {
-    payload_bytes -= it->second.len;
-    index.erase(it);
+void StoreImpl::erase_entry(const StoreEntry& e) {
+    payload_bytes -= e.len;
+    Key key = e.key;  // the entry ends first
+    index.erase(key);
 }
 
 void StoreImpl::publish(StoreSegment& seg, const Record& r) {
     if (r.type == kDelete) {
-        auto it = index.find(r.key);
         uint64_t& t = tombs[r.key];
         t = std::max(t, r.seq);
-        if (it != index.end() && it->second.seq < r.seq) erase_entry(it);
+        if (StoreEntry* e = index.find(r.key); e && e->seq < r.seq) erase_entry(*e);
         return;
     }
     if (auto t = tombs.find(r.key); t != tombs.end() && t->second >= r.seq) return;
     // One search of the index: an open of a million chunks is little else.
-    auto [at, fresh] = index.try_emplace(r.key);
+    auto [e, fresh] = index.try_emplace(r.key);
     if (!fresh) {
-        if (is_live(at->second) && at->second.seq >= r.seq) return;
-        payload_bytes -= at->second.len;
+        if (is_live(*e) && e->seq >= r.seq) return;
+        payload_bytes -= e->len;
     }
-    at->second = StoreEntry{&seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth};
+    *e = StoreEntry{r.key, &seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth, 0, 1};
     payload_bytes += r.len;
     seg.keys.push_back(r.key);
 }
@@ -87,8 +87,7 @@ void StoreImpl::unpublish(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     std::vector<Key> keys = std::move(seg.keys);
     seg.keys.clear();
     for (size_t i = 0; i < keys.size(); ++i) {
-        auto it = index.find(keys[i]);
-        if (it != index.end() && it->second.seg == &seg) erase_entry(it);
+        if (StoreEntry* e = index.find(keys[i]); e && e->seg == &seg) erase_entry(*e);
         if (i % 512 == 511) {
             lk.unlock();
             lk.lock();
@@ -127,10 +126,10 @@ void StoreImpl::bury(const Key& key) {
 size_t StoreImpl::remove(std::span<const Key> keys) {
     size_t found = 0;
     for (const Key& k : keys) {
-        auto it = index.find(k);
-        if (it == index.end()) continue;
-        found += find_live(k) != nullptr;
-        erase_entry(it);
+        StoreEntry* e = index.find(k);
+        if (!e) continue;
+        found += is_live(*e);
+        erase_entry(*e);
         bury(k);
     }
     if (found) place_tombs();
@@ -140,7 +139,7 @@ size_t StoreImpl::remove(std::span<const Key> keys) {
 // ---- verify
 
 // 0 good, 1 bad, 2 gone meanwhile, 3 could not be read.
-int StoreImpl::verify_one(const Key& key, const StoreEntry& e, AlignedBuf& buf) {
+int StoreImpl::verify_one(const StoreEntry& e, AlignedBuf& buf) {
     uint64_t pad = round_up(e.len);
     if (buf.size() < pad) buf = AlignedBuf(pad);
     int err = 0;
@@ -150,35 +149,36 @@ int StoreImpl::verify_one(const Key& key, const StoreEntry& e, AlignedBuf& buf) 
     if (!e.seg->own && foreign_gen(*e.seg) != e.gen) return 2;
     if (!f || err) return 3;
     if (done < e.len) return 1;
-    return checksum(buf.data(), e.len, seed_of(key.b)) == e.root ? 0 : 1;
+    return checksum(buf.data(), e.len, seed_of(e.key.b)) == e.root ? 0 : 1;
 }
 
 VerifyReport StoreImpl::verify(bool repair,
                                const std::function<bool(uint64_t, uint64_t, uint64_t)>& progress) {
     VerifyReport rep;
     auto t0 = Clock::now();
-    std::vector<std::pair<Key, StoreEntry>> all;
+    std::vector<StoreEntry> all;
     {
         std::lock_guard lk(mu);
         if (closed) throw std::invalid_argument("store is closed");
         if (repair && opt.read_only)
             throw OsError(EROFS, "chunk store " + dir.path() + ": read only");
-        all.assign(index.begin(), index.end());
+        all.reserve(index.size());
+        index.each([&](StoreEntry& e) { all.push_back(e); });
     }
     std::sort(all.begin(), all.end(), [](auto& a, auto& b) {
-        return std::pair(a.second.seg, a.second.off4k) < std::pair(b.second.seg, b.second.off4k);
+        return std::pair(a.seg, a.off4k) < std::pair(b.seg, b.off4k);
     });
     AlignedBuf buf;
     for (size_t i = 0; i < all.size(); ++i) {
-        auto& [key, e] = all[i];
+        const StoreEntry& e = all[i];
         if (progress && i % 16 == 0 && !progress(i, all.size(), rep.bytes)) break;
         std::unique_lock lk(mu);
-        StoreEntry* now = find_live(key);
+        StoreEntry* now = find_live(e.key);
         if (closed) break;
         if (!now || now->seg != e.seg || now->gen != e.gen || now->off4k != e.off4k) continue;
         ++e.seg->pins;
         lk.unlock();
-        int res = verify_one(key, e, buf);
+        int res = verify_one(e, buf);
         lk.lock();
         --e.seg->pins;
         wake_keeper();
@@ -190,7 +190,7 @@ VerifyReport StoreImpl::verify(bool repair,
         if (res == 1) ++n.corrupt;
         if (!res) continue;
         ++rep.bad;
-        if (repair) rep.dropped += remove(std::span(&key, 1));
+        if (repair) rep.dropped += remove(std::span(&e.key, 1));
     }
     if (progress) progress(all.size(), all.size(), rep.bytes);
     rep.seconds = std::chrono::duration<double>(Clock::now() - t0).count();
@@ -225,19 +225,20 @@ void StoreImpl::check() const {
     }
     must(!open || (open->own && open->state == SegState::kOpen), "open segment's state");
     must(!clean || (clean->own && clean->state == SegState::kClean), "clean segment's state");
-    for (auto& [key, e] : index) {
+    index.check();
+    index.each([&](const StoreEntry& e) {
         sum += e.len;
         auto r = rank.find(e.seg);
         must(r != rank.end(), "entry of an unknown segment");
         must(e.len > 0 && e.off4k > 0, "entry without bytes");
-        if (e.gen != e.seg->gen || e.seg->state == SegState::kRecycling) continue;
+        if (e.gen != e.seg->gen || e.seg->state == SegState::kRecycling) return;
         must(e.seg->state != SegState::kGone && e.seg->state != SegState::kClean,
              "entry of a dead segment");
         uint64_t off = uint64_t(e.off4k) * kBlock;
         must(off + round_up(e.len) <= e.seg->bytes, "entry outside its segment");
         must(e.seg != open || off + e.len <= open->tail, "entry behind the tail");
         extents.push_back({r->second, off, off + round_up(e.len)});
-    }
+    });
     must(sum == payload_bytes, "payload bytes");
     std::sort(extents.begin(), extents.end());
     for (size_t i = 1; i < extents.size(); ++i)
@@ -252,6 +253,19 @@ void StoreImpl::check() const {
     must(put_tickets.size() == ticket_of.size(), "put tickets");
     must(records_journalled + (recs - journalled) >= records_added || killed,
          "records lost track of");
+}
+
+// Memory per chunk: the index, and by segment what is to leave it.
+uint64_t StoreImpl::index_bytes() const {
+    uint64_t out = index.memory_bytes();
+    for (auto& s : segments) out += s->keys.capacity() * sizeof(Key);
+    return out;
+}
+
+void StoreImpl::hint_miss() {
+    if (miss_hint) return;
+    miss_hint = true;
+    wake_keeper();
 }
 
 // ---- surface
@@ -316,14 +330,19 @@ bool SegmentStore::wait(int64_t id, int timeout_ms) {
 void SegmentStore::contains(std::span<const Key> keys, uint8_t* out) {
     std::lock_guard lk(s_->mu);
     bool missed = false;
-    for (size_t i = 0; i < keys.size(); ++i) {
-        out[i] = !s_->closed && s_->find_live(keys[i]) != nullptr;
+    s_->index.each_of(keys, [&](size_t i, const StoreEntry* e) {
+        out[i] = !s_->closed && e && StoreImpl::is_live(*e);
         missed |= !out[i];
-    }
-    if (missed && !s_->miss_hint) {
-        s_->miss_hint = true;
-        s_->wake_keeper();
-    }
+        return true;
+    });
+    if (missed) s_->hint_miss();
+}
+
+size_t SegmentStore::longest_prefix(std::span<const Key> keys) {
+    std::lock_guard lk(s_->mu);
+    size_t held = s_->closed ? 0 : s_->index.longest_prefix(keys, StoreImpl::is_live);
+    if (held < keys.size()) s_->hint_miss();
+    return held;
 }
 
 int64_t SegmentStore::length(const Key& key) {
@@ -361,6 +380,7 @@ std::map<std::string, double> SegmentStore::stats() const {
     }
     return {{"entries", double(s_->index.size())},
             {"payload_bytes", double(s_->payload_bytes)},
+            {"index_bytes", double(s_->index_bytes())},
             {"bytes_used", double(s_->charged)},
             {"bytes_max", double(s_->dir.max_bytes())},
             {"segment_bytes", double(s_->dir.segment_bytes())},
@@ -393,8 +413,9 @@ std::vector<ListedChunk> SegmentStore::ls(size_t limit) const {
     {
         std::lock_guard lk(s_->mu);
         out.reserve(s_->index.size());
-        for (auto& [k, e] : s_->index)
-            out.push_back({k, e.ns, e.depth, e.len, e.seg->writer, e.seg->id, e.seq});
+        s_->index.each([&](const StoreEntry& e) {
+            out.push_back({e.key, e.ns, e.depth, e.len, e.seg->writer, e.seg->id, e.seq});
+        });
     }
     size_t keep = limit ? std::min(limit, out.size()) : out.size();
     std::partial_sort(out.begin(), out.begin() + ptrdiff_t(keep), out.end(),

@@ -1,8 +1,9 @@
 // Log-structured chunk store in one directory; format and protocol: docs/format.md.
 //
 // Thread rules: every method is safe from any thread. Submits (put*, get*), poll, contains, length,
-// remove, stats and ls never do I/O and are O(items passed); the constructor, wait, flush, verify
-// and close block. Work runs on native threads; no failure of theirs is ever an exception.
+// longest_prefix, remove, stats and ls never do I/O and are O(items passed); the constructor, wait,
+// flush, verify and close block. Work runs on native threads; no failure of theirs is ever an
+// exception.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -84,6 +85,7 @@ class SegmentStore {
     bool wait(int64_t job, int timeout_ms);
 
     void contains(std::span<const Key> keys, uint8_t* out);
+    size_t longest_prefix(std::span<const Key> keys);  // leading keys held; stops at the first miss
     int64_t length(const Key& key);
     size_t remove(std::span<const Key> keys);
     uint64_t queued_bytes() const;

@@ -20,6 +20,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "key_index.h"
 #include "store.h"
 #include "store_io.h"
 
@@ -46,12 +47,6 @@ struct StoreSegment {
     bool sealed = false;                 // the footer is on disk
     bool empty = false;                  // nothing in it is worth keeping: recycled first
     FilePtr file, header_file, journal;  // under files_mu
-};
-
-struct StoreEntry {
-    StoreSegment* seg;
-    uint64_t root, seq;
-    uint32_t gen, off4k, len, ns, depth;
 };
 
 struct StoreJob {
@@ -125,13 +120,15 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     void unpublish(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
     uint64_t next_seq();
     void append_record(StoreSegment& seg, Record r);
-    void erase_entry(std::unordered_map<Key, StoreEntry, KeyHash>::iterator it);
+    void erase_entry(const StoreEntry& e);
     size_t remove(std::span<const Key> keys);
     void bury(const Key& key);  // tombstone
     VerifyReport verify(bool repair,
                         const std::function<bool(uint64_t, uint64_t, uint64_t)>& progress);
-    int verify_one(const Key& key, const StoreEntry& e, AlignedBuf& buf);  // no lock
+    int verify_one(const StoreEntry& e, AlignedBuf& buf);  // no lock
     void check() const;
+    uint64_t index_bytes() const;
+    void hint_miss();  // another writer may have it: the keeper looks
 
     // -- store_keeper.cpp
     void keeper();
@@ -175,7 +172,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
 
     mutable std::mutex mu;
     std::condition_variable done_cv, keeper_cv, keeper_gone_cv;
-    std::unordered_map<Key, StoreEntry, KeyHash> index;
+    KeyIndex index;
     std::unordered_map<Key, uint64_t, KeyHash> tombs;     // seq of the newest delete
     std::vector<std::unique_ptr<StoreSegment>> segments;  // never shrinks: pointers stay valid
     StoreSegment *open = nullptr, *clean = nullptr;

@@ -392,10 +392,8 @@ void StoreImpl::finish_get(StoreGroup& g, IoRequest& r, int err, size_t done) {
 }
 
 void StoreImpl::drop_entry(const Key& key, const StoreSegment* seg, uint32_t gen, uint64_t off) {
-    auto it = index.find(key);
-    if (it != index.end() && it->second.seg == seg && it->second.gen == gen &&
-        it->second.off4k == off / kBlock)
-        erase_entry(it);
+    StoreEntry* e = index.find(key);
+    if (e && e->seg == seg && e->gen == gen && e->off4k == off / kBlock) erase_entry(*e);
 }
 
 }  // namespace kvo::store

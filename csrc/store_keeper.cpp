@@ -175,6 +175,7 @@ void StoreImpl::seal(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     seg.lost = err && seg.journal_failed && !seg.records.empty();
     seg.empty = seg.records.empty();
     seg.records = {};
+    seg.keys.shrink_to_fit();
     seg.journalled = 0;
     seg.reserved = 0;
     seg.state = SegState::kSealed;

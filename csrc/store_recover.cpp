@@ -8,6 +8,9 @@
 #include "store_impl.h"
 
 namespace kvo::store {
+namespace {
+constexpr size_t kAhead = 16;  // records: about a memory access of publishing
+}
 
 void StoreImpl::load_segment(uint32_t writer, SegmentScan& s, std::unique_lock<std::mutex>& lk) {
     bool own = int(writer) == dir.writer();
@@ -31,7 +34,9 @@ void StoreImpl::load_segment(uint32_t writer, SegmentScan& s, std::unique_lock<s
     seg->bytes = s.bytes;
     seg->mtime_ns = s.mtime_ns;
     seg->sealed = s.sealed;
+    seg->keys.reserve(seg->keys.size() + s.records.size());
     for (size_t i = 0; i < s.records.size(); ++i) {
+        if (i + kAhead < s.records.size()) index.prefetch(s.records[i + kAhead].key);
         publish(*seg, s.records[i]);
         seg->tail = std::max(seg->tail, s.records[i].off4k * kBlock + round_up(s.records[i].len));
         if (i % 512 == 511) {
@@ -47,7 +52,7 @@ void StoreImpl::load(uint32_t writer, WriterScan& scan, std::unique_lock<std::mu
     std::set<uint32_t> there;
     size_t records = 0;
     for (auto& s : scan.segments) records += s.records.size();
-    if (records > index.size()) index.reserve(index.size() + records);  // no rehash on the way
+    if (records > index.size()) index.reserve(index.size() + records);  // nothing grows on the way
     for (auto& s : scan.segments) {
         there.insert(s.id);
         load_segment(writer, s, lk);

@@ -12,7 +12,7 @@ the payload is cut into leaves of ``LEAF_BYTES`` (the last may be shorter),
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -181,6 +181,34 @@ class CpuCopyPool:
     def check(self) -> None: ...
     def close(self) -> None: ...
 
+class KeyIndex:
+    """The chunk store's index of keys, by itself: a number per key. Every call takes its lock once and
+    releases the GIL. At most 2**32 - 2 keys; erased room is used again and never given back.
+    Raises ValueError when ``keys`` is not a multiple of 16 bytes long."""
+
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, seed0: int, seed1: int) -> None:
+        """Test hook: with known seeds, keys can be made to collide. Else they are random."""
+    def insert(self, keys: bytes, values: npt.NDArray[np.uint64]) -> int:
+        """Set the value of each key (1-D, one per key); returns how many keys are new."""
+    def erase(self, keys: bytes) -> int:
+        """Returns how many were there."""
+    def contains(self, keys: bytes) -> bytes:
+        """One byte per key, 1 if there."""
+    def get(self, keys: bytes, missing: int) -> npt.NDArray[np.uint64]:
+        """The value of each key, ``missing`` where it is not there."""
+    def longest_prefix(self, keys: bytes) -> int:
+        """How many keys from the first on are there; looks no further than 32 behind the first miss."""
+    def reserve(self, n: int) -> None:
+        """Make room for ``n`` keys in all."""
+    def memory_bytes(self) -> int:
+        """Bytes of the tables and entries, in use or not."""
+    def check(self) -> None:
+        """Raise AssertionError naming the first broken invariant. O(keys)."""
+    def __len__(self) -> int: ...
+
 class StoreDone(NamedTuple):
     job: int
     kind: int  # 0 put, 1 get
@@ -243,6 +271,8 @@ class SegmentStore:
     def wait(self, job: int, timeout_ms: int) -> bool: ...
     def contains(self, keys: bytes) -> bytes:
         """One byte per key, 1 if held. No I/O."""
+    def longest_prefix(self, keys: bytes) -> int:
+        """How many keys from the first on are held; stops at the first that is not. No I/O."""
     def length(self, key: bytes) -> int:
         """Payload bytes held under the key, -1 if none."""
     def delete(self, keys: bytes) -> int: ...
@@ -252,7 +282,7 @@ class SegmentStore:
     def stats(self) -> dict[str, int | float]:
         """entries, bytes_used, bytes_max, segments, puts, gets, hits, misses, corrupt, io_errors, no_space,
         dropped, bytes_written, bytes_read, recycled_segments, recovered_entries, recover_ms, queued_bytes;
-        also payload_bytes, segment_bytes, writers, journal_bytes, sealed_segments"""
+        also payload_bytes, index_bytes (memory), segment_bytes, writers, journal_bytes, sealed_segments"""
     def ls(self, limit: int = 0) -> list[tuple[bytes, int, int, int, int, int]]:
         """(key, namespace, depth, nbytes, segment, seq), newest first."""
     def verify(

@@ -167,6 +167,10 @@ class Store:
         """Whether the key is held. No I/O."""
         return self._open().contains(_checked(key)) == b"\x01"
 
+    def longest_prefix(self, keys: Sequence[bytes]) -> int:
+        """How many keys from the first on are held. No I/O; stops at the first that is not."""
+        return self._open().longest_prefix(b"".join(_checked(key) for key in keys))
+
     def length(self, key: bytes) -> int | None:
         """Payload bytes held under the key, or None. No I/O."""
         nbytes = self._open().length(_checked(key))

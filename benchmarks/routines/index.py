@@ -2,7 +2,8 @@
 
 The real Manager over a real arena whose slots are never touched, so no bytes move; beside it the
 primary-tier manager of vLLM's native offloading on the same keys. Nanoseconds are CPU time of the
-calling thread: nothing here waits, and other work on the machine does not count.
+calling thread: nothing here waits, and other work on the machine does not count. ``key_index``:
+the native key index with a million keys, beside a dict and the same manager of vLLM's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import keyindex
 from common import Json, quantile, summary
 from context import Context
 
@@ -29,6 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this routine."""
     parser.add_argument("--chunks", type=int, default=16384, help="chunks held")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--keys", type=int, default=1_000_000, help="keys of the key index")
+    parser.add_argument("--chain", type=int, default=8192, help="keys per lookup of the key index")
+    parser.add_argument("--lookups", type=int, default=31, help="chains per side")
 
 
 def _hashes(chain: int, chunks: int) -> list[bytes]:
@@ -146,6 +151,7 @@ def run(context: Context, options: argparse.Namespace) -> Json:
     """Both sides; kvoffload's figures are the top-level keys."""
     if options.quick:
         options.chunks, options.repeats = 1024, 2
+        options.keys, options.chain, options.lookups = 20_000, 512, 3
     systems: Json = {}
     for name, module, make in (
         ("kvoffload", "kvoffload._core", Kvoffload),
@@ -157,7 +163,8 @@ def run(context: Context, options: argparse.Namespace) -> Json:
         context.progress(f"{name}: {options.chunks} chunks")
         systems[name] = _measure(make, options.chunks, max(2, options.repeats))
     top = {k: v for k, v in systems["kvoffload"].items() if not k.endswith("_spread")}
-    return {"chunks": options.chunks, "systems": systems} | top
+    large = keyindex.measure(context, options.keys, options.chain, options.lookups)
+    return {"chunks": options.chunks, "systems": systems, "key_index": large} | top
 
 
 def table(result: Json) -> tuple[list[str], list[list[str]]]:
@@ -171,4 +178,7 @@ def table(result: Json) -> tuple[list[str], list[list[str]]]:
     rows = [
         [name, *(str(f.get(key, "-")) for key in keys)] for name, f in result["systems"].items()
     ]
+    for name, f in result["key_index"]["systems"].items():
+        label = f"{name}, {result['key_index']['keys']} keys"
+        rows.append([label, str(f.get(keys[0], "-")), "-", "-", str(f.get(keys[3], "-"))])
     return ["system", "lookup ns/key", "insert", "insert+evict", "bytes/chunk"], rows

@@ -22,10 +22,17 @@ app = typer.Typer(
 PathArg = Annotated[Path, typer.Argument(help="The store's directory (nvme_path).")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
-_BYTES = {"bytes_used", "bytes_max", "payload_bytes", "segment_bytes", "journal_bytes"}
+_BYTES = {
+    "bytes_used",
+    "bytes_max",
+    "payload_bytes",
+    "index_bytes",
+    "segment_bytes",
+    "journal_bytes",
+}
 # Counters start at 0 with every open: for a store opened a moment ago they say nothing.
 _SHOWN = (
-    "entries payload_bytes bytes_used bytes_max segments writers segment_bytes "
+    "entries payload_bytes index_bytes bytes_used bytes_max segments writers segment_bytes "
     "corrupt io_errors recover_ms"
 ).split()
 

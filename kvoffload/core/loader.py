@@ -53,25 +53,21 @@ class Loader:
         return max(0, self._nvme.reads.inflight_bytes() - mine)
 
     def _probe(self, keys: Sequence[ChunkKey], now: float) -> list[Tier | None]:
+        # The scheduler pays for this per chunk of every prompt, and an enum's member costs as much
+        # to look up as its key.
+        get, ready, dram, nvme = self._pool.index.get, SlotState.READY, Tier.DRAM, Tier.NVME
+        entries = [get(key) for key in keys]
+        absent = [key for key, entry in zip(keys, entries, strict=True) if entry is None]
+        held = iter(bytes(len(absent)) if self._nvme is None else self._nvme.held(absent, now))
         usable = self._nvme is not None and self._nvme.usable(now)
         out: list[Tier | None] = []
-        ask: list[int] = []
-        get = self._pool.index.get
-        for at, key in enumerate(keys):
-            entry = get(key)
+        for entry in entries:
             if entry is None:
-                ask.append(at)
-                out.append(None)
-            elif entry.state is SlotState.READY:
-                out.append(Tier.DRAM)
+                out.append(nvme if next(held) else None)
+            elif entry.state is ready:
+                out.append(dram)
             else:
-                reading = entry.source is Tier.NVME and usable
-                out.append(Tier.NVME if reading else None)
-        if ask and self._nvme is not None:
-            held = self._nvme.held([keys[at] for at in ask], now)
-            for at, there in zip(ask, held, strict=True):
-                if there:
-                    out[at] = Tier.NVME
+                out.append(nvme if entry.source is nvme and usable else None)
         return out
 
     def _wanted(self, chain: Chain, start: int, end: int) -> list[Place] | None:

@@ -119,8 +119,10 @@ class StoreMachine(RuleBasedStateMachine):
         if not hasattr(self, "store"):
             return
         self.store.check()
-        for i in range(61):
-            held = self.store.contains(key_of(i))
+        held_keys = [self.store.contains(key_of(i)) for i in range(61)]
+        leading = held_keys.index(False) if False in held_keys else 61
+        assert self.store.longest_prefix([key_of(i) for i in range(61)]) == leading
+        for i, held in enumerate(held_keys):
             assert not held or i in self.sure | self.maybe, f"phantom {i}"
             assert held or not self.roomy or i not in self.sure, f"lost {i}"
         stats = self.store.stats()

@@ -79,6 +79,21 @@ class TestPayloads:
             assert store.get_into(key_of(2), wrong) is StoreResult.MISS
             assert wrong == bytes(4)
 
+    def test_longest_prefix(self, path: Path) -> None:
+        keys = [key_of(i) for i in range(100)]
+        with small(path) as store:
+            assert store.longest_prefix(keys) == store.longest_prefix([]) == 0
+            store.put_many((k, b"x") for k in keys)
+            assert store.longest_prefix(keys) == 100
+            for gone in (70, 36, 35, 4, 3, 0):
+                store.delete(keys[gone])
+                assert store.longest_prefix(keys) == gone
+            store.check()
+            with pytest.raises(ValueError, match="16 bytes"):
+                store.longest_prefix([keys[1], b"short"])
+        with pytest.raises(ClosedError):
+            store.longest_prefix(keys)
+
     def test_misses_and_what_is_no_key(self, path: Path) -> None:
         with small(path) as store:
             assert store.get(key_of(9)) is None
