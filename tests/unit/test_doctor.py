@@ -36,7 +36,7 @@ def nvme(path: Path, gib: float | None = None) -> dict[str, Check]:
 
 
 def test_every_machine_check_answers_here() -> None:
-    found = by_name(doctor.run_checks(None, None))
+    found = by_name(doctor.run_checks((), None))
     assert set(found) == {
         "python", "vllm", "plugin", "native core", "memory", "huge pages", "locked memory", "io_uring", "cuda",
     }  # fmt: skip
@@ -261,7 +261,7 @@ def test_a_check_that_breaks_is_a_line_of_its_own(monkeypatch: pytest.MonkeyPatc
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr(doctor, "MACHINE_CHECKS", (check_broken,))
-    (line,) = doctor.run_checks(None, None)
+    (line,) = doctor.run_checks((), None)
     assert line.name == "broken" and line.status is Status.WARN and "oops" in line.found
 
 

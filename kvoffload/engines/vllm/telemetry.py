@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from kvoffload.core.manager import Manager
 from kvoffload.metrics import Recorder
+from kvoffload.tiers.nvme import StripedStore
 
 MAX_STEPS_OUT = 8
 """More steps than any engine has in flight."""
@@ -54,3 +56,10 @@ def report_levels(manager: Manager, metrics: Recorder) -> None:
             "entries": use.nvme_entries,
         }
     metrics.manager(counters.as_dict(), nvme)
+
+
+def report_drives(store: Any, metrics: Recorder) -> None:
+    """Each drive of a store over several paths; a single path is in the totals. O(drives)."""
+    if isinstance(store, StripedStore):
+        for drive in store.drives():
+            metrics.drive(drive.path, drive.up, drive.bytes_used, drive.io_errors, drive.trips)
