@@ -133,7 +133,7 @@ class Store:
             keys.append(_checked(key))
             payloads.append(memoryview(payload))
         packed, space = b"".join(keys), namespace & 0xFFFFFFFF
-        return self._run(len(keys), lambda native, job: native.put(job, packed, payloads, space))
+        return self.submit(len(keys), lambda native, job: native.put(job, packed, payloads, space))
 
     def get(self, key: bytes) -> bytes | None:
         """The payload, verified; None when it is not held, damaged or not readable in time."""
@@ -147,7 +147,7 @@ class Store:
         # A miss goes down too: it is counted, and makes the store look for other writers' news.
         buffers = [bytearray(max(nbytes, 0)) for _, _, nbytes in held]
         packed = b"".join(keys)
-        results = self._run(len(keys), lambda native, job: native.get(job, packed, buffers))
+        results = self.submit(len(keys), lambda native, job: native.get(job, packed, buffers))
         for (i, _, _), buffer, result in zip(held, buffers, results, strict=True):
             if result is StoreResult.OK:
                 out[i] = bytes(buffer)
@@ -159,7 +159,7 @@ class Store:
         After DROPPED (no answer in time) the buffer may still be written to until ``close``.
         """
         packed = _checked(key)
-        return self._run(1, lambda native, job: native.get(job, packed, [buffer]))[0]
+        return self.submit(1, lambda native, job: native.get(job, packed, [buffer]))[0]
 
     def delete(self, *keys: bytes) -> int:
         """Forget keys, for good once flushed; returns how many were held."""
@@ -287,10 +287,10 @@ class Store:
             raise ClosedError(f"chunk store {self.path}: closed")
         return native
 
-    def _run(
+    def submit(
         self, n: int, send: Callable[[SegmentStore | StripedStore, int], None]
     ) -> list[StoreResult]:
-        """Submit one job of ``n`` keys and wait for it."""
+        """Submit one job of ``n`` keys by ``send(native store, job)``, wait for it. For our own."""
         native = self._open()
         with self._lock:
             job, self._next_job = self._next_job, self._next_job + 1

@@ -415,6 +415,10 @@ class TestFailingDrive:
         for i in range(2 * THRESHOLD):
             assert store.put(key_of(200 + i), bytes(600 << 10)) is StoreResult.NO_SPACE
         assert store.stats()["drives_up"] == 2 and store.stats()["drive_trips"] == 0
+        # Each key gets its own answer, also where some are held by another drive.
+        items = [(key_of(0), payload_of(0)), (key_of(300), bytes(600 << 10))]
+        items += [(key_of(i), payload_of(i)) for i in (1, 301, 302)]
+        assert [r.name for r in store.put_many(items)] == ["OK", "NO_SPACE", "OK", "OK", "OK"]
 
     def test_a_hung_read(self, store: Store, clock: Clock) -> None:
         bad = self.on_drive(store, 0, range(12))
