@@ -146,6 +146,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         eagle=compat.drops_last_block(vllm_config),
         fail_by_blocks=compat.is_reduced(compat.vllm_version()),
     )
+    half.metrics.failure("drive_open", len(_unopened(store)))
     _announce(config, layout, arena, store)
     return SchedulerSide(half, Ticker(half), arena, store, namespaces)
 
@@ -156,7 +157,7 @@ def _bound(store: Any) -> int:
 
 def _open_store(config: Config) -> Any:
     """The NVMe tier, or None: not configured, or not usable (said in one line)."""
-    from kvoffload.tiers.nvme import StripedStore, open_drives
+    from kvoffload.tiers.nvme import open_drives
 
     if config.nvme_path is None:
         return None
@@ -167,11 +168,18 @@ def _open_store(config: Config) -> Any:
     except OSError as exc:
         logger.error("kvoffload: nvme_path is not used, DRAM only: %s", exc)
         return None
-    if isinstance(store, StripedStore):
-        for drive in store.drives():
-            if drive.error:
-                logger.warning("kvoffload: nvme_path goes on without a drive: %s", drive.error)
+    for error in _unopened(store):
+        logger.warning("kvoffload: nvme_path goes on without a drive: %s", error)
     return store
+
+
+def _unopened(store: Any) -> list[str]:
+    """Why drives of a store over several paths could not be opened."""
+    from kvoffload.tiers.nvme import StripedStore
+
+    if not isinstance(store, StripedStore):
+        return []
+    return [drive.error for drive in store.drives() if drive.error]
 
 
 def _announce(config: Config, layout: CacheLayout, arena: Any, store: Any) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from kvoffload.core.manager import Manager
 from kvoffload.metrics import Recorder
-from kvoffload.tiers.nvme import StripedStore
 
 MAX_STEPS_OUT = 8
 """More steps than any engine has in flight."""
@@ -60,6 +59,8 @@ def report_levels(manager: Manager, metrics: Recorder) -> None:
 
 def report_drives(store: Any, metrics: Recorder) -> None:
     """Each drive of a store over several paths; a single path is in the totals. O(drives)."""
+    from kvoffload.tiers.nvme import StripedStore
+
     if isinstance(store, StripedStore):
         for drive in store.drives():
             metrics.drive(drive.path, drive.up, drive.bytes_used, drive.io_errors, drive.trips)
