@@ -76,16 +76,19 @@ class DrivesMachine(RuleBasedStateMachine):
 
     @rule(keys=st.lists(KEYS, min_size=1, max_size=8, unique=True))
     def put(self, keys: list[int]) -> None:
+        able = [i for i, drive in self.drives.items() if drive.writable(self.now)]
+        good = [i for i in able if i not in self.faulty]
         results = self.store.put_many((key_of(i), payload_of(i)) for i in keys)
-        good = [i for i in self.drives if i not in self.faulty and self.drives[i].readable]
         for key, result in zip(keys, results, strict=True):
             if good:
                 assert result is StoreResult.OK
             if result is StoreResult.OK:
                 self.maybe.add(key)
                 at = self.holder(key)
-                assert at is not None
-                self.where.setdefault(key, at) if at not in self.faulty else None
+                # Held when the put came; a drive that is full may have made room since.
+                assert at is not None or self.faulty
+                if at is not None and at not in self.faulty:
+                    self.where.setdefault(key, at)
 
     @rule(keys=st.lists(KEYS, min_size=1, max_size=8, unique=True))
     def get(self, keys: list[int]) -> None:

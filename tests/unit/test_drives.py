@@ -446,6 +446,20 @@ class TestFailingDrive:
         store.contains(key_of(0))
         assert self.settled(store, "closed") and held(store, range(12)) == list(range(12))
 
+    def test_slow_is_not_hung(self, store: Store, clock: Clock) -> None:
+        """A job that waits longer than that behind others whose bytes move."""
+        native, first = striped(store), self.on_drive(store, 0, range(12))[0]
+        on(store, 0).inject("hang_read", 1)
+        native.get(7000, key_of(first), [bytearray(CHUNK)])
+        for step in range(3):
+            clock.now += STALL_S[GET] - 1
+            native._drives[0].moved[GET] = (-1 - step, clock.now - 1)  # as if bytes had moved
+            assert store.contains(key_of(first))
+        clock.now += STALL_S[GET]
+        assert not store.contains(key_of(first))
+        on(store, 0).inject("hang_read", 0)
+        assert native.wait(7000, 5000)
+
     def test_a_hung_write_from_slots_goes_to_the_next_drive(
         self, store: Store, clock: Clock
     ) -> None:

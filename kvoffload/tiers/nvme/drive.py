@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 STALL_S = {PUT: 30.0, GET: 5.0}
-"""Seconds without an answer after which a job counts as hung."""
+"""Seconds a job is out, and the drive has moved not a byte, after which it counts as hung."""
+_MOVED = {PUT: "bytes_written", GET: "bytes_read"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Drive:
     """A path and its open store, or why it could not be opened. The StripedStore's lock guards it.
 
     ``out``: per kind of job, when each job that has not returned was sent, oldest first.
+    ``moved``: per kind, bytes moved when last looked at, and since when it is no more than that.
     """
 
     path: str
@@ -48,6 +50,7 @@ class Drive:
     reads: Breaker = field(default_factory=Breaker)
     writes: Breaker = field(default_factory=Breaker)
     out: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
+    moved: dict[int, tuple[int, float]] = field(default_factory=dict)
     probe_key: bytes = b""  # the last key that could not be read
     weight: float = 1.0
     credit: float = 0.0
@@ -69,12 +72,28 @@ class Drive:
         """The breaker of PUT or GET."""
         return self.reads if kind == GET else self.writes
 
+    def sent(self, kind: int, job: int, now: float) -> None:
+        """The drive has the job."""
+        if not self.out[kind]:
+            self.moved[kind] = (self._moved(kind), now)
+        self.out[kind][job] = now
+
+    def _moved(self, kind: int) -> int:
+        return int(self.store.stats()[_MOVED[kind]]) if self.store is not None else 0
+
     def stalled(self, kind: int, now: float) -> Iterator[int]:
-        """Jobs that count as hung from now on; each is told once."""
+        """Jobs that count as hung from now on; each is told once. A large job on a slow drive, or
+        one behind many, is not hung: bytes move."""
         out = self.out[kind]
         while out:
             job = next(iter(out))
             if now - out[job] < STALL_S[kind]:
+                return
+            bytes_now, (before, since) = self._moved(kind), self.moved[kind]
+            if bytes_now != before:
+                self.moved[kind] = (bytes_now, now)
+                return
+            if now - since < STALL_S[kind]:
                 return
             del out[job]
             self.breaker(kind).stalled(job, now)

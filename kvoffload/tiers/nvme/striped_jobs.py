@@ -142,7 +142,7 @@ class StripedJobs:
             return False
         job.tried.append(drive)
         self._parts[inner] = job.parts[inner] = _Part(job, drive, kind, at)
-        drive.out[kind][inner] = now
+        drive.sent(kind, inner, now)
         if kind == PUT and not drive.writes.closed:
             drive.writes.begin_trial(inner)
         return True
@@ -273,7 +273,7 @@ class StripedJobs:
             return
         inner = next(self._ids)
         self._parts[inner] = _Part(None, drive, GET, np.zeros(0, np.intp))
-        drive.out[GET][inner] = now
+        drive.sent(GET, inner, now)
         drive.reads.begin_trial(inner)
         try:
             store.get(inner, drive.probe_key, [bytearray(nbytes)])
