@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <iterator>
 #include <thread>
 
 #include "store_dir.h"
@@ -11,11 +12,44 @@
 namespace kvo::store {
 namespace {
 
+// What is asked of memory for a footer before its records have shown that they are some.
+constexpr size_t kPieceRecords = (1 << 20) / sizeof(Record);
+// Microseconds since 1970 do not get near these for 100,000 years: only a forged number does. One
+// past the first does not count; one past the second is not followed, so that what we number after
+// it stays below the first and never wraps.
+constexpr uint64_t kSeqEnd = uint64_t{1} << 63, kSeqFollowed = uint64_t{1} << 62;
+
+bool usable(const Record& r, const Uuid& uuid, const SegmentScan& s) {
+    return record_ok(r, uuid, s.id, s.gen, s.bytes) && r.seq < kSeqEnd;
+}
+
 bool read_exact(const File& f, void* p, size_t n, uint64_t off, Faults& faults, uint64_t& errors) {
     size_t done = 0;
     int err = read_full(f, p, n, off, faults, done);
     if (err) ++errors;  // a short file is damage, not a failing disk
     return !err && done == n;
+}
+
+// A sealed segment's records, those that count. Piece by piece: a sparse file may claim billions,
+// and a writer seals no record that does not count, so a piece without any ends it.
+bool read_footer(const File& f, const SegmentTrailer& t, const Uuid& uuid, SegmentScan& s,
+                 Faults& faults, uint64_t& errors) {
+    // trailer_ok() has seen that they fit the file; here, that they end before the trailer.
+    if (t.records_off + t.count * sizeof(Record) > s.bytes - kBlock) return false;
+    std::vector<Record> piece(std::min<uint64_t>(t.count, kPieceRecords));
+    uint32_t crc = 0;
+    for (uint64_t at = 0, n; at < t.count; at += n) {
+        n = std::min<uint64_t>(t.count - at, kPieceRecords);
+        const size_t bytes = n * sizeof(Record), before = s.records.size();
+        if (!read_exact(f, piece.data(), bytes, t.records_off + at * sizeof(Record), faults,
+                        errors))
+            return false;
+        crc = crc32c(piece.data(), bytes, crc);
+        std::copy_if(piece.begin(), piece.begin() + ptrdiff_t(n), std::back_inserter(s.records),
+                     [&](const Record& r) { return usable(r, uuid, s); });
+        if (n == kPieceRecords && s.records.size() == before) return false;
+    }
+    return crc == t.records_crc;
 }
 
 void scan_segment(int dirfd, const Uuid& uuid, uint32_t writer, SegmentScan& s,
@@ -42,16 +76,8 @@ void scan_segment(int dirfd, const Uuid& uuid, uint32_t writer, SegmentScan& s,
     auto t = std::make_unique<SegmentTrailer>();
     if (!read_exact(*f, t.get(), kBlock, s.bytes - kBlock, faults, errors)) return;
     if (!trailer_ok(*t, uuid, s.id, s.gen, s.bytes)) return;
-    s.records.resize(t->count);
-    size_t bytes = s.records.size() * sizeof(Record);
-    if (!read_exact(*f, s.records.data(), bytes, t->records_off, faults, errors) ||
-        crc32c(s.records.data(), bytes) != t->records_crc) {
-        s.records.clear();
-        return;
-    }
-    s.sealed = true;
-    std::erase_if(s.records,
-                  [&](const Record& r) { return !record_ok(r, uuid, s.id, s.gen, s.bytes); });
+    s.sealed = read_footer(*f, *t, uuid, s, faults, errors);
+    if (!s.sealed) s.records = {};
 }
 
 // Appends a journal's valid records to the unsealed segments they belong to. A damaged record is
@@ -74,8 +100,7 @@ void scan_journal(int dirfd, const Uuid& uuid, uint64_t epoch,
         if (r.magic != kRecordMagic) continue;
         auto it = segs.find(r.seg);
         if (it == segs.end() || it->second->sealed || !it->second->gen) continue;
-        if (record_ok(r, uuid, r.seg, it->second->gen, it->second->bytes))
-            it->second->records.push_back(r);
+        if (usable(r, uuid, *it->second)) it->second->records.push_back(r);
     }
 }
 
@@ -124,7 +149,8 @@ WriterScan StoreDir::scan(uint32_t id, Faults& faults,
         scan_journal(dir.get(), manifest_.uuid, e, by_id, faults, out.read_errors);
     for (auto& s : out.segments) {
         out.max_gen = std::max(out.max_gen, s.gen);
-        for (auto& r : s.records) out.max_seq = std::max(out.max_seq, r.seq);
+        for (auto& r : s.records)
+            if (r.seq < kSeqFollowed) out.max_seq = std::max(out.max_seq, r.seq);
     }
     return out;
 }

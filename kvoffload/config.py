@@ -153,6 +153,7 @@ _NONE_MEANS_DEFAULT = frozenset(
         "server",
         "server_autostart",
         "chunk_tokens",
+        "load_deadline_ms",
         "config_file",
     }
 )
@@ -176,7 +177,7 @@ class Config:
     server_autostart: Literal[False] | None = None
     chunk_tokens: int | None = None
     load: LoadMode = "auto"
-    load_deadline_ms: int = 5000
+    load_deadline_ms: int | None = None
     policy: PolicyName = "lru"
     verify_sample: int = 0
     config_file: str | None = None

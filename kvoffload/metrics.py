@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from kvoffload.types import LoadFailure, Tier
+from kvoffload.types import Decision, LoadFailure, Tier
 
 Payload = dict[str, dict[str, Any]]
 
@@ -50,6 +50,7 @@ class Metric:
 
 _TIERS = tuple((t.value,) for t in Tier)
 _MISSES = ("no_hit", "namespace_unknown", "lease_refused")
+_DECISIONS = tuple(d.value for d in Decision)
 _FAILURES = tuple((f.value,) for f in LoadFailure)
 _MOVES = tuple((t.value, d) for t in Tier for d in ("load", "store"))
 
@@ -114,6 +115,20 @@ METRICS: dict[str, Metric] = {
             "Manager events: stored, evicted, dropped, quarantined, ...",
             "event",
         ),
+        _counter(
+            "kvoffload_plans_total",
+            "What became of requests' hits: loaded whole, partly, to learn, refused, waited for.",
+            "decision",
+            series=((d,) for d in _DECISIONS),
+        ),
+        _counter(
+            "kvoffload_followers_total",
+            "Requests that waited for another one's load of the same prefix, by how that ended.",
+            "outcome",
+            series=(("hit_hbm",), ("gave_up",)),
+        ),
+        _counter("kvoffload_saved_seconds_total", "Prefill seconds saved by loads, net."),
+        _counter("kvoffload_cost_seconds_total", "Seconds by which loads were the slower way."),
         _counter("kvoffload_resets_total", "Times everything stored was hidden by a new epoch."),
         _histogram("kvoffload_load_seconds", "Load of one request, from allocation to answer."),
         _histogram("kvoffload_load_copy_seconds", "Copy of one load job on one rank."),
@@ -129,6 +144,18 @@ METRICS: dict[str, Metric] = {
         _gauge("kvoffload_dram_pinned_bytes", "Bytes of the arena held by leases."),
         _gauge("kvoffload_nvme_used_bytes", "Bytes of payload on NVMe."),
         _gauge("kvoffload_nvme_max_bytes", "Bound of the NVMe path."),
+        _gauge("kvoffload_inflight_bytes", "Bytes under way.", "tier", "direction"),
+        _gauge(
+            "kvoffload_breaker_open",
+            "1: the tier is not used; 0.5: it is being tried; 0: in use.",
+            "tier",
+            "direction",
+        ),
+        _gauge("kvoffload_tier_bytes_per_second", "What the planner expects of a tier.", "tier"),
+        _gauge(
+            "kvoffload_prefill_tokens_per_second",
+            "What the planner expects of the engine, for the first 1024 tokens of a prompt.",
+        ),
         _gauge("kvoffload_entries", "Chunks held, by tier.", "tier", series=_TIERS),
         _gauge("kvoffload_drive_up", "With several nvme_path: 1 while the path is used.", "path"),
         _gauge("kvoffload_drive_used_bytes", "With several nvme_path: bytes under each.", "path"),
@@ -275,6 +302,34 @@ class Recorder:
         """All ranks answered a load and it succeeded."""
         self.observe("kvoffload_load_seconds", seconds)
         self.inc("kvoffload_loaded_tokens_total", tokens)
+
+    def plan(self, decision: str) -> None:
+        """What became of a request's hit (core/planner.Decision); counted when it changes."""
+        self.inc("kvoffload_plans_total", 1, decision)
+
+    def follower(self, outcome: str) -> None:
+        """A request that waited for another one's load stopped waiting."""
+        self.inc("kvoffload_followers_total", 1, outcome)
+
+    def saved(self, seconds: float) -> None:
+        """Prefill time that a load saved beyond its own; negative: what it cost."""
+        if seconds >= 0:
+            self.inc("kvoffload_saved_seconds_total", seconds)
+        else:
+            self.inc("kvoffload_cost_seconds_total", -seconds)
+
+    def planner(self, bytes_per_s: Mapping[Tier, float], prefill_tokens_per_s: float) -> None:
+        """What the planner believes."""
+        for tier, rate in bytes_per_s.items():
+            self.set("kvoffload_tier_bytes_per_second", rate, tier.value)
+        self.set("kvoffload_prefill_tokens_per_second", prefill_tokens_per_s)
+
+    def queue(self, reading: int, writing: int, reads: float, writes: float) -> None:
+        """NVMe: bytes under way, and the two breakers (0 closed, 0.5 half-open, 1 open)."""
+        self.set("kvoffload_inflight_bytes", reading, "nvme", "load")
+        self.set("kvoffload_inflight_bytes", writing, "nvme", "store")
+        self.set("kvoffload_breaker_open", reads, "nvme", "load")
+        self.set("kvoffload_breaker_open", writes, "nvme", "store")
 
     def load_failed_request(self) -> None:
         """All ranks answered a load and it failed; vLLM recomputes."""

@@ -114,3 +114,16 @@ class SlotRef:
     slot: int
     generation: int
     offset: int  # bytes from the start of the arena's data area
+
+
+class Decision(str, Enum):
+    """What becomes of a request's hit."""
+
+    MISS = "miss"  # nothing is held beyond what HBM has
+    WHOLE = "whole"  # worth loading, all of it
+    PARTIAL = "partial"  # its head is worth loading, its tail is recomputed
+    REFUSED = "refused"  # costs more than it saves
+    UNKNOWN = "unknown_rate"  # loaded to learn: no prefill rate yet
+    EXPLORE = "explore"  # refused, and loaded all the same to unlearn a bad estimate
+    FOLLOW = "follow"  # waits for another request's load of the same prefix, then hits HBM
+    FORCED = "forced"  # load=always or load=never

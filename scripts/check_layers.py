@@ -5,9 +5,10 @@ Rules (docs/architecture.md has the reasons):
 
 - vllm is imported inside ``engines/`` only; torch inside ``copy/``, ``tiers/dram`` and
   ``engines/`` only; triton and cupy inside ``copy/`` only.
-- types and errors import nothing of ours; config and metrics only those two (and metrics: config).
+- types, errors and files import nothing of ours; config and metrics only the first two (and
+  metrics: config).
 - core imports leaves and ``tiers.base`` (protocols) only: no tiers, copies, engine, native core.
-- copy imports leaves and the native core; tiers import leaves, copy and the native core.
+- copy imports leaves, files and the native core; tiers import leaves, copy and the native core.
 - the rest of the package imports ``engines/`` inside functions only.
 - ``kvoffload/__init__.py`` imports lazily whatever is not light.
 
@@ -33,10 +34,11 @@ NATIVE = "kvoffload._core"
 ALLOWED: dict[str, tuple[str, ...]] = {
     "kvoffload.types": (),
     "kvoffload.errors": (),
+    "kvoffload.files": (),
     "kvoffload.config": ("kvoffload.errors", "kvoffload.types"),
     "kvoffload.metrics": ("kvoffload.errors", "kvoffload.types", "kvoffload.config"),
     "kvoffload.core": (*LEAVES, "kvoffload.core", "kvoffload.tiers.base"),
-    "kvoffload.copy": (*LEAVES, NATIVE, "kvoffload.copy"),
+    "kvoffload.copy": (*LEAVES, NATIVE, "kvoffload.files", "kvoffload.copy"),
     "kvoffload.tiers": (*LEAVES, NATIVE, "kvoffload.copy", "kvoffload.tiers"),
     "kvoffload.engines": (PACKAGE,),
     "kvoffload": (PACKAGE,),

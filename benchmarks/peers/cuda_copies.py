@@ -10,7 +10,6 @@ the first call to the end of the last copy.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import time
 from collections import defaultdict
@@ -20,14 +19,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from chunks import WAIT_MS, ArenaChunks, Ids, finish
 from common import Json, quantile, summary
 from context import Context
 
-Ids = npt.NDArray[np.int32]
-LEAF = 16384
-WAIT_MS = 60_000
 PIN_S = 60.0
 
 
@@ -133,64 +129,45 @@ class Kvoffload:
     """kvoffload's CUDA engine between an arena and the pages, one chunk of blocks per slot."""
 
     def __init__(self, pages: Pages, blocks: int) -> None:
-        from kvoffload import _core
         from kvoffload.copy.base import Fragment
         from kvoffload.copy.select import copy_engine
 
-        per_chunk = max(1, (1 << 20) // pages.block_bytes)
-        self._shape = (blocks // per_chunk, per_chunk)
-        chunks = self._shape[0]
-        shard = -(-pages.block_bytes * per_chunk // LEAF) * LEAF
-        self._arena = _core.Arena.create(max(4 << 20, chunks * shard + (2 << 20)), chunks, 1)
-        self._arena.set_attached(0)
-        self._arena.view(0, chunks * shard)[:] = bytes(chunks * shard)  # fault the pages in
-        self._engine: Any = copy_engine("cuda", self._arena, 0)
+        self._chunks = ArenaChunks(pages.block_bytes, blocks)
+        arena = self._chunks.arena
+        self._engine: Any = copy_engine("cuda", arena, 0)
         fragments = [Fragment(*f) for f in pages.fragments()]
-        self._group = self._engine.add_group(fragments, pages.num_blocks, shard)
-        self._slots = np.arange(chunks, dtype=np.uint32)
-        self._offsets = np.arange(chunks, dtype=np.uint64) * shard
-        self._keys = b"".join(
-            hashlib.blake2b(b"%d" % i, digest_size=16).digest() for i in range(chunks)
-        )
-        self._generations = np.zeros(chunks, np.uint64)
+        self._group = self._engine.add_group(fragments, pages.num_blocks, self._chunks.shard)
         self._job = 0
         end = time.monotonic() + PIN_S
-        while self._engine.pinned_bytes() < self._arena.data_bytes and time.monotonic() < end:
+        while self._engine.pinned_bytes() < arena.data_bytes and time.monotonic() < end:
             time.sleep(0.01)
-        self.pinned = self._engine.pinned_bytes() >= self._arena.data_bytes
+        self.pinned = self._engine.pinned_bytes() >= arena.data_bytes
 
     def _copies(self, ids: Ids) -> Any:
-        chosen = ids[: self._slots.size * self._shape[1]].reshape(self._shape)
+        c = self._chunks
         return SimpleNamespace(
-            slots=self._slots,
-            generations=self._generations.copy(),
-            offsets=self._offsets,
-            keys=self._keys,
-            block_ids=np.ascontiguousarray(chosen),
+            slots=c.slots,
+            generations=c.generations.copy(),
+            offsets=c.offsets,
+            keys=c.keys,
+            block_ids=c.chosen(ids),
         )
 
-    def _finish(self) -> None:
-        self._engine.wait(self._job, WAIT_MS)
-        done = [d for d in self._engine.poll() if d.job == self._job]
-        if not done or done[0].status != 0:
-            raise RuntimeError(f"copy job did not succeed: {done}")
-
     def store(self, ids: Ids) -> None:
-        for slot in self._slots.tolist():
-            self._generations[slot] = self._arena.begin_fill(slot, 1)
+        self._chunks.begin_fill()
         self._job += 1
         self._engine.submit_store(self._job, self._group, self._copies(ids), 0)
-        self._finish()
+        finish(self._engine, self._job)
 
     def load(self, ids: Ids) -> None:
         self._job += 1
         self._engine.submit_load(self._job, self._group, self._copies(ids), 0, WAIT_MS)
-        self._finish()
+        finish(self._engine, self._job)
 
     def close(self) -> None:
         self._engine.check()
         self._engine.close()
-        self._arena.close()
+        self._chunks.arena.close()
 
 
 def _check_load(pages: Pages, side: Any, ids: Ids) -> None:

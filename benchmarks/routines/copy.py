@@ -9,7 +9,6 @@ checksums: hashing on store, verification on load; ``kvoffload_unverified`` load
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import time
 from collections import defaultdict
@@ -20,12 +19,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from chunks import WAIT_MS, ArenaChunks, Ids, finish
 from common import Json, quantile, summary
 from context import Context
 
 NAME = "copy"
-LEAF = 16384
-WAIT_MS = 60_000
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -105,7 +103,7 @@ class TorchBlocks:
         self._host = torch.zeros((blocks, pages.block_bytes), dtype=torch.uint8)
         self._pages = pages
 
-    def _copy(self, ids: npt.NDArray[np.int32], store: bool) -> None:
+    def _copy(self, ids: Ids, store: bool) -> None:
         for row, block in enumerate(ids.tolist()):
             at = 0
             for view in self._views:
@@ -114,10 +112,10 @@ class TorchBlocks:
                 (cell.copy_(page) if store else page.copy_(cell))
                 at += n
 
-    def store(self, ids: npt.NDArray[np.int32]) -> None:
+    def store(self, ids: Ids) -> None:
         self._copy(ids, True)
 
-    def load(self, ids: npt.NDArray[np.int32], verify: bool = True) -> None:
+    def load(self, ids: Ids, verify: bool = True) -> None:
         self._copy(ids, False)
 
     def close(self) -> None:
@@ -130,69 +128,33 @@ class Kvoffload:
     def __init__(self, pages: Pages, blocks: int, threads: int) -> None:
         from kvoffload import _core
 
-        per_chunk = max(1, (1 << 20) // pages.block_bytes)
-        self._shape = (blocks // per_chunk, per_chunk)
-        chunks = self._shape[0]
-        shard = -(-pages.block_bytes * per_chunk // LEAF) * LEAF
-        self._arena = _core.Arena.create(max(4 << 20, chunks * shard + (2 << 20)), chunks, 1)
-        self._arena.set_attached(0)
-        self._arena.view(0, chunks * shard)[:] = bytes(chunks * shard)  # fault the pages in
-        self._pool = _core.CpuCopyPool(self._arena, 0, threads)
-        self._group = self._pool.add_group(pages.fragments(), pages.num_blocks, shard)
-        self._slots = np.arange(chunks, dtype=np.uint32)
-        self._offsets = np.arange(chunks, dtype=np.uint64) * shard
-        self._keys = b"".join(
-            hashlib.blake2b(b"%d" % i, digest_size=16).digest() for i in range(chunks)
-        )
-        self._generations = np.zeros(chunks, np.uint64)
+        self._chunks = ArenaChunks(pages.block_bytes, blocks)
+        self._pool = _core.CpuCopyPool(self._chunks.arena, 0, threads)
+        self._group = self._pool.add_group(pages.fragments(), pages.num_blocks, self._chunks.shard)
         self._job = 0
 
-    def _finish(self) -> None:
-        self._pool.wait(self._job, WAIT_MS)
-        done = [d for d in self._pool.poll() if d.job == self._job]
-        if not done or done[0].status != 0:
-            raise RuntimeError(f"copy job did not succeed: {done}")
+    def _copies(self, ids: Ids) -> tuple[Any, ...]:
+        c = self._chunks
+        return self._group, c.slots, c.generations, c.offsets, c.keys, c.chosen(ids)
 
-    def _ids(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        return np.ascontiguousarray(ids[: self._slots.size * self._shape[1]].reshape(self._shape))
-
-    def store(self, ids: npt.NDArray[np.int32]) -> None:
-        for slot in self._slots.tolist():
-            self._generations[slot] = self._arena.begin_fill(slot, 1)
+    def store(self, ids: Ids) -> None:
+        self._chunks.begin_fill()
         self._job += 1
-        self._pool.submit_store(
-            self._job,
-            self._group,
-            self._slots,
-            self._generations,
-            self._offsets,
-            self._keys,
-            self._ids(ids),
-        )
-        self._finish()
+        self._pool.submit_store(self._job, *self._copies(ids))
+        finish(self._pool, self._job)
 
-    def load(self, ids: npt.NDArray[np.int32], verify: bool = True) -> None:
+    def load(self, ids: Ids, verify: bool = True) -> None:
         self._job += 1
-        self._pool.submit_load(
-            self._job,
-            self._group,
-            self._slots,
-            self._generations,
-            self._offsets,
-            self._keys,
-            self._ids(ids),
-            WAIT_MS,
-            verify,
-        )
-        self._finish()
+        self._pool.submit_load(self._job, *self._copies(ids), WAIT_MS, verify)
+        finish(self._pool, self._job)
 
     def close(self) -> None:
         self._pool.check()
         self._pool.close()
-        self._arena.close()
+        self._chunks.arena.close()
 
 
-def _check_load(pages: Pages, side: Any, ids: npt.NDArray[np.int32]) -> None:
+def _check_load(pages: Pages, side: Any, ids: Ids) -> None:
     """Store, wipe, load: the blocks hold the same bytes again."""
     side.store(ids)
     want = [view[ids].copy() for view in pages.views]

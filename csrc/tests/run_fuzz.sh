@@ -11,6 +11,6 @@ trap 'rm -rf "$work"' EXIT
 # Threads do the I/O: what is read is the same, and liburing need not be there.
 "${CXX:-g++}" -std=c++20 -g -O1 -Wall -Wextra -DKVO_NO_URING \
   -fsanitize=address,undefined -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS \
-  -o "$work/fuzz_store" "$here/fuzz_store.cpp" "$here"/../store*.cpp "$here"/../arena.cpp \
-  "$here"/../checksum.cpp "$here"/../isa_*.cpp -pthread
+  -o "$work/fuzz_store" "$here/fuzz_store.cpp" "$here/fuzz_mutations.cpp" "$here"/../store*.cpp \
+  "$here"/../arena.cpp "$here"/../checksum.cpp "$here"/../isa_*.cpp -pthread
 ASAN_OPTIONS="allocator_may_return_null=0" "$work/fuzz_store" "$work/data" "${@:-2000}"

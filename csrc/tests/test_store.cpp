@@ -20,60 +20,32 @@
 
 namespace fs = std::filesystem;
 using namespace kvo::store;
+using namespace store_test;
 
 namespace {
 
 std::mt19937_64 rng(20261122);
 std::string engine;  // of every store that is opened
 
-Key key_of(uint64_t i) {
-    Key k;
-    uint64_t a = i * 0x9E3779B97F4A7C15ull, b = ~i * 0xC2B2AE3D27D4EB4Full;
-    std::memcpy(k.b, &a, 8);
-    std::memcpy(k.b + 8, &b, 8);
-    return k;
-}
+constexpr uint64_t kMostPayload = 70000;
 
-// The payload is a function of the key: any wrong byte shows.
-std::vector<uint8_t> payload_of(uint64_t i) {
-    std::mt19937_64 r(i + 1);
-    std::vector<uint8_t> v(1 + r() % 70000);
-    for (auto& b : v) b = uint8_t(r());
-    return v;
+Bytes payload_of(uint64_t i) {
+    return store_test::payload_of(i, kMostPayload);
 }
 
 StoreOptions options(const fs::path& p, uint64_t max = 8 << 20) {
-    StoreOptions o;
-    o.path = p.string();
-    o.max_bytes = max;
-    o.segment_bytes = 512 << 10;
-    o.threads = 3;
+    StoreOptions o = store_test::options(p.string(), max, 512 << 10, 3);
     o.io_engine = engine;
     return o;
 }
 
-std::vector<uint8_t> run(SegmentStore& s, int64_t job) {
-    MUST(s.wait(job, 20000));
-    for (auto& d : s.poll())
-        if (d.job == job) return d.results;
-    MUST(!"job not polled");
-    return {};
-}
-
-std::vector<uint8_t> put(SegmentStore& s, uint64_t from, uint64_t to) {
-    std::vector<std::vector<uint8_t>> data;
-    std::vector<StoreItem> items;
-    for (uint64_t i = from; i < to; ++i) {
-        data.push_back(payload_of(i));
-        items.push_back({key_of(i), data.back().data(), data.back().size()});
-    }
-    s.put(1, nullptr, items, 7);
-    return run(s, 1);
+Bytes put(SegmentStore& s, uint64_t from, uint64_t to) {
+    return store_test::put(s, from, to, kMostPayload);
 }
 
 // Number of hits; a hit with other bytes than were put ends the test.
 int get(SegmentStore& s, uint64_t from, uint64_t to) {
-    std::vector<std::vector<uint8_t>> want, got;
+    std::vector<Bytes> want, got;
     std::vector<StoreItem> items;
     for (uint64_t i = from; i < to; ++i) {
         want.push_back(payload_of(i));
@@ -81,14 +53,14 @@ int get(SegmentStore& s, uint64_t from, uint64_t to) {
         items.push_back({key_of(i), got.back().data(), got.back().size()});
     }
     s.get(2, nullptr, items);
-    auto res = run(s, 2);
+    auto res = finish(s, 2);
     int hits = 0;
     for (size_t i = 0; i < res.size(); ++i) {
         if (res[i] == kOk) {
             MUST(got[i] == want[i]);
             ++hits;
         } else {
-            MUST(got[i] == std::vector<uint8_t>(want[i].size(), 0xEE));
+            MUST(got[i] == Bytes(want[i].size(), 0xEE));
         }
     }
     return hits;
@@ -168,13 +140,13 @@ void slots(const fs::path& p) {
     }
     arena->fail(v[7].slot, v[7].generation);  // not READY: must not be stored
     s.put(1, arena, v, 0);
-    auto res = run(s, 1);
+    auto res = finish(s, 1);
     MUST(std::count(res.begin(), res.end(), kOk) == 7 && res[7] == kDropped);
     std::memset(arena->data(), 0, arena->data_bytes());
     v = items();
     arena->begin_fill(3, 1);  // slot 3 moved on: its memory is somebody else's now
     s.get(2, arena, v);
-    res = run(s, 2);
+    res = finish(s, 2);
     for (auto& it : v) {
         bool good = it.slot != 3 && it.slot != 7;
         MUST(res[it.slot] == (good ? kOk : it.slot == 3 ? kDropped : kMiss));
@@ -191,7 +163,7 @@ void threads(const fs::path& p) {
         ts.emplace_back([&, t] {
             for (int round = 0; round < 6; ++round) {
                 int64_t job = 1000 + t * 100 + round * 2;
-                std::vector<std::vector<uint8_t>> data;
+                std::vector<Bytes> data;
                 std::vector<StoreItem> puts;
                 uint64_t from = uint64_t((t / 2) * 60 + round * 8);  // pairs put the same keys
                 for (uint64_t i = from; i < from + 8; ++i) {
@@ -223,8 +195,8 @@ void faults(const fs::path& p) {
     put(*s, 0, 10);
     s->inject("hang_read", 1);
     // Never freed: the hung read owns it from here on.
-    auto* buf = new std::vector<uint8_t>(payload_of(1).size());
-    static auto& keep = *new std::vector<std::vector<uint8_t>*>;
+    auto* buf = new Bytes(payload_of(1).size());
+    static auto& keep = *new std::vector<Bytes*>;
     keep.push_back(buf);
     s->get(5, nullptr, {{key_of(1), buf->data(), buf->size()}});
     MUST(!s->wait(5, 50));
@@ -310,6 +282,7 @@ int main(int argc, char** argv) {
     fs::path dir = argv[1];
     fs::create_directories(dir);
     format();
+    test_forged((dir / "forged").string());
     std::vector<std::string> engines{"threads"};
     if (std::string why = uring_problem(); why.empty())
         engines.push_back("uring");

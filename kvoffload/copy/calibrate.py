@@ -7,18 +7,18 @@ else's card.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from kvoffload.files import replace_json, user_cache_file
 
 logger = logging.getLogger("vllm.kvoffload")
 
@@ -120,9 +120,8 @@ def _far(shape: tuple[int, int], fragment_bytes: int, count: int) -> float:
 
 def cache_file(key: Mapping[str, Any]) -> Path:
     """$XDG_CACHE_HOME/kvoffload/copy-<digest of the key>.json."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return Path(base, "kvoffload", f"copy-{digest[:16]}.json")
+    return user_cache_file(f"copy-{digest[:16]}.json")
 
 
 def load_table(path: Path, key: Mapping[str, Any]) -> Table | None:
@@ -154,16 +153,7 @@ def save_table(path: Path, key: Mapping[str, Any], table: Table) -> None:
         "cells": [list(cell) for cell in table.cells],
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=".copy-")
-        try:
-            with os.fdopen(fd, "w") as f:
-                json.dump(data, f)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        replace_json(path, data)
     except OSError as exc:
         logger.warning("kvoffload: the copy calibration could not be kept: %s", exc)
 

@@ -38,8 +38,9 @@ def _row(rows: tl.tensor, number: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _leaf_hash(words: tl.tensor, keys: tl.tensor) -> tl.tensor:
-    """XXH3-64 of 2048 words; ``keys`` points to the 48 words that kernels_table.hash_keys makes."""
+def _leaf_hash(words: tl.tensor, table: tl.tensor) -> tl.tensor:
+    """XXH3-64 of 2048 words, with the 48 words of kernels_table.hash_keys in the table."""
+    keys = (table + KEYS).to(tl.pointer_type(tl.uint64))
     stripe, lane = tl.arange(0, 16)[:, None], tl.arange(0, 8)[None, :]
     usual = tl.load(keys + stripe + lane)[None, :, :]
     # The leaf's last stripe takes its keys from another place of the secret.
@@ -82,6 +83,19 @@ def _piece(
     return start + index, (index >= first) & (index < last)
 
 
+@triton.jit
+def _words_at(table: tl.tensor, leaf: tl.tensor) -> tl.tensor:
+    """Pointers to a leaf's words in the arena."""
+    arena = (tl.load(table) + leaf * (8 * LEAF_WORDS)).to(tl.pointer_type(tl.uint64))
+    return tl.multiple_of(arena, 16) + tl.arange(0, LEAF_WORDS)
+
+
+@triton.jit
+def _hash_at(table: tl.tensor, leaf: tl.tensor) -> tl.tensor:
+    """Pointer to a leaf's hash. Asked for late: until then it would take registers."""
+    return tl.load(table + 1).to(tl.pointer_type(tl.uint64)) + leaf
+
+
 @triton.jit(do_not_specialize=["first", "last"])
 def copy_pieces(
     table: tl.tensor,
@@ -116,7 +130,6 @@ def store_leaves(
 ) -> None:
     """Gather leaves into the arena, zero what no piece covers, write each leaf's hash."""
     PARTS: tl.constexpr = 8 // ELEM
-    index = tl.arange(0, LEAF_WORDS)
     for unit in range(first + tl.program_id(0), last, tl.num_programs(0)):
         entry = table + unit * 4
         leaf = tl.load(entry)
@@ -130,10 +143,8 @@ def store_leaves(
             shift = (tl.arange(0, PARTS) * (8 * ELEM)).to(tl.uint64)
             parts = tl.reshape(values, [LEAF_WORDS, PARTS]).to(tl.uint64)
             words = tl.sum(parts << shift[None, :], axis=1)
-        arena = (tl.load(table) + leaf * (8 * LEAF_WORDS)).to(tl.pointer_type(tl.uint64))
-        tl.store(tl.multiple_of(arena, 16) + index, words)
-        hashes = tl.load(table + 1).to(tl.pointer_type(tl.uint64))
-        tl.store(hashes + leaf, _leaf_hash(words, (table + KEYS).to(tl.pointer_type(tl.uint64))))
+        tl.store(_words_at(table, leaf), words)
+        tl.store(_hash_at(table, leaf), _leaf_hash(words, table))
 
 
 @triton.jit(do_not_specialize=["first", "last"])
@@ -147,15 +158,12 @@ def load_leaves(
 ) -> None:
     """Read whole leaves from the arena; scatter the pieces of those whose hash is as expected."""
     PARTS: tl.constexpr = 8 // ELEM
-    index = tl.arange(0, LEAF_WORDS)
     for unit in range(first + tl.program_id(0), last, tl.num_programs(0)):
         entry = table + unit * 4
         leaf = tl.load(entry)
-        arena = (tl.load(table) + leaf * (8 * LEAF_WORDS)).to(tl.pointer_type(tl.uint64))
-        words = tl.load(tl.multiple_of(arena, 16) + index)
-        found = _leaf_hash(words, (table + KEYS).to(tl.pointer_type(tl.uint64)))
-        expected = tl.load(tl.load(table + 1).to(tl.pointer_type(tl.uint64)) + leaf)
-        if found == expected:
+        words = tl.load(_words_at(table, leaf))
+        found = _leaf_hash(words, table)
+        if found == tl.load(_hash_at(table, leaf)):
             if PARTS == 1:
                 values = words
             else:

@@ -51,6 +51,6 @@ class Mover(Protocol):
     ) -> None:
         """Enqueue the copies of one item; ``arena`` is the device-visible address of its data.
 
-        Raises RuntimeError or OSError when the device refuses; then some of the copies may have
-        been enqueued.
+        Raises RuntimeError or OSError when the device refuses, ValueError on runs or a check that
+        it does not take; then some of the copies may have been enqueued.
         """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,17 @@ class Prepared:
     table: Table = field(default_factory=Table)
 
 
+class _Serving:
+    """The movers of one direction, the plain one first. Immutable."""
+
+    def __init__(self, movers: Iterable[Mover]) -> None:
+        self.by_name: Mapping[str, Mover] = {m.name: m for m in movers}
+        self.names = tuple(self.by_name)
+
+    def without(self, mover: Mover) -> _Serving:
+        return _Serving(m for m in self.by_name.values() if m is not mover)
+
+
 class MoverSet:
     """Any thread. A mover but the plain one is called by one thread at a time."""
 
@@ -39,7 +50,8 @@ class MoverSet:
         self._plain, self._only = plain, only
         self._mu = threading.Lock()
         self._locks: dict[int, threading.Lock] = {}
-        self._by: dict[bool, dict[str, Mover]] = {True: {}, False: {}}  # by to_device, not plain
+        # By to_device. Each is replaced, never changed: pick takes it without the lock.
+        self._serving: dict[bool, _Serving] = {True: _Serving([plain]), False: _Serving([plain])}
         self._retired: list[Mover] = []
         self._table = Table()
         self._stop = threading.Event()
@@ -47,7 +59,9 @@ class MoverSet:
         self.served: Counter[str] = Counter()
         """Copies enqueued, by mover."""
         self.dropped: dict[str, str] = {}
-        """Movers that refused a copy, and why."""
+        """Movers that failed a copy, and why."""
+        self.refused: Counter[str] = Counter()
+        """Copies with arguments that the mover does not take: our error, not the device's."""
         if prepared is not None:
             self._install(prepared)
 
@@ -75,9 +89,9 @@ class MoverSet:
     def _install(self, prepared: Prepared) -> None:
         with self._mu:
             for to_device, movers in ((True, prepared.load), (False, prepared.store)):
-                found = {m.name: m for m in movers if m.name != PLAIN}
-                self._locks |= {id(m): threading.Lock() for m in found.values()}
-                self._by[to_device] = found
+                found = [m for m in movers if m.name != PLAIN]
+                self._locks |= {id(m): threading.Lock() for m in found}
+                self._serving[to_device] = _Serving([self._plain, *found])
             self._table = prepared.table
 
     def wait(self, timeout_s: float) -> bool:
@@ -89,20 +103,19 @@ class MoverSet:
 
     def names(self, to_device: bool) -> list[str]:
         """Movers of a direction that serve now."""
-        with self._mu:
-            return [PLAIN, *self._by[to_device]]
+        return list(self._serving[to_device].names)
 
     def pick(self, runs: Sequence[Run], to_device: bool, pinned: bool, checked: bool) -> Mover:
         """The mover for an item. ``pinned``: its arena bytes are; ``checked``: its checksums can
         be the device's work."""
-        if not pinned or not runs or not self._by[to_device]:
+        serving = self._serving[to_device]
+        if not pinned or not runs or len(serving.names) == 1:
             return self._plain
-        with self._mu:
-            movers = {PLAIN: self._plain, **self._by[to_device]}
-            if self._only:
-                return movers.get(self._only, self._plain)
-            mean = sum(run.nbytes for run in runs) // len(runs)
-            return movers[self._table.pick(mean, len(runs), to_device, tuple(movers), checked)]
+        if self._only:
+            return serving.by_name.get(self._only, self._plain)
+        mean = sum(run.nbytes for run in runs) // len(runs)
+        name = self._table.pick(mean, len(runs), to_device, serving.names, checked)
+        return serving.by_name[name]
 
     def copy(
         self,
@@ -114,25 +127,39 @@ class MoverSet:
         check: LeafCheck | None = None,
     ) -> None:
         """``mover.copy``. Raises what it raises; then that mover is not picked again, except the
-        plain one."""
-        self.served[mover.name] += 1
+        plain one. A ValueError is about the arguments: it is counted and the mover stays."""
+        with self._mu:
+            self.served[mover.name] += 1
         if mover is self._plain:
             mover.copy(runs, arena, to_device, stream, check)
             return
         try:
             with self._locks[id(mover)]:
                 mover.copy(runs, arena, to_device, stream, check)
+        except ValueError as exc:
+            self._refused(mover, exc)
+            raise
         except Exception as exc:
             self._drop(mover, to_device, exc)
             raise
 
+    def _refused(self, mover: Mover, exc: ValueError) -> None:
+        with self._mu:
+            self.refused[mover.name] += 1
+            first = self.refused.total() == 1
+        if first:
+            logger.error(
+                "kvoffload: mover %r was given what it does not take (%s); this is an error of "
+                "kvoffload, please report it. Further ones are only counted.", mover.name, exc,
+            )  # fmt: skip
+
     def _drop(self, mover: Mover, to_device: bool, exc: Exception) -> None:
         with self._mu:
-            if self._by[to_device].get(mover.name) is not mover:
+            serving = self._serving[to_device]
+            if serving.by_name.get(mover.name) is not mover:
                 return
-            # Replaced, not changed: pick looks at it without the lock. The lock object stays, and
-            # so does the mover: copies of it may still be out.
-            self._by[to_device] = {n: m for n, m in self._by[to_device].items() if m is not mover}
+            # The lock object stays, and so does the mover: copies of it may still be out.
+            self._serving[to_device] = serving.without(mover)
             self._retired.append(mover)
             self.dropped[mover.name] = f"{type(exc).__name__}: {exc}"
         logger.error(
@@ -147,8 +174,10 @@ class MoverSet:
         if not self.wait(timeout_s):
             return False
         with self._mu:
-            movers = [m for part in self._by.values() for m in part.values()] + self._retired
-            self._by, self._retired = {True: {}, False: {}}, []
+            movers = [m for s in self._serving.values() for m in s.by_name.values()]
+            movers = [m for m in movers if m is not self._plain] + self._retired
+            self._serving = {up: _Serving([self._plain]) for up in (True, False)}
+            self._retired = []
         for mover in movers:
             close = getattr(mover, "close", None)
             if close is not None:
@@ -158,7 +187,8 @@ class MoverSet:
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         with self._mu:
-            for movers in self._by.values():
-                for name, mover in movers.items():
-                    assert mover.name == name != PLAIN, f"mover {mover.name} is filed as {name}"
-                    assert id(mover) in self._locks, f"mover {name} has no lock"
+            for serving in self._serving.values():
+                assert serving.names[0] == PLAIN and serving.by_name[PLAIN] is self._plain
+                for name, mover in serving.by_name.items():
+                    assert mover.name == name, f"mover {mover.name} is filed as {name}"
+                    assert name == PLAIN or id(mover) in self._locks, f"mover {name} has no lock"

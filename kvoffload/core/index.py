@@ -13,6 +13,17 @@ from kvoffload.core.policy.base import Policy
 from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkId:
+    """What a chunk is, wherever it lies. Fields as in ``Entry``."""
+
+    key: ChunkKey
+    group: int
+    chunk: int
+    parent: ChunkKey | None
+    namespace_id: int
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """One chunk in one slot. Outlives the index while something still uses a dropped slot."""
@@ -35,6 +46,10 @@ class Entry:
     hold_until: float = 0.0  # no reuse before this clock value (a late writer may exist)
     attempts: int = 0  # failed write-behind attempts
     owner: str | None = None  # prefetched for this owner and not used yet
+
+    def chunk_id(self) -> ChunkId:
+        """What this entry holds."""
+        return ChunkId(self.key, self.group, self.chunk, self.parent, self.namespace_id)
 
     def evictable_alone(self) -> bool:
         """Nothing but a resident child could stand in the way of evicting it."""

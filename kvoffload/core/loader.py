@@ -40,7 +40,20 @@ class Loader:
         search = Search(self._layout, chain, lambda keys: self._probe(keys, now))
         return search, search.longest(start, limit)
 
+    def ahead(self, chain: Chain, start: int, end: int) -> int:
+        """Bytes being read from NVMe for others than a load of [start, end): they go first."""
+        if self._nvme is None or not self._nvme.reads.inflight:
+            return 0
+        get = self._pool.index.get
+        mine = 0
+        for group, chunk in self._wanted(chain, start, end) or ():
+            entry = get(chain.key(group, chunk))
+            if entry is not None and entry.io and entry.state is SlotState.FILLING:
+                mine += entry.nbytes
+        return max(0, self._nvme.reads.inflight_bytes() - mine)
+
     def _probe(self, keys: Sequence[ChunkKey], now: float) -> list[Tier | None]:
+        usable = self._nvme is not None and self._nvme.usable(now)
         out: list[Tier | None] = []
         ask: list[int] = []
         get = self._pool.index.get
@@ -52,7 +65,8 @@ class Loader:
             elif entry.state is SlotState.READY:
                 out.append(Tier.DRAM)
             else:
-                out.append(Tier.NVME if entry.source is Tier.NVME else None)
+                reading = entry.source is Tier.NVME and usable
+                out.append(Tier.NVME if reading else None)
         if ask and self._nvme is not None:
             held = self._nvme.held([keys[at] for at in ask], now)
             for at, there in zip(ask, held, strict=True):
@@ -121,7 +135,7 @@ class Loader:
                 return None
             self._pool.index.pin(entry)
             fresh.append(entry)
-        if not self._nvme.reads.submit(fresh, now):
+        if not self._nvme.read_up(fresh, now):
             self.unpin(fresh, now)  # what was refused is dropped; the rest is read for the next
             c.lease_lost += 1
             return None
@@ -159,9 +173,18 @@ class Loader:
         """See Manager.release."""
         self.unpin(self.leases.close(lease_id), now)
 
-    def prefetch(self, owner: str, chain: Chain, start: int, limit: int, now: float) -> int:
-        """See Manager.prefetch."""
-        _, end = self.search(chain, start, limit, now)
+    def prefetch(
+        self,
+        owner: str,
+        chain: Chain,
+        start: int,
+        end: int,
+        now: float,
+        most_bytes: int | None = None,
+    ) -> int:
+        """Set a servable [start, end) moving, or ``most_bytes`` of it; see Manager.prefetch."""
+        left = self._prefetches.room() if most_bytes is None else most_bytes
+        left = min(left, self._prefetches.room())
         wanted = self._wanted(chain, start, end)
         got = self._gather(chain, wanted, now) if wanted is not None else None
         if got is None or self._nvme is None:
@@ -170,7 +193,8 @@ class Loader:
         pinned, missing = got
         fresh: list[Entry] = []
         for group, chunk in missing:
-            if self._layout.groups[group].slot_bytes > self._prefetches.room():
+            left -= self._layout.groups[group].slot_bytes
+            if left < 0:
                 break
             entry = self._pool.take(chain, group, chunk, Tier.NVME, now)
             if entry is None:
@@ -180,7 +204,7 @@ class Loader:
         self._touch(pinned + fresh)
         self.unpin(pinned, now)
         if fresh:
-            self._nvme.reads.submit(fresh, now)
+            self._nvme.read_up(fresh, now)
         moving = sum(not e.dropped for e in fresh)
         self._counters.prefetched += moving
         return moving

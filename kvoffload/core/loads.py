@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvoffload.core.manager import Lease
+from kvoffload.core.planner import Plan
 
 RESEND_S = 1.0
 
@@ -33,6 +34,7 @@ class Attempt:
     end: int  # one past the last token to load
     opened: float
     deadline: float
+    planned: Plan | None = None
     sent: bool = False
     failed: bool = False
     next_order: float = field(default=0.0)
@@ -47,12 +49,19 @@ class LoadTable:
         self._next = 1
 
     def open(
-        self, request_id: str, lease: Lease, start: int, end: int, now: float, deadline_s: float
+        self,
+        request_id: str,
+        lease: Lease,
+        start: int,
+        end: int,
+        now: float,
+        deadline_s: float,
+        planned: Plan | None = None,
     ) -> Attempt:
         """Enter an attempt. A request has at most one; a second raises KeyError."""
         if request_id in self._by_request:
             raise KeyError(f"request {request_id} already has a load outstanding")
-        attempt = Attempt(self._next, request_id, lease, start, end, now, now + deadline_s)
+        attempt = Attempt(self._next, request_id, lease, start, end, now, now + deadline_s, planned)
         attempt.next_order = attempt.deadline
         self._next += 1
         self._by_request[request_id] = attempt

@@ -34,14 +34,17 @@ from kvoffload.core.lease import Lease, LeaseItem, Prefetches, StoreItem
 from kvoffload.core.loader import Loader
 from kvoffload.core.lookup import Hit
 from kvoffload.core.nvme import NvmeTier
-from kvoffload.core.planner import LoadMode, Rates, load_mode, plan
+from kvoffload.core.planner import LoadMode, Plan, Step, explore, load_mode, plan
 from kvoffload.core.pool import Pool, slot_classes
+from kvoffload.core.prefill import PrefillWork
+from kvoffload.core.rates import Rates
 from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
 from kvoffload.core.writebehind import budget
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import (
     CacheLayout,
     ChunkKey,
+    Decision,
     GroupKind,
     LoadFailure,
     SlotRef,
@@ -52,8 +55,15 @@ from kvoffload.types import (
 __all__ = ["Hit", "Lease", "LeaseItem", "Manager", "StoreItem", "slots_needed"]
 
 _SETTLED_KEPT = 65536
-EXPLORE_EVERY = 16
-"""One in so many refused hits is loaded all the same, so that a bad estimate is unlearned."""
+_PREFILL_SHOWN = 1024  # tokens of the prompt whose prefill rate is exported
+_EXPLORER = ""  # no request: owner of reads that only serve to learn
+EXPLORE_EVERY = 64
+"""Of one in so many refused hits in DRAM the head is loaded all the same, so that a bad estimate is
+unlearned: only loads tell what loads cost."""
+EXPLORE_S = 1.0
+EXPLORE_BYTES = 4 << 20
+"""A refused hit on NVMe sets this much of it moving to DRAM, at most once a second: nobody waits,
+and the estimate follows the disk."""
 
 
 def slots_needed(layout: CacheLayout, data_bytes: int) -> int:
@@ -95,6 +105,7 @@ class Manager:
         self._mode = load_mode(load)
         self._lock = Lock()
         self._closed = False
+        self._explored = float("-inf")
         self._nvme_bytes = nvme_bytes
         self._data_bytes = arena.data_bytes
         # A group that cannot be served means that no boundary can be: nothing is stored either.
@@ -130,21 +141,38 @@ class Manager:
             search, end = self._loader.search(chain, start, limit, self._clock())
             return self._count_hit(search.hit(start, end), start)
 
-    def plan(self, chain: Chain, start: int, limit: int) -> Hit:
+    def plan(self, chain: Chain, start: int, limit: int) -> Plan:
         """``lookup``, cut back to what is worth loading by the live rates and the load mode."""
         with self._lock:
             if self._closed:
-                return self._count_hit(Hit(start, 0, {}), start)
-            search, held = self._loader.search(chain, start, limit, self._clock())
-            rates = self.rates
+                return Plan(start, Decision.MISS)
+            now = self._clock()
+            search, held = self._loader.search(chain, start, limit, now)
             steps = search.steps(start, held)
-            end = plan(start, steps, rates.tiers(), rates.prefill_tokens_per_s, self._mode)
-            if end < held:
+            if not steps:
+                self._count_hit(Hit(start, 0, {}), start)
+                return Plan(start, Decision.MISS)
+            tiers = self.rates.tiers({Tier.NVME: self._loader.ahead(chain, start, held)})
+            made = plan(start, steps, tiers, self.rates.prefill.seconds, self._mode)
+            if made.end < held:
                 self.counters.planner_refused += 1
-                auto = self._mode is LoadMode.AUTO
-                if auto and self.counters.planner_refused % EXPLORE_EVERY == 0:
-                    end = held  # only loads tell what loads cost: a refusal must not last for ever
-            return self._count_hit(search.hit(start, end), start)
+            if made.decision is Decision.REFUSED:
+                made = self._explore(chain, start, steps, made, now)
+            self._count_hit(search.hit(start, made.end), start)
+            return made
+
+    def _explore(
+        self, chain: Chain, start: int, steps: Sequence[Step], refused: Plan, now: float
+    ) -> Plan:
+        """Keep learning what the refused hit would cost, at nobody's expense where possible."""
+        if steps[-1].nbytes.get(Tier.NVME):
+            if now - self._explored >= EXPLORE_S:
+                self._explored = now
+                self._loader.prefetch(_EXPLORER, chain, start, steps[-1].end, now, EXPLORE_BYTES)
+                self._prefetches.cancel(_EXPLORER)
+        elif self.counters.planner_refused % EXPLORE_EVERY == 0:
+            return explore(start, steps, self.rates.tiers(), self.rates.prefill.seconds)
+        return refused
 
     def _count_hit(self, hit: Hit, start: int) -> Hit:
         c = self.counters
@@ -154,6 +182,11 @@ class Manager:
         c.hit_tokens_dram += hit.by_tier.get(Tier.DRAM, 0)
         c.hit_tokens_nvme += hit.by_tier.get(Tier.NVME, 0)
         return hit
+
+    def changes(self) -> int:
+        """Grows when what is held in DRAM changes: an answer to ``plan`` may then differ."""
+        with self._lock:
+            return self._pool.changes
 
     # -- loading
 
@@ -185,7 +218,12 @@ class Manager:
         with self._lock:
             if self._closed or not self._serving:
                 return 0
-            return self._loader.prefetch(owner, chain, start, limit, self._clock())
+            now = self._clock()
+            search, end = self._loader.search(chain, start, limit, now)
+            if self._mode is LoadMode.AUTO:
+                tiers, prefill = self.rates.tiers(), self.rates.prefill.seconds
+                end = plan(start, search.steps(start, end), tiers, prefill).end
+            return self._loader.prefetch(owner, chain, start, end, now) if end > start else 0
 
     def cancel_prefetch(self, owner: str) -> int:
         """``owner`` will not come: its unused chunks free its budget and age like any other."""
@@ -213,7 +251,7 @@ class Manager:
             self.counters.slot_failed += 1
             filling = entry.state is SlotState.FILLING
             if filling and self._nvme is not None and reason is LoadFailure.DEADLINE:
-                self._nvme.breaker.failure(now)
+                self._nvme.timed_out(entry, now)
             if not (filling and entry.source is Tier.DRAM):
                 # A store's slot is left alone: its workers' answer tells when they are done with
                 # it.
@@ -313,8 +351,11 @@ class Manager:
                 self._settled.append(entry.key)
                 if self._nvme is not None:
                     self._nvme.writes.push(entry)
+            elif self._nvme is not None:
+                self._nvme.progressed(now)
         if self._nvme is not None:
             self._nvme.finish(done, now)
+            self._nvme.watch(now)
 
     def poll(self) -> None:
         """Take in finished stores, reads and writes."""
@@ -334,10 +375,21 @@ class Manager:
         with self._lock:
             self.rates.observe(tier, nbytes, seconds)
 
-    def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """The engine computed ``tokens`` prompt tokens in ``seconds``."""
+    def observe_prefill(self, work: PrefillWork, seconds: float) -> None:
+        """The engine computed prompt tokens in ``seconds``."""
         with self._lock:
-            self.rates.observe_prefill(tokens, seconds)
+            self.rates.prefill.add(work, seconds)
+
+    def observe_load_time(self, took_s: float, expected_s: float) -> None:
+        """A load from DRAM took ``took_s`` from allocation to answer; its plan had said
+        ``expected_s``."""
+        with self._lock:
+            self.rates.observe_load(took_s, expected_s)
+
+    def recompute_seconds(self, start: int, end: int) -> float | None:
+        """What computing prompt tokens [start, end) takes; None until known."""
+        with self._lock:
+            return self.rates.prefill.seconds(start, end)
 
     def _observe_read(self, nbytes: int, seconds: float) -> None:
         self.rates.observe(Tier.NVME, nbytes, seconds)
@@ -393,7 +445,9 @@ class Manager:
     def levels(self) -> Levels:
         """Occupancy for metrics. O(1)."""
         with self._lock:
-            stats = self._nvme.stats() if self._nvme is not None else {}
+            nvme, now = self._nvme, self._clock()
+            stats = nvme.stats() if nvme is not None else {}
+            thousand = self.rates.prefill.seconds(0, _PREFILL_SHOWN)
             return Levels(
                 bytes_used=self._pool.held_bytes,
                 bytes_pinned=self._pool.index.pinned_bytes,
@@ -402,6 +456,12 @@ class Manager:
                 nvme_entries=int(stats.get("entries", 0)),
                 nvme_bytes=int(stats.get("bytes_used", 0)),
                 nvme_max=int(stats.get("bytes_max", 0)),
+                reading_bytes=nvme.reads.inflight_bytes() if nvme else 0,
+                writing_bytes=nvme.writes.inflight_bytes if nvme else 0,
+                read_breaker=nvme.breaker.state(now).level if nvme else 0.0,
+                write_breaker=nvme.write_breaker.state(now).level if nvme else 0.0,
+                bytes_per_s={t: r.bytes_per_s for t, r in self.rates.tiers().items()},
+                prefill_tokens_per_s=_PREFILL_SHOWN / thousand if thousand else 0.0,
             )
 
     def occupancy(self) -> Occupancy:

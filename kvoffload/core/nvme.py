@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import count
 
+from kvoffload.core.breaker import Breaker
 from kvoffload.core.index import Entry
 from kvoffload.core.pool import Pool
 from kvoffload.core.reads import Reads
-from kvoffload.core.stats import Breaker, Counters, Guard
+from kvoffload.core.stats import Counters, Guard
 from kvoffload.core.writebehind import (
     INFLIGHT_BUSY_BYTES,
     INFLIGHT_BYTES,
@@ -17,15 +18,21 @@ from kvoffload.core.writebehind import (
     WriteBehind,
 )
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike, StoreDoneLike
-from kvoffload.types import ChunkKey
+from kvoffload.types import ChunkKey, Tier
 
 _WAIT_MS = 50
+STALL_S = 2.0
+"""Reads under way of which none makes progress for this long: the tier hangs. A disk that is only
+busy finishes something every few tens of milliseconds."""
+MAX_HUNG_JOBS = 8
+"""No further probe while so many jobs hang: each takes a slot out of use."""
 
 
 class NvmeTier:
     """A chunk store behind the DRAM pool. The Manager's lock guards all but ``wait`` and ``flush``.
 
-    No exception of the store leaves this class: it is a miss or a skipped write, and a count.
+    No exception of the store leaves this class: it is a miss or a skipped write, and a count. Reads
+    and writes have a breaker each: a full or read-only disk still serves.
     """
 
     def __init__(
@@ -41,15 +48,23 @@ class NvmeTier:
         self._store = store
         self._guard = guard
         self._observe_read = observe_read
+        self._pool = pool
+        self._counters = counters
         self.breaker = Breaker(counters)
+        self.write_breaker = Breaker(counters)
         self.enabled = True
+        self._unlearned = 0  # bytes read whose time went to a job that ended later
+        self._learned_to = float("-inf")
+        self._progress = 0.0  # when a read last got on, or began with no other under way
         jobs = count(1)
         self.reads = Reads(store, arena, pool, counters, guard, self.breaker, jobs)
-        self.writes = WriteBehind(store, arena, pool, counters, guard, self.breaker, jobs, bucket)
+        self.writes = WriteBehind(
+            store, arena, pool, counters, guard, self.write_breaker, jobs, bucket
+        )
 
     def held(self, keys: Sequence[ChunkKey], now: float) -> Sequence[int]:
         """Per key whether the store holds it; all false while the breaker is open."""
-        if not keys or not self.enabled or not self.breaker.closed(now):
+        if not keys or not self.usable(now):
             return bytes(len(keys))
         try:
             return self._store.contains(b"".join(keys))
@@ -66,15 +81,79 @@ class NvmeTier:
             self._guard.failed("store.poll", error)
             return ()
 
+    def read_up(self, entries: Sequence[Entry], now: float) -> bool:
+        """Start reading FILLING entries; see ``Reads.submit``."""
+        if not self.reads.inflight:
+            self._progress = now
+        return self.reads.submit(entries, now)
+
+    def usable(self, now: float) -> bool:
+        """Whether requests may count on it now."""
+        return self.enabled and self.breaker.closed(now)
+
+    def progressed(self, now: float) -> None:
+        """A chunk came up."""
+        self._progress = now
+
+    def watch(self, now: float) -> None:
+        """Trip the breaker when reads hang; probe a tier that may work again."""
+        if not self.enabled:
+            return
+        stalled = bool(self.reads.inflight) and now - self._progress > STALL_S
+        if stalled and self.breaker.relied_on(now):
+            self._stalled(now)
+        elif self.breaker.probe_due(now) and len(self.reads.inflight) < MAX_HUNG_JOBS:
+            self._probe(now)
+
+    def _stalled(self, now: float) -> None:
+        """Nothing moves: whoever waits is told now, and nobody else begins to wait."""
+        self._progress = now
+        self._counters.nvme_stalled += 1
+        self.breaker.trip(now)
+        hung = [e for e in self.io_entries(reads_only=True) if not e.dropped]
+        for entry in sorted(hung, key=lambda e: -e.chunk):
+            self.reads.last_failed = entry.chunk_id()
+            self._pool.fail(entry)
+            self._pool.drop(entry, now)  # its slot is out of use until the read returns
+
+    def _probe(self, now: float) -> None:
+        """Read the chunk that failed last: nobody waits for it. Without one a request probes."""
+        what = self.reads.last_failed
+        if what is None or what.key in self._pool.index:
+            return
+        entry = self._pool.take_as(what, Tier.NVME, now)
+        if entry is not None and self.read_up([entry], now):
+            self._counters.nvme_probes += 1
+            self.breaker.probing()
+
+    def timed_out(self, entry: Entry, now: float) -> None:
+        """A load's deadline passed while ``entry`` was still being read."""
+        self.reads.last_failed = entry.chunk_id()
+        self.breaker.failure(now)
+
     def finish(self, done: Sequence[StoreDoneLike], now: float) -> None:
         """Apply returned jobs. Jobs of other users of the store are not ours to handle."""
+        self._learn([job for job in done if job.job in self.reads.inflight])
         for job in done:
             if job.job in self.reads.inflight:
+                self._progress = now
                 self.reads.finish(job.job, job.results, now)
-                if job.nbytes:
-                    self._observe_read(job.nbytes, job.ns / 1e9)
             elif job.job in self.writes.inflight:
                 self.writes.finish(job.job, job.results, now)
+
+    def _learn(self, done: Sequence[StoreDoneLike]) -> None:
+        """The rate of reads that overlap is their bytes over the time that any was under way."""
+        spans = sorted(
+            (self.reads.began(j.job) + j.ns / 1e9, self.reads.began(j.job)) for j in done
+        )
+        seconds = 0.0
+        for ended, began in spans:
+            seconds += max(0.0, ended - max(began, self._learned_to))
+            self._learned_to = max(ended, self._learned_to)
+        self._unlearned += sum(j.nbytes for j in done)
+        if self._unlearned and seconds > 0:
+            self._observe_read(self._unlearned, seconds)
+            self._unlearned = 0
 
     def write_behind(self, now: float, busy: bool) -> None:
         """Start writes; only a trickle while loads are being read, which go first."""
@@ -111,7 +190,9 @@ class NvmeTier:
             self._guard.failed("store.stats", error)
             return {}
 
-    def io_entries(self) -> list[Entry]:
+    def io_entries(self, reads_only: bool = False) -> list[Entry]:
         """Entries of all jobs in flight, once per job."""
-        jobs = [*self.reads.inflight.values(), *self.writes.inflight.values()]
+        jobs = list(self.reads.inflight.values())
+        if not reads_only:
+            jobs += self.writes.inflight.values()
         return [e for part in jobs for e in part]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from kvoffload.core.rates import TierRate
 from kvoffload.errors import ConfigError
-from kvoffload.types import Tier
+from kvoffload.types import Decision, Tier
+
+Prefill = Callable[[int, int], "float | None"]
+"""Seconds to compute tokens [start, end) of a prompt; None while not known."""
 
 
 class LoadMode(str, Enum):
@@ -36,22 +40,38 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class TierRate:
-    """What a tier does: bytes per second, and seconds per load that do not depend on its size."""
+class Plan:
+    """Load up to ``end`` (tokens from the root). Seconds are None while the rates are not known."""
 
-    bytes_per_s: float
-    latency_s: float
+    end: int
+    decision: Decision
+    load_s: float | None = None  # expected, from allocation to answer
+    recompute_s: float | None = None  # of what is loaded
+
+
+PRIOR: Mapping[Tier, TierRate] = {
+    Tier.DRAM: TierRate(4e9, 0.001),
+    Tier.NVME: TierRate(0.5e9, 0.002),
+    Tier.REMOTE: TierRate(0.1e9, 0.01),
+}
+"""What a tier is taken for while unknown: slower than most, so that only a hit that would pay even
+then is loaded; small reads that nobody waits for (Manager) soon tell better."""
+LEARN_BYTES = 256 << 20
+"""At most so much is loaded of a hit while nothing is known of the engine's prefill."""
+EXPLORE_BYTES = 32 << 20
+"""And of a refused hit that is loaded all the same."""
 
 
 def load_seconds(nbytes: Mapping[Tier, int], tiers: Mapping[Tier, TierRate]) -> float:
-    """Seconds until all bytes are in HBM. Unknown tiers cost nothing: they are learnt by loading.
+    """Seconds until all bytes are in HBM. Unknown tiers are taken for PRIOR.
 
     All bytes cross the DRAM hop; slower tiers stream into DRAM meanwhile, so the slowest hop
     counts.
     """
     total = sum(nbytes.values())
     slowest = latency = 0.0
-    for tier, rate in tiers.items():
+    for tier, prior in PRIOR.items():
+        rate = tiers.get(tier, prior)
         moved = total if tier is Tier.DRAM else nbytes.get(tier, 0)
         if moved:
             slowest = max(slowest, moved / rate.bytes_per_s)
@@ -63,96 +83,76 @@ def plan(
     start: int,
     steps: Sequence[Step],
     tiers: Mapping[Tier, TierRate],
-    prefill_tokens_per_s: float | None,
+    prefill: Prefill,
     mode: LoadMode = LoadMode.AUTO,
-) -> int:
-    """The boundary to load up to, ``start`` (what HBM has) for none.
+) -> Plan:
+    """What to load of a hit; ``Plan.end`` is ``start`` (what HBM has) for nothing.
 
     ``steps`` ascend; each is servable. AUTO picks the boundary that saves the most time against
-    recomputing [start, end), the longest among equals, and none that costs more than it saves. An
-    unknown prefill rate loads everything.
+    recomputing [start, end), the longest among equals, and none that costs more than it saves.
+    While the prefill rate is not known, up to LEARN_BYTES are loaded.
     """
     if not steps or mode is LoadMode.NEVER:
-        return start
-    if mode is LoadMode.ALWAYS or prefill_tokens_per_s is None:
-        return steps[-1].end
-    best, gain = start, 0.0
+        return Plan(start, Decision.FORCED)
+    last = steps[-1]
+    if mode is LoadMode.ALWAYS:
+        return _whole(start, last, tiers, prefill, Decision.FORCED)
+    if prefill(start, last.end) is None:
+        return _whole(start, _head(steps, LEARN_BYTES), tiers, prefill, Decision.UNKNOWN)
+    best, gain = Plan(start, Decision.REFUSED), 0.0
     for step in steps:
-        saved = (step.end - start) / prefill_tokens_per_s - load_seconds(step.nbytes, tiers)
+        recompute = prefill(start, step.end) or 0.0
+        load = load_seconds(step.nbytes, tiers)
+        saved = recompute - load
         if saved > 0 and saved >= gain:
-            best, gain = step.end, saved
+            decision = Decision.WHOLE if step is last else Decision.PARTIAL
+            best, gain = Plan(step.end, decision, load, recompute), saved
     return best
 
 
-class Ewma:
-    """Amount per second from (amount, seconds) samples, recent ones counting more.
+def explore(
+    start: int, steps: Sequence[Step], tiers: Mapping[Tier, TierRate], prefill: Prefill
+) -> Plan:
+    """Load the head of a refused hit all the same."""
+    return _whole(start, _head(steps, EXPLORE_BYTES), tiers, prefill, Decision.EXPLORE)
 
-    Sums decay by ``keep`` per sample, so a sample counts by its duration. Known after ``warm``
-    samples.
+
+def _head(steps: Sequence[Step], nbytes: int) -> Step:
+    """The last boundary whose load moves at most ``nbytes``; the first where all move more."""
+    small = [s for s in steps if sum(s.nbytes.values()) <= nbytes]
+    return (small or steps)[-1 if small else 0]
+
+
+def _whole(
+    start: int,
+    step: Step,
+    tiers: Mapping[Tier, TierRate],
+    prefill: Prefill,
+    decision: Decision,
+) -> Plan:
+    known = all(t in tiers for t, n in step.nbytes.items() if n) and Tier.DRAM in tiers
+    load = load_seconds(step.nbytes, tiers) if known else None
+    return Plan(step.end, decision, load, prefill(start, step.end))
+
+
+DEADLINE_FLOOR_S = 0.25
+"""The shortest deadline: a shared disk stalls for tens of milliseconds without being broken."""
+DEADLINE_LOADS = 4.0
+"""A load that takes this many times what was expected is not going to be the sooner one."""
+DEADLINE_RECOMPUTE = 0.05
+"""Waiting this share of what recomputing takes costs no more than the promise allows."""
+
+
+def deadline_s(planned: Plan, longest_s: float) -> float:
+    """How long a load may take before the rest is recomputed, at most ``longest_s``.
+
+    While the rates are not known nothing better than ``longest_s`` is.
     """
-
-    def __init__(self, keep: float = 0.9, warm: int = 3) -> None:
-        self._keep = keep
-        self._warm = warm
-        self._samples = 0
-        self._amount = 0.0
-        self._seconds = 0.0
-
-    def add(self, amount: float, seconds: float) -> None:
-        """Samples of nothing, or of no time, say nothing and are ignored."""
-        if amount <= 0 or seconds <= 0:
-            return
-        self._samples += 1
-        self._amount = self._amount * self._keep + amount
-        self._seconds = self._seconds * self._keep + seconds
-
-    @property
-    def rate(self) -> float | None:
-        """Amount per second, None until known."""
-        return self._amount / self._seconds if self._samples >= self._warm else None
-
-
-class Rates:
-    """Live estimates that the planner uses. Deterministic; not thread safe (the Manager locks).
-
-    Bytes count all shards of a chunk, as ``GroupLayout.slot_bytes`` does, whichever rank moved
-    them.
-    """
-
-    LATENCY_S: Mapping[Tier, float] = {Tier.DRAM: 0.0005, Tier.NVME: 0.001, Tier.REMOTE: 0.002}
-    """Fixed cost per load; subtracted from samples (down to a tenth) so that small loads do not
-    make a tier look slow. Where the engine pays steps per load, the adapter sets ``step_s``."""
-
-    def __init__(self) -> None:
-        self._tiers: dict[Tier, Ewma] = {}
-        self._prefill = Ewma()
-        self.step_s = 0.0
-
-    def observe(self, tier: Tier, nbytes: int, seconds: float) -> None:
-        """A load moved ``nbytes`` out of ``tier`` in ``seconds``."""
-        net = max(seconds - self.LATENCY_S[tier], seconds / 10)
-        self._tiers.setdefault(tier, Ewma()).add(nbytes, net)
-
-    def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """The engine computed ``tokens`` prompt tokens in ``seconds``."""
-        self._prefill.add(tokens, seconds)
-
-    @property
-    def prefill_tokens_per_s(self) -> float | None:
-        """None until known."""
-        return self._prefill.rate
-
-    def tiers(self) -> dict[Tier, TierRate]:
-        """The tiers whose rate is known. DRAM's latency includes ``step_s``."""
-        out: dict[Tier, TierRate] = {}
-        for tier, ewma in self._tiers.items():
-            if ewma.rate is not None:
-                extra = self.step_s if tier is Tier.DRAM else 0.0
-                out[tier] = TierRate(ewma.rate, self.LATENCY_S[tier] + extra)
-        return out
-
-    def check(self) -> None:
-        """Raise AssertionError unless every known rate is positive."""
-        known = [r.bytes_per_s for r in self.tiers().values()]
-        assert all(r > 0 for r in known), "tier rate"
-        assert (self.prefill_tokens_per_s or 1.0) > 0, "prefill rate"
+    if planned.load_s is None:
+        return longest_s
+    allowed = max(
+        DEADLINE_FLOOR_S,
+        DEADLINE_LOADS * planned.load_s,
+        DEADLINE_RECOMPUTE * (planned.recompute_s or 0.0),
+    )
+    return min(longest_s, allowed)

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvoffload.core.alloc import ARENA_GRAIN, SlotAllocator
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.index import Entry, Index
+from kvoffload.core.index import ChunkId, Entry, Index
 from kvoffload.core.layout import writer_mask
 from kvoffload.core.policy import make_policy
 from kvoffload.core.stats import Counters, Guard
@@ -62,6 +62,7 @@ class Pool:
         self.on_drop: Callable[[Entry], None] = lambda entry: None
         self.held_bytes = 0  # of resident and quarantined slots
         self.held_slots = 0
+        self.changes = 0  # chunks that came or went
         self._arena = arena
         self._layout = layout
         self._counters = counters
@@ -89,6 +90,13 @@ class Pool:
         keys = chain.keys(group)
         full = self._layout.groups[group].kind is GroupKind.FULL
         parent = keys[chunk - 1] if full and chunk else None
+        return self.take_as(
+            ChunkId(keys[chunk], group, chunk, parent, chain.namespace_id), source, now
+        )
+
+    def take_as(self, what: ChunkId, source: Tier, now: float) -> Entry | None:
+        """``take`` for a chunk whose chain is not at hand."""
+        group, parent = what.group, what.parent
         anchor = self.index.get(parent) if parent is not None else None
         if anchor is not None:
             self.index.pin(anchor)
@@ -107,18 +115,19 @@ class Pool:
             self.alloc.free(slot)
             return None
         entry = Entry(
-            key=keys[chunk],
+            key=what.key,
             group=group,
-            chunk=chunk,
+            chunk=what.chunk,
             cls=self._class_of[group],
             nbytes=self._layout.groups[group].slot_bytes,
             ref=SlotRef(slot, generation, offset),
             source=source,
             parent=parent,
-            namespace_id=chain.namespace_id,
+            namespace_id=what.namespace_id,
             started=now,
         )
         self.index.add(entry)
+        self.changes += 1
         self.held_bytes += entry.nbytes
         self.held_slots += 1
         self._filling[slot] = entry
@@ -166,6 +175,7 @@ class Pool:
         if entry.dropped:
             return
         self.on_drop(entry)
+        self.changes += 1
         entry.dirty = False
         self.index.remove(entry)
         self.limbo[entry.ref.slot] = entry
@@ -222,6 +232,7 @@ class Pool:
             del self._filling[entry.ref.slot]
             if state == SlotState.READY:
                 entry.state = SlotState.READY
+                self.changes += 1
                 self.index.refresh(entry)
                 if not entry.dropped:
                     ready.append(entry)

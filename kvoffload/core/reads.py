@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvoffload.core.index import Entry
+from kvoffload.core.breaker import Breaker
+from kvoffload.core.index import ChunkId, Entry
 from kvoffload.core.pool import Pool
-from kvoffload.core.stats import Breaker, Counters, Guard
+from kvoffload.core.stats import Counters, Guard
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import StoreResult
 
@@ -55,6 +56,8 @@ class Reads:
         self._breaker = breaker
         self._job_ids = job_ids
         self.inflight: dict[int, list[Entry]] = {}
+        self._began: dict[int, float] = {}
+        self.last_failed: ChunkId | None = None  # what a probe reads
 
     def submit(self, entries: Sequence[Entry], now: float) -> bool:
         """Read FILLING entries, one job per group. False when a group was refused: its entries are
@@ -77,10 +80,16 @@ class Reads:
             for entry in part:
                 entry.io += 1
             self.inflight[job] = part
+            self._began[job] = now
         return ok
+
+    def began(self, job: int) -> float:
+        """When a job in flight was submitted."""
+        return self._began[job]
 
     def finish(self, job: int, results: bytes, now: float) -> None:
         """A read job has returned; call after ``Pool.settle`` saw the slot table."""
+        del self._began[job]
         for entry, result in outcomes(self.inflight.pop(job), results):
             if result == StoreResult.OK:
                 self._counters.nvme_read += 1
@@ -92,6 +101,7 @@ class Reads:
                 self._counters.nvme_miss += 1
             else:
                 self._counters.nvme_io_errors += 1
+                self.last_failed = entry.chunk_id()
                 self._breaker.failure(now)
             self._pool.read_over(entry, result == StoreResult.OK, now)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+
+from kvoffload.types import Tier
 
 log = logging.getLogger("kvoffload.core")
 
@@ -18,6 +21,8 @@ class Counters:
     hit_tokens_dram: int = 0  # tokens that lookups offered
     hit_tokens_nvme: int = 0
     planner_refused: int = 0  # plans that load less than what is held
+    followed: int = 0  # requests that waited for another one's load and then hit HBM
+    follow_gave_up: int = 0  # ... that stopped waiting and loaded, or recomputed, themselves
     leases: int = 0
     lease_lost: int = 0  # a chunk had gone since the lookup
     lease_no_room: int = 0
@@ -49,6 +54,8 @@ class Counters:
     nvme_no_space: int = 0
     nvme_dropped: int = 0
     nvme_breaker_trips: int = 0
+    nvme_stalled: int = 0  # times that reads under way made no progress
+    nvme_probes: int = 0  # reads made only to see whether a tier works again
     tier_errors: int = 0  # exceptions from the arena or the store
     resets: int = 0
 
@@ -85,7 +92,10 @@ class Occupancy:
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The part of Occupancy that is known without looking at every entry."""
+    """The part of Occupancy that is known without looking at every entry, and live estimates.
+
+    Breakers: 0 closed, 0.5 half-open, 1 open. Rates that are not known are left out, or 0.
+    """
 
     bytes_used: int
     bytes_pinned: int
@@ -94,6 +104,12 @@ class Levels:
     nvme_entries: int
     nvme_bytes: int
     nvme_max: int
+    reading_bytes: int
+    writing_bytes: int
+    read_breaker: float
+    write_breaker: float
+    bytes_per_s: Mapping[Tier, float]
+    prefill_tokens_per_s: float
 
 
 class Guard:
@@ -109,32 +125,3 @@ class Guard:
         if what not in self._said:
             self._said.add(what)
             log.warning("%s failed (said once, counted on): %s", what, error, exc_info=error)
-
-
-class Breaker:
-    """Stops using a tier after ``threshold`` failures in a row, for ``cool_s`` seconds at a time.
-
-    After the pause one more failure opens it again; one success closes it.
-    """
-
-    def __init__(self, counters: Counters, threshold: int = 8, cool_s: float = 30.0) -> None:
-        self._counters = counters
-        self._threshold = threshold
-        self._cool_s = cool_s
-        self._failures = 0
-        self._open_until = float("-inf")
-
-    def closed(self, now: float) -> bool:
-        """Whether the tier may be used."""
-        return now >= self._open_until
-
-    def success(self) -> None:
-        """The tier did its work."""
-        self._failures = 0
-
-    def failure(self, now: float) -> None:
-        """The tier failed or did not answer in time."""
-        self._failures += 1
-        if self._failures >= self._threshold and self.closed(now):
-            self._open_until = now + self._cool_s
-            self._counters.nvme_breaker_trips += 1

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from kvoffload.core.breaker import Breaker
 from kvoffload.core.index import Entry
 from kvoffload.core.pool import Pool
 from kvoffload.core.reads import outcomes, slot_arrays
-from kvoffload.core.stats import Breaker, Counters, Guard
+from kvoffload.core.stats import Counters, Guard
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import ChunkKey, StoreResult
 

@@ -45,6 +45,7 @@ FIELDS_SINCE = {
 CLASSES_SINCE = {"KVConnectorTransferResults": (0, 30)}
 #: Fields that ``compat`` reads in older versions: (module, class) -> attributes, below 0.30.
 OLD_FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("vllm.v1.core.block_pool", "BlockPool"): ("cached_block_hash_to_block", "get_cached_block"),
     ("vllm.v1.kv_cache_interface", "KVCacheTensor"): ("shared_by",),
     ("vllm.v1.kv_cache_interface", "AttentionSpec"): ("kv_quant_mode",),
     ("vllm.v1.core.sched.output", "NewRequestData"): ("req_id", "block_ids"),
@@ -59,6 +60,7 @@ BRIDGED = (0, 30)
 
 #: What we read of vLLM's objects: (module, class) -> attributes.
 FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("vllm.v1.core.block_pool", "BlockPool"): ("cached_block_hash_to_block", "get_cached_block"),
     ("vllm.v1.core.sched.output", "SchedulerOutput"): (
         "scheduled_new_reqs",
         "scheduled_cached_reqs",

@@ -18,7 +18,8 @@ def prompt(seed: int, tokens: int) -> list[int]:
 
 def connector(**extra: Any) -> dict[str, Any]:
     """The one flag, with extra keys. Two CPU blocks a chunk: more can go wrong than with one."""
-    config = {"dram_gib": 0.25, "chunk_tokens": 256, **extra}
+    # Tests count hits: on a machine shared with other tests a load may take longer than its plan allows.
+    config = {"dram_gib": 0.25, "chunk_tokens": 256, "load_deadline_ms": 5000, **extra}
     return {
         "kv_connector": "KVOffloadConnector",
         "kv_role": "kv_both",

@@ -106,10 +106,10 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def servable(self, key: ChunkKey) -> bool:
         entry = self.manager._pool.index.get(key)
+        usable = self.manager._nvme.usable(self.clock.now)  # type: ignore[union-attr]
         if entry is None:
-            open_ = not self.manager._nvme.breaker.closed(self.clock.now)  # type: ignore[union-attr]
-            return key in self.store.held and "contains" not in self.store.raising and not open_
-        return entry.state is SlotState.READY or entry.source is Tier.NVME
+            return key in self.store.held and "contains" not in self.store.raising and usable
+        return entry.state is SlotState.READY or (entry.source is Tier.NVME and usable)
 
     def brute_force(self, chain: Chain, start: int, limit: int) -> int:
         grid = boundary_tokens(self.LAYOUT)

@@ -37,6 +37,9 @@ ENGINES = {
     "no prefix caching": Options(caching=False, in_flight=2),
     "vLLM 0.33": Options(defer_alloc=True, in_flight=2),
     "small steps": Options(budget=8, in_flight=2),
+    "followers": Options(follow=True, in_flight=2),
+    "followers, hybrid": Options(groups=HYBRID, follow=True, in_flight=2, blocks=128),
+    "followers, vLLM 0.33": Options(follow=True, defer_alloc=True, in_flight=2, random_lag=3),
     "real threads": Options(in_flight=2, ranks=2, store_lag=-1, load_lag=-1),
 }
 
@@ -83,6 +86,59 @@ def test_many_at_once(engine: MiniEngine) -> None:
         engine.settle()
         engine.forget_hbm()
     assert engine.scheduler.parked >= 7
+    engine.finish()
+
+
+# -- single flight
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+@pytest.mark.parametrize("follow", [True, False])
+def test_followers_wait_for_the_first_load_and_hit_hbm(groups: Any, follow: bool) -> None:
+    """Four requests, one prefix: one load, and one copy of it in HBM."""
+    engine = MiniEngine(
+        Options(groups=groups, follow=follow, in_flight=2, blocks=256, load_lag=4, budget=256)
+    )
+    prompt = tokens(40)
+    want = engine.ask([*prompt, 1], 3)
+    engine.forget_hbm()
+    asked = [engine.add([*prompt, i], 3) for i in range(1, 5)]
+    engine.until_loading(asked[0])
+    in_use = engine.options.blocks - engine.pool.free_blocks
+    engine.run()
+    assert asked[0].chain.tokens == want.chain.tokens
+    assert [r.loads for r in asked] == ([1, 0, 0, 0] if follow else [1, 1, 1, 1])
+    assert bool(engine.scheduler.asked_again) == follow
+    alone = in_use if follow else in_use / 4
+    assert alone <= -(-40 // engine.kv.block_tokens) * len(groups) + len(groups)
+    engine.finish()
+
+
+@pytest.mark.parametrize("how", ["deadline", "abort"])
+def test_followers_go_on_when_the_leader_does_not(how: str) -> None:
+    engine = MiniEngine(Options(follow=True, in_flight=2, blocks=256, load_lag=10**6, budget=256))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    leader, follower = engine.add(tokens(40), 2), engine.add(tokens(44), 2)
+    engine.until_loading(leader)
+    assert follower.status is Status.WAITING and engine.scheduler.asked_again
+    if how == "abort":
+        engine.abort(leader)
+    for _ in range(150):  # the wait is bounded, here by 0.1 s: then it loads itself
+        engine.step()
+    assert follower.status is Status.REMOTE
+    engine.clock.now += 5.0
+    engine.run()
+    assert follower.is_finished() and follower.loads == 1
+    engine.finish()
+
+
+def test_no_waiting_without_hbms_prefix_cache() -> None:
+    engine = MiniEngine(Options(follow=True, caching=False, in_flight=2, blocks=256, budget=256))
+    engine.ask(tokens(40))
+    asked = [engine.add(tokens(40), 2) for _ in range(3)]
+    engine.run()
+    assert [r.loads for r in asked] == [1, 1, 1] and not engine.scheduler.asked_again
     engine.finish()
 
 

@@ -17,7 +17,7 @@ import pytest
 from kvoffload import _core
 from kvoffload.copy.cpu import CpuCopyEngine
 from kvoffload.core.loads import LoadTable
-from kvoffload.engines.vllm import loads, orders, scheduler, stores, worker
+from kvoffload.engines.vllm import loads, lookups, orders, scheduler, stores, worker
 from kvoffload.types import LoadFailure, SlotRef
 from tests.support.steps import MiniEngine, Options, tokens
 from tests.support.steps_blocks import GroupSpec, Status
@@ -255,13 +255,13 @@ def stores_what_is_not_computed(patch: Patch) -> None:
 
 
 def sliding_prompt_whole(patch: Patch) -> None:
-    real = scheduler.SchedulerHalf._plan
+    real = lookups.Lookups._plan
 
     def plan(self: Any, *args: Any) -> Any:
         self._sliding = False
         return real(self, *args)
 
-    patch.setattr(scheduler.SchedulerHalf, "_plan", plan)
+    patch.setattr(lookups.Lookups, "_plan", plan)
 
 
 def writes_hbm_hits(patch: Patch) -> None:

@@ -48,6 +48,7 @@ def engines(draw: st.DrawFn) -> Options:
         late_ranks=draw(st.booleans()),
         pickled=ranks > 1 or draw(st.booleans()),
         drives=draw(st.sampled_from([1, 2, 3])),
+        follow=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
 
@@ -94,7 +95,14 @@ def test_a_life_is_not_empty() -> None:
     for seed in range(25):
         rng = random.Random(seed)
         options = Options(
-            in_flight=2, blocks=20, token_bytes=4096, layers=4, load_lag=3, random_lag=2, seed=seed
+            in_flight=2,
+            blocks=20,
+            token_bytes=4096,
+            layers=4,
+            load_lag=3,
+            random_lag=2,
+            seed=seed,
+            follow=seed % 4 < 2,
         )
         script = [(rng.randrange(100), rng.randrange(4096)) for _ in range(60)]
         engine = drive(replace(options, caching=seed % 2 == 0), script, faults=True)

@@ -146,6 +146,7 @@ class FakeStore(Faulty):
         self.max_entries = max_entries
         self.held: dict[bytes, bytes] = {}  # key -> whose bytes they are
         self.corrupt: set[bytes] = set()
+        self.job_ns = 1_000_000  # what a job says it took
         self.read_result: StoreResult | None = None  # force this outcome for reads
         self.write_result: StoreResult | None = None
         self.hung = False
@@ -227,7 +228,7 @@ class FakeStore(Faulty):
     def _finish(self, job: _Job) -> None:
         good = sum(r == StoreResult.OK for r in job.results)
         self._done.append(
-            NullDone(job.job, job.kind, bytes(job.results), good * job.nbytes, 1_000_000)
+            NullDone(job.job, job.kind, bytes(job.results), good * job.nbytes, self.job_ns)
         )
 
     def _one(self, job: _Job, at: int) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from tests.support.steps_blocks import KVGroups, MiniRequest, Status
 from tests.support.steps_types import Blocks, BlockState, ConnectorOutput, NewData, StepOutput
 
+ASK_AGAIN = -1
+
 
 class MiniScheduler:
     """``half`` is the connector's scheduler half."""
@@ -49,6 +51,7 @@ class MiniScheduler:
         self.seq = 0
         self.processed = 0
         self.preemptions = 0
+        self.asked_again = 0  # times that a request was told to wait for another one's load
         self.failed_loads = 0
         self.parked = 0
         self.computed: Counter[str] = Counter()
@@ -239,6 +242,10 @@ class MiniScheduler:
             taken = self._admit(out, request, left)
             if taken is None:
                 break
+            if taken == ASK_AGAIN:
+                skipped.append(queue.popleft())
+                self.asked_again += 1
+                continue
             queue.popleft()
             if taken == 0:  # parked: loading
                 skipped.append(request)
@@ -248,14 +255,18 @@ class MiniScheduler:
             (self.holding if holds else self.waiting).appendleft(request)
 
     def _admit(self, out: StepOutput, request: MiniRequest, left: int) -> int | None:
-        """Tokens scheduled, 0 when the request was parked for a load, None when it does not fit."""
+        """Tokens scheduled, 0 when the request was parked for a load, ASK_AGAIN when the connector
+        wants to be asked again, None when it does not fit."""
         hit, external, asynchronous = self.kv.no_hit(), 0, False
         computed = request.num_computed_tokens
         if computed == 0:
             hit = self.kv.local_hit(request)
             answer = self.half.get_num_new_matched_tokens(request, hit.tokens)
             external, asynchronous = answer if not request.skip_reading_prefix_cache else (0, False)
-            assert external is not None and external >= 0
+            if external is None:
+                assert not asynchronous
+                return ASK_AGAIN
+            assert external >= 0
             assert bool(external) == bool(asynchronous), "an async load of nothing, or a sync load"
             computed = hit.tokens + external
             assert computed <= request.num_tokens, "more matched than the request has tokens"

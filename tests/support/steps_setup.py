@@ -79,6 +79,7 @@ class Options:
     late_ranks: bool = True  # ranks run a step only when its result is needed
     pickled: bool = True
     deadline_ms: int = 5000
+    follow: bool = False  # requests may wait for another one's load of the same prefix
     seed: int = 0
 
 

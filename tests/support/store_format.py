@@ -144,7 +144,7 @@ class Record:
 
     def counts(self, header: Header, file_bytes: int) -> bool:
         """Whether it belongs to the file and life that ``header`` names."""
-        if (self.seg, self.gen) != (header.seg, header.gen):
+        if (self.seg, self.gen) != (header.seg, header.gen) or self.seq >= 1 << 63:
             return False
         end = self.off4k * BLOCK + -(-self.nbytes // BLOCK) * BLOCK
         if self.kind == DELETE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,26 @@ def bench(routine: str, *options: str, timeout: float = 120.0) -> dict[str, Any]
     assert facts <= result["machine"].keys()
     assert {"commit", "config"} <= result.keys()
     return result
+
+
+def test_the_readme_lists_every_option() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    options = text[text.index("Options of every routine") :].splitlines()
+    rows = {m[1]: m[2] for line in options if (m := re.match(r"\| `(\w+)` \| (`--.*) \|$", line))}
+    common = {"--help"} | set(re.findall(r"--[a-z-]+", " ".join(options[:2])))
+    routines = (ROOT / "benchmarks" / "routines").glob("[a-z]*.py")
+    assert set(rows) == {path.stem for path in routines}
+    code = (
+        "import json, run\n"
+        "subs = run._parser()._subparsers._group_actions[0].choices\n"
+        "print(json.dumps({n: sorted(p._option_string_actions) for n, p in subs.items()}))"
+    )
+    found = json.loads(
+        subprocess.check_output([sys.executable, "-c", code], cwd=RUN.parent, timeout=60)
+    )
+    for routine, row in rows.items():
+        assert set(re.findall(r"--[a-z-]+", row)) == {*found[routine]} - common - {"-h"}, routine
+        assert common <= {*found[routine]}
 
 
 @needs_core

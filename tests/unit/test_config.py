@@ -27,7 +27,7 @@ def refuse(**extra: object) -> str:
 def test_empty_config_is_dram_only() -> None:
     config = Config.from_extra_config({})
     assert config == Config()
-    assert config.nvme_path is None and config.load == "auto" and config.load_deadline_ms == 5000
+    assert config.nvme_path is None and config.load == "auto" and config.load_deadline_ms is None
     assert config.policy == "lru" and config.io_engine == "auto"
     assert config.dram_bytes() == pytest.approx(default_dram_gib() * GIB, rel=0.2)
 

@@ -609,7 +609,7 @@ def test_many_jobs_of_every_mover(rig: Any, mover: str) -> None:
 
 def test_a_mover_that_refuses_is_not_used_again(rig: Any, caplog: Any) -> None:
     r = rig(movers="triton")
-    kernels = r.engine.movers._by[False]["triton"]
+    kernels = r.engine.movers._serving[False].by_name["triton"]
     kernels.wrong = "raises"
     generations = r.begin([0])
     done = r.done(r.store([0], generations, [[0, 1, 2, 3]]))

@@ -17,6 +17,7 @@ from kvoffload.cli import doctor, probes
 from kvoffload.cli.doctor import Check, Status
 from kvoffload.cli.main import app
 from kvoffload.config import HostMemory
+from kvoffload.engines.vllm import compat
 
 runner = CliRunner()
 
@@ -48,6 +49,9 @@ def test_every_machine_check_answers_here() -> None:
     ("found", "status"),
     [
         (None, Status.WARN),
+        (("vllm", "0.25.1"), Status.FAIL),
+        (("vllm", "0.26.0"), Status.WARN),
+        (("vllm", "0.27.0"), Status.FAIL),
         (("vllm", "0.29.4"), Status.FAIL),
         (("vllm", "0.30.0"), Status.OK),
         (("vllm", "0.33.2.post1"), Status.OK),
@@ -60,6 +64,13 @@ def test_every_machine_check_answers_here() -> None:
 def test_vllm_versions(monkeypatch: pytest.MonkeyPatch, found: Any, status: Status) -> None:
     monkeypatch.setattr(doctor, "vllm_distribution", lambda: found)
     assert doctor.check_vllm().status is status
+
+
+def test_what_is_reduced_on_an_older_vllm_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "vllm_distribution", lambda: ("vllm", "0.26.2"))
+    check = doctor.check_vllm()
+    assert check.found == f"vllm 0.26.2: {compat.REDUCED_TO}" and "0.30 to 0.33" in check.fix
+    by_name([check])
 
 
 def test_plugin_entry_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

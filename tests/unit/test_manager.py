@@ -6,14 +6,26 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from kvoffload.core import manager as manager_module
+from kvoffload.core.breaker import COOL_S
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.lookup import span
 from kvoffload.core.manager import Lease, Manager, slots_needed
+from kvoffload.core.nvme import MAX_HUNG_JOBS, STALL_S
 from kvoffload.core.pool import STORE_TIMEOUT_S
+from kvoffload.core.prefill import PrefillWork
 from kvoffload.core.writebehind import INFLIGHT_FLOOR_BYTES
 from kvoffload.errors import ConfigError
 from kvoffload.tiers.null import NullStore
-from kvoffload.types import CacheLayout, GroupKind, LoadFailure, SlotState, StoreResult, Tier
+from kvoffload.types import (
+    CacheLayout,
+    Decision,
+    GroupKind,
+    LoadFailure,
+    SlotState,
+    StoreResult,
+    Tier,
+)
 from tests.support.fakes import (
     UNIT,
     FakeArena,
@@ -564,7 +576,8 @@ def test_stores_may_push_prefetched_chunks_out() -> None:
 # -- planner
 
 
-def test_plan_refuses_what_costs_more_than_it_saves() -> None:
+def test_plan_refuses_what_costs_more_than_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_module, "EXPLORE_BYTES", 2 * UNIT)
     rig = make()
     rig.to_nvme("abcd")
     chain = rig.chain("abcd")
@@ -572,15 +585,19 @@ def test_plan_refuses_what_costs_more_than_it_saves() -> None:
     for _ in range(4):
         rig.manager.observe_load(Tier.NVME, UNIT, 1.0)
         rig.manager.observe_load(Tier.DRAM, UNIT, 0.001)
-        rig.manager.observe_prefill(1000, 1.0)
+        rig.manager.observe_prefill(PrefillWork.span(0, 1000), 1.0)
     assert rig.manager.plan(chain, 0, 64).end == 0
     assert rig.manager.counters.planner_refused == 1
     assert rig.manager.lookup(chain, 0, 64).end == 64
-    lease = rig.load("ab")
-    assert lease is not None
+    assert rig.manager.counters.prefetched == 2, "a refusal reads a little, to go on learning"
+    assert rig.manager.occupancy().prefetch_bytes == 0, "at nobody's expense"
     rig.store.step()
     rig.manager.poll()
-    assert rig.manager.plan(chain, 0, 64).end == 32, "the part in DRAM is worth it"
+    planned = rig.manager.plan(chain, 0, 64)
+    assert planned.end == 32, "the part in DRAM is worth it"
+    assert planned.decision is Decision.PARTIAL
+    assert rig.manager.counters.prefetched == 2, "once a second at the most"
+    rig.manager.check()
 
 
 def test_load_never() -> None:
@@ -730,9 +747,90 @@ def test_a_failing_disk_is_left_alone_for_a_while() -> None:
     rig.manager.poll()
     rig.manager.release(lease.id)
     assert rig.manager.counters.nvme_breaker_trips == 1 and rig.hit("abcdefgh") == 0
-    rig.clock.advance(31.0)
+    rig.clock.advance(COOL_S)
+    rig.manager.tick(False)  # a probe that nobody waits for
+    assert rig.manager.counters.nvme_probes == 1 and rig.hit("abcdefgh") == 0
+    rig.store.step()
+    rig.manager.tick(False)
+    assert rig.hit("abcdefgh") == 0, "it failed as well"
     rig.store.read_result = None
+    rig.clock.advance(COOL_S)
+    rig.manager.tick(False)
+    rig.store.step()
+    rig.manager.tick(False)
+    assert rig.manager.counters.nvme_probes == 2 and rig.hit("abcdefgh") == 128
+    rig.manager.check()
+
+
+def test_a_full_or_read_only_disk_still_serves() -> None:
+    rig = make(slots=32)
+    rig.to_nvme("abcdefgh")
+    rig.store.write_result = StoreResult.IO_ERROR
+    rig.put("ijklmnop")
+    run_until_idle(lambda: rig.manager.tick(False), rig.store)
+    assert rig.manager.counters.nvme_breaker_trips == 1
+    assert rig.manager.levels().write_breaker == 1.0 and rig.manager.levels().read_breaker == 0.0
     assert rig.hit("abcdefgh") == 128
+    assert rig.load("abcdefgh") is not None
+
+
+def test_reads_that_hang_are_given_up_before_any_deadline() -> None:
+    """Prefetched or loaded: whoever waits is told, and nobody else begins to wait."""
+    rig = make(slots=32)
+    rig.to_nvme("abcdefgh")
+    rig.store.hung = True
+    lease = rig.load("abcd")
+    assert lease is not None
+    rig.clock.advance(STALL_S / 2)
+    rig.manager.tick(False)
+    assert rig.hit("abcdefgh") == 128
+    rig.clock.advance(STALL_S)
+    rig.manager.tick(False)
+    rig.manager.check()
+    assert rig.manager.counters.nvme_stalled == 1 and rig.hit("abcdefgh") == 0
+    assert all(rig.arena.state(i.ref.slot) == SlotState.FAILED for i in lease.items)
+    rig.manager.release(lease.id)
+    assert rig.manager.occupancy().slots_quarantined == 4
+    for _ in range(3 * MAX_HUNG_JOBS):  # probes hang too, and are few
+        rig.clock.advance(COOL_S)
+        rig.manager.tick(False)
+        rig.manager.check()
+    assert rig.manager.counters.nvme_probes == MAX_HUNG_JOBS - 1
+    rig.store.hung = False
+    rig.store.step()
+    rig.manager.tick(False)
+    rig.manager.check()
+    assert rig.hit("abcdefgh") == 128, "one answer is enough"
+    assert rig.manager.occupancy().slots_quarantined == 0
+
+
+def test_a_slow_disk_is_not_a_hung_one() -> None:
+    rig = make(slots=32)
+    rig.to_nvme("abcdefgh")
+    for key in "abcdefgh":
+        lease = rig.load("abcdefgh"[: "abcdefgh".index(key) + 1], start=TOK * "abcdefgh".index(key))
+        assert lease is not None
+        rig.clock.advance(STALL_S * 0.9)
+        rig.store.step()
+        rig.manager.tick(False)
+        rig.manager.release(lease.id)
+    assert rig.manager.counters.nvme_stalled == 0 and rig.manager.levels().read_breaker == 0.0
+
+
+def test_overlapping_reads_are_learned_as_one() -> None:
+    """Two jobs of 2 MiB side by side for a second are 4 MiB/s, not 2."""
+    rig = make(slots=32)
+    rig.to_nvme("abcdefghijkl")
+    for low in range(0, 12, 4):
+        first = rig.load("abcdefghijkl"[: low + 2], start=TOK * low)
+        second = rig.load("abcdefghijkl"[: low + 4], start=TOK * (low + 2))
+        assert first is not None and second is not None
+        rig.store.job_ns = 1_000_000_000  # both, from the same instant
+        rig.store.step()
+        rig.manager.poll()
+        rig.clock.advance(1.0)
+    known = rig.manager.rates.tiers()[Tier.NVME].bytes_per_s
+    assert known == pytest.approx(4 * UNIT, rel=0.01)
 
 
 def test_hung_reads_cost_deadlines_then_nothing() -> None:
@@ -746,6 +844,7 @@ def test_hung_reads_cost_deadlines_then_nothing() -> None:
         rig.manager.release(lease.id)
         rig.manager.check()
     assert rig.hit("abcdefgh") == 0 and rig.manager.counters.nvme_breaker_trips == 1
+    assert rig.manager.levels().read_breaker == 1.0
     assert rig.manager.occupancy().slots_quarantined == 8
     rig.store.hung = False
     rig.store.step()

@@ -168,6 +168,7 @@ def test_a_refused_batch_names_the_error_and_the_copy(
     sides = Sides(3, 40)
     with pytest.raises(RuntimeError, match=text + r"CUDA_ERROR_INVALID_VALUE \(1\)"):
         mover.copy(sides.runs, sides.base, False, STORE)
+    fake.drain(STORE)  # the first batch is out: its memory must outlive it
 
 
 @pytest.mark.parametrize("handle", [0, 1])
@@ -398,6 +399,20 @@ def test_the_plain_mover_is_never_dropped(fake: FakeRuntime) -> None:
     with pytest.raises(RuntimeError, match="cudaMemcpyAsync"):
         movers.copy(plain, runs, 0, True, LOAD)
     assert movers.names(True)[0] == "plain" and movers.dropped == {}
+
+
+def test_an_argument_that_does_not_fit_is_no_broken_mover(
+    fake: FakeRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    movers, runs = mover_set(fake, "batch"), [Run(1, 1, 1)]
+    mover = movers.pick(runs, True, True, True)
+    check = LeafCheck(seed=0, shard=0, shard_bytes=LEAF, leaves=1, bad=1, first=0, count=1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="takes no LeafCheck"):
+            movers.copy(mover, runs, 0, True, LOAD, check)
+    assert movers.dropped == {} and "batch" in movers.names(True)
+    assert movers.refused == {"batch": 2} and caplog.text.count("please report") == 1
+    movers.check()
 
 
 # -------------------------------------------------------------------- seats

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvoffload.core.prefill import PrefillWork
 from kvoffload.engines.vllm.telemetry import MAX_STEPS_OUT, StepClock, report_drives
 from kvoffload.metrics import Recorder
 from kvoffload.tiers.nvme import StripedStore, open_drives
 
+WORK = PrefillWork.span(0, 2048)
+
 
 def test_one_step_in_flight() -> None:
     clock = StepClock()
-    clock.built(2048, 10.0)
-    assert clock.ended(10.1) == (2048, 10.1 - 10.0)
-    clock.built(0, 10.2)
+    clock.built(WORK, 10.0)
+    assert clock.ended(10.1) == (WORK, 10.1 - 10.0)
+    clock.built(None, 10.2)
     assert clock.ended(10.3) is None
 
 
 def test_two_steps_in_flight() -> None:
     """The prefill is built while a decode step still runs; its time starts when that one ends."""
     clock = StepClock()
-    clock.built(0, 0.0)
-    clock.built(2048, 0.001)
+    clock.built(None, 0.0)
+    clock.built(WORK, 0.001)
     assert clock.ended(0.005) is None
-    clock.built(0, 0.006)
-    assert clock.ended(0.105) == (2048, 0.105 - 0.005)
+    clock.built(None, 0.006)
+    assert clock.ended(0.105) == (WORK, 0.105 - 0.005)
 
 
 def test_missing_outputs_are_not_paired_wrongly() -> None:
     clock = StepClock()
     for i in range(MAX_STEPS_OUT + 3):
-        clock.built(2048, float(i))
+        clock.built(WORK, float(i))
     clock.ended(100.0)
     assert clock.ended(101.0) is None, "forgotten"
 

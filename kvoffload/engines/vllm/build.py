@@ -144,6 +144,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         namespaces,
         serve=refused is None,
         eagle=compat.drops_last_block(vllm_config),
+        follow=bool(vllm_config.cache_config.enable_prefix_caching),
         fail_by_blocks=compat.is_reduced(compat.vllm_version()),
     )
     half.metrics.failure("drive_open", len(_unopened(store)))

@@ -1,8 +1,7 @@
 """The only version checks, and the one bridge to older vLLM.
 
 Followed: vLLM 0.30 to 0.33, live on 0.32, by contract tests on the others. 0.26 is reached through
-``Bridge``: models with one KV group, no KV scales outside of the pages, no reuse after a restart
-unless PYTHONHASHSEED is set. 0.27 to 0.29 have not been read and are refused.
+``Bridge``, with less served (REDUCED_TO). 0.27 to 0.29 have not been read and are refused.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from kvoffload.errors import UnsupportedError
@@ -20,6 +20,12 @@ OLDEST = (0, 30)
 NEWEST = (0, 33)
 REDUCED = frozenset({(0, 26)})
 """Older versions that ``Bridge`` reaches, with less served."""
+
+REDUCED_TO = (
+    "models with one KV group, no KV scales outside of the pages, no reuse after a restart unless "
+    "PYTHONHASHSEED is set"
+)
+"""What is served on them."""
 
 ALONE = "_kvoffload_alone"
 """Attribute that the start-up check leaves on a VllmConfig: no other connector runs beside ours."""
@@ -143,6 +149,12 @@ def block_pool_is_empty(block_pool: Any) -> bool:
         return len(cached) == 0
     except TypeError:
         return not getattr(cached, "_cache", True)
+
+
+def block_pool_lookup(block_pool: Any) -> Callable[[Any], bool] | None:
+    """Whether a BlockPool caches the first group's block of a hash; None where it cannot say."""
+    get = getattr(block_pool, "get_cached_block", None)
+    return None if get is None else lambda block_hash: get(block_hash, [0]) is not None
 
 
 def wanted_layout(vllm_config: Any) -> str | None:

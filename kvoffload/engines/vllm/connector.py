@@ -111,8 +111,11 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler.half
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
-        """HBM's own prefix cache: watched after in-place weight updates."""
-        self._half.watch_hbm(lambda: compat.block_pool_is_empty(gpu_block_pool))
+        """HBM's own prefix cache: watched after in-place weight updates, and at arrivals."""
+        self._half.watch_hbm(
+            lambda: compat.block_pool_is_empty(gpu_block_pool),
+            compat.block_pool_lookup(gpu_block_pool),
+        )
 
     def on_new_request(self, request: Request) -> None:
         """Arrival of a request."""

@@ -10,23 +10,30 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kvoffload.core.follow import Leaders
 from kvoffload.core.loads import Attempt, LoadTable
 from kvoffload.core.manager import Lease, Manager
+from kvoffload.core.planner import deadline_s
 from kvoffload.engines.vllm.guard import HookGuard
 from kvoffload.engines.vllm.meta import FailOrder, LoadOrder, WorkerReport
 from kvoffload.engines.vllm.orders import BlockTables, load_copies
 from kvoffload.engines.vllm.requests import ProvisionalLease, RequestState
 from kvoffload.engines.vllm.stores import AGAIN
 from kvoffload.metrics import Recorder
-from kvoffload.types import CacheLayout, LoadFailure, SlotRef, Tier
+from kvoffload.types import CacheLayout, ChunkKey, LoadFailure, SlotRef, Tier
 
 logger = logging.getLogger("vllm.kvoffload")
 
+LONGEST_S = 5.0
+"""A load's deadline while the rates are not known, and the longest there is."""
 _BAD_BYTES = (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST)
 
 
 class Loads:
-    """One per scheduler half. ``states`` is the half's table of live requests, shared and read."""
+    """One per scheduler half. ``states`` is the half's table of live requests, shared and read.
+
+    ``deadline_ms``: of every load; None: from its plan.
+    """
 
     def __init__(
         self,
@@ -35,7 +42,7 @@ class Loads:
         metrics: Recorder,
         guard: HookGuard,
         states: Mapping[str, RequestState],
-        deadline_ms: int,
+        deadline_ms: int | None,
         clock: Callable[[], float],
         fail_by_blocks: bool = False,
     ) -> None:
@@ -45,6 +52,7 @@ class Loads:
         self._guard = guard
         self._states = states
         self._deadline_ms = deadline_ms
+        self._leaders = Leaders()
         self._clock = clock
         self._fail_by_blocks = fail_by_blocks
         self._table = LoadTable()
@@ -59,6 +67,11 @@ class Loads:
         """Whether the request waits for a load."""
         return self._table.get(request_id) is not None
 
+    def leader(self, last: ChunkKey) -> Attempt | None:
+        """The outstanding load of a live request that brings this chunk."""
+        attempt = self._leaders.of(last)
+        return attempt if attempt is not None and attempt.request_id in self._states else None
+
     def low_water(self) -> int:
         """See LoadTable."""
         return self._table.low_water()
@@ -70,20 +83,25 @@ class Loads:
     ) -> None:
         """Enter the attempt that fills ``num_external`` tokens; ordered with the next step."""
         end = min(held.end, held.start + num_external)
+        within = self._deadline_ms
+        if within is None:
+            within = int(1000 * deadline_s(held.planned, LONGEST_S))
         attempt = self._table.open(
             state.request_id,
             held.lease,
             held.start,
             end,
             self._clock(),
-            self._deadline_ms / 1000.0,
+            within / 1000.0,
+            held.planned,
         )
+        self._leaders.add(attempt)
         state.provisional = None  # the attempt owns the lease, whatever breaks below
         copies = load_copies(self._layout, held.lease, tables, held.start, end)
         self._blocks[attempt.attempt] = [
             block for c in copies for block in c.block_ids[c.block_ids >= 0].tolist()
         ]
-        self._unsent.append(LoadOrder(attempt.attempt, state.request_id, self._deadline_ms, copies))
+        self._unsent.append(LoadOrder(attempt.attempt, state.request_id, within, copies))
         total = end - held.start
         nvme = min(total, held.lease.tokens_by_tier.get(Tier.NVME, 0))
         state.hit_sources = {Tier.DRAM: total - nvme, Tier.NVME: nvme}
@@ -179,6 +197,7 @@ class Loads:
 
     def _finish(self, attempt: Attempt) -> None:
         self._blocks.pop(attempt.attempt, None)
+        self._leaders.remove(attempt)
         if attempt.request_id not in self._states:
             self._table.forget(attempt.request_id)  # aborted while loading: no ban to keep
         self._manager.release(attempt.lease.id)
@@ -192,6 +211,17 @@ class Loads:
         else:
             seconds = self._clock() - attempt.opened
             self._metrics.load_done(seconds, attempt.end - attempt.start)
+            self._learn(attempt, seconds)
+
+    def _learn(self, attempt: Attempt, seconds: float) -> None:
+        """What the load saved, and how far off its plan was."""
+        recompute = self._manager.recompute_seconds(attempt.start, attempt.end)
+        if recompute is not None:
+            self._metrics.saved(recompute - seconds)
+        planned = attempt.planned
+        from_disk = attempt.lease.tokens_by_tier.get(Tier.NVME)  # its moods are not the engine's
+        if planned is not None and planned.load_s is not None and not from_disk:
+            self._manager.observe_load_time(seconds, planned.load_s)
 
     def take_report(self, report: WorkerReport) -> None:
         """The ranks' account of a step: rates, failures by kind, chunks whose bytes are bad."""
@@ -214,7 +244,7 @@ class Loads:
 
     def is_empty(self) -> bool:
         """Nothing outstanding, nothing waiting to be sent."""
-        return not (len(self._table) or self._blocks or self._unsent)
+        return not (len(self._table) or self._blocks or self._unsent or len(self._leaders))
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kvoffload.core.follow import Waiting
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Lease
-from kvoffload.types import Tier
+from kvoffload.core.planner import Plan
+from kvoffload.types import Decision, Tier
 
 LEASE_S = 5.0
 """A provisional lease (between lookup and allocation) lives this long, then its pins are dropped
@@ -22,6 +24,20 @@ class ProvisionalLease:
     start: int
     end: int
     expires: float
+    planned: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Nothing was offered; holds while HBM and what is held below are the same, for a while."""
+
+    start: int
+    changes: int
+    until: float
+
+    def holds(self, start: int, changes: int, now: float) -> bool:
+        """Whether asking again would give the same answer."""
+        return (self.start, self.changes) == (start, changes) and now < self.until
 
 
 @dataclass(slots=True)
@@ -35,6 +51,10 @@ class RequestState:
     provisional: ProvisionalLease | None = None
     hit_sources: dict[Tier, int] | None = None
     looked_up: bool = False
+    decision: Decision | None = None  # as last counted
+    refusal: Refusal | None = None
+    waiting: Waiting | None = None  # for another request's load
+    follows: bool = True  # may (still) wait for another request's load
     tainted: bool = False  # its KV was (partly) computed before the last reset: never store it
     unsupported: bool = False  # resumable sessions rewrite their tokens: no load, no store
 

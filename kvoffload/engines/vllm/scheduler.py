@@ -14,24 +14,24 @@ from typing import Any, Protocol
 
 from kvoffload.config import Config
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.manager import Lease, Manager
+from kvoffload.core.manager import Manager
+from kvoffload.core.prefill import PrefillWork
 from kvoffload.engines.vllm.attach import AttachWatch
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.loads import Loads
+from kvoffload.engines.vllm.lookups import Lookups
 from kvoffload.engines.vllm.meta import ArenaAddress, StepOrders, WorkerReport
 from kvoffload.engines.vllm.orders import Fence
-from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, RequestState
+from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.engines.vllm.stores import StorePlanner
 from kvoffload.engines.vllm.telemetry import StepClock, report_levels
 from kvoffload.metrics import Payload, Recorder, is_empty
-from kvoffload.types import CacheLayout, GroupKind, Tier
+from kvoffload.types import CacheLayout, Tier
 
 logger = logging.getLogger("vllm.kvoffload")
 
 STATS_S = 0.1
 """Levels and totals are exported at most this often."""
-LEASE_TRIES = 4
-"""Where the arena has no room for a whole hit, half of it is tried, then a quarter, ..."""
 PREFILL_TOKENS = 64
 """Steps with fewer tokens say nothing about the prefill rate."""
 
@@ -56,7 +56,10 @@ class Namespaces(Protocol):
 
 
 class SchedulerHalf:
-    """One per engine. ``serve`` False: the engine's KV cannot be served; every lookup is a miss."""
+    """One per engine. ``serve`` False: the engine's KV cannot be served; every lookup is a miss.
+
+    ``follow``: HBM's prefix cache is on, so that a request may wait for another one's load.
+    """
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class SchedulerHalf:
         serve: bool = True,
         eagle: bool = False,
         fail_by_blocks: bool = False,
+        follow: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.guard = HookGuard("scheduler")
@@ -92,7 +96,9 @@ class SchedulerHalf:
             clock,
             fail_by_blocks,
         )
-        self._leased: dict[str, RequestState] = {}  # those with a provisional lease
+        self._lookups = Lookups(
+            layout, manager, self.metrics, self._loads, clock, eagle=eagle, follow=follow
+        )
         self._fence = Fence(arena, layout)
         self._stores = StorePlanner(layout, manager, self._fence, self.guard, eagle=eagle)
         self._attach = AttachWatch(arena, layout.world_size, clock)
@@ -100,16 +106,22 @@ class SchedulerHalf:
         self._dram_only = False
         self._stale = False
         self._hbm_empty: Callable[[], bool] = lambda: False
+        self._hbm_holds: Callable[[Any], bool] | None = None
         self._weights_epoch = arena.epoch()
-        self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
         self._steps = StepClock()
         self._last_tick = float("-inf")
         self._last_stats = float("-inf")
         self._last_step = float("-inf")
 
-    def watch_hbm(self, is_empty: Callable[[], bool]) -> None:
-        """How to tell that HBM's prefix cache holds nothing (called only after a weight change)."""
+    def watch_hbm(
+        self, is_empty: Callable[[], bool], holds: Callable[[Any], bool] | None = None
+    ) -> None:
+        """How to see into HBM's prefix cache: whether it is empty (asked only after a weight
+        change), and whether it holds the block with a vLLM block hash (asked at arrival)."""
         self._hbm_empty = is_empty
+        one = len(self.layout.groups) == 1
+        if one and self.layout.groups[0].block_tokens == self.layout.hash_tokens:
+            self._hbm_holds = holds
 
     # ---------------------------------------------------------------- arrival and lookup
 
@@ -122,11 +134,27 @@ class SchedulerHalf:
         if chain is None or self.config.load == "never" or self._skips_cache(request):
             return
         if self._ready():
-            self.manager.prefetch(state.request_id, chain, 0, request.num_tokens)
+            start = self._hbm_tokens(request)
+            self.manager.prefetch(state.request_id, chain, start, request.num_tokens)
+
+    def _hbm_tokens(self, request: Any) -> int:
+        """Leading tokens that HBM holds now: not worth moving up from NVMe."""
+        blocks = 0
+        if self._hbm_holds is not None:
+            for block_hash in request.block_hashes:
+                if not self._hbm_holds(block_hash):
+                    break
+                blocks += 1
+        return blocks * self.layout.hash_tokens
 
     @guarded(lambda self, request, num_computed: (0, False))
-    def get_num_new_matched_tokens(self, request: Any, num_computed: int) -> tuple[int, bool]:
-        """Tokens beyond ``num_computed`` to be loaded asynchronously; (0, False) for none."""
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed: int
+    ) -> tuple[int | None, bool]:
+        """Tokens beyond ``num_computed`` to be loaded asynchronously; (0, False) for none.
+
+        (None, False): ask again next step, another request is loading the same prefix.
+        """
         state = self._state(request)
         if not self._ready() or self._loads.is_banned(state.request_id):
             return 0, False
@@ -139,66 +167,14 @@ class SchedulerHalf:
         if num_computed > 0 and self._hbm_stale():
             state.tainted = True  # its HBM hit may hold KV of the old weights
             return 0, False
-        held = state.provisional
-        now = self._clock()
-        if held is not None and held.start == num_computed:
-            held.expires = now + LEASE_S
-            return held.end - held.start, True
-        self._drop_provisional(state)
-        end = self._plan(state, chain, num_computed)
-        if end <= num_computed:
-            return 0, False
-        lease, end = self._lease(state, chain, num_computed, end)
-        if lease is None:
-            self.metrics.miss("lease_refused")
-            return 0, False
-        state.provisional = ProvisionalLease(lease, num_computed, end, now + LEASE_S)
-        self._leased[state.request_id] = state
-        return end - num_computed, True
-
-    def _lease(
-        self, state: RequestState, chain: Chain, start: int, end: int
-    ) -> tuple[Lease | None, int]:
-        """A lease on [start, end), or on less where the arena has no room for all of it."""
-        for _ in range(LEASE_TRIES):
-            lease = self.manager.acquire(state.request_id, chain, start, end)
-            if lease is not None:
-                return lease, end
-            half = start + (end - start) // 2
-            end = self.manager.lookup(chain, start, half).end
-            if end <= start:
-                break
-        return None, start
+        offered = self._lookups.offer(state, chain, num_computed)
+        return (None, False) if offered is None else (offered, offered > 0)
 
     def _hbm_stale(self) -> bool:
         """Whether HBM may still hold blocks of weights that were replaced in place."""
         if self._stale and self._hbm_empty() and not any(s.tainted for s in self._states.values()):
             self._stale = False
         return self._stale
-
-    def _plan(self, state: RequestState, chain: Chain, start: int) -> int:
-        request = state.request
-        # A full-prompt hit is trimmed by vLLM to all but one token, after it dropped the blocks
-        # that a sliding window of the full prompt no longer needs: such engines stop one short.
-        limit = request.num_tokens - (1 if self._sliding else 0)
-        first = not state.looked_up
-        state.looked_up = True
-        end = self.manager.plan(chain, start, limit).end
-        if self._eagle and end > start:
-            # The drafter needs the hidden states of the last block: vLLM recomputes it on a local
-            # hit, so must we.
-            end -= self.layout.align_tokens
-            if self._sliding:  # another boundary needs other blocks of the window
-                end = self.manager.lookup(chain, start, end).end
-        if first:
-            self.metrics.lookup(queried=max(0, limit - start), hit=max(0, end - start))
-        return max(end, start)
-
-    def _drop_provisional(self, state: RequestState) -> None:
-        if state.provisional is not None:
-            self.manager.release(state.provisional.lease.id)
-            state.provisional = None
-        self._leased.pop(state.request_id, None)
 
     # ---------------------------------------------------------------- allocation -> load order
 
@@ -219,12 +195,12 @@ class SchedulerHalf:
             # Not chosen, nothing to load, or the second call after an async load.
             self._fence.note(block_ids)
             if not self._loads.outstanding(state.request_id):
-                self._drop_provisional(state)
+                self._lookups.drop(state)
             return
         if held is None:
             raise RuntimeError(f"load of {num_external} tokens without a lease")
         self._loads.commit(state, held, block_ids, num_external)
-        self._leased.pop(state.request_id, None)
+        self._lookups.committed(state)
 
     def hit_sources(self, request: Any, num_external: int) -> dict[Tier, int] | None:
         """Tokens by tier of the load just ordered, None when they do not add up."""
@@ -255,7 +231,7 @@ class SchedulerHalf:
         began = time.perf_counter()
         now = self._last_step = self._clock()
         self._check_epoch()
-        self._expire_leases(now)
+        self._lookups.expire(now)
         orders = StepOrders(
             arena=self._address(),
             idle=not output.num_scheduled_tokens,
@@ -271,7 +247,7 @@ class SchedulerHalf:
         if orders.loads or orders.stores or orders.fails or self._tick_due(now):
             self._tick(busy=not orders.idle)
         self._loads.sent()  # not before: when anything above raises, these loads must be failed
-        self._steps.built(self._prefill_tokens(output), now)
+        self._steps.built(self._prefill_work(output), now)
         self.metrics.scheduler_step(time.perf_counter() - began)
         return orders
 
@@ -294,11 +270,6 @@ class SchedulerHalf:
     def _address(self) -> ArenaAddress | None:
         return None if self._attach.done() else ArenaAddress(self.arena.path, self.arena.inode)
 
-    def _expire_leases(self, now: float) -> None:
-        for state in list(self._leased.values()):
-            if state.provisional is None or state.provisional.expires <= now:
-                self._drop_provisional(state)
-
     # ---------------------------------------------------------------- answers
 
     @guarded(lambda self, output, report=None: self._loads.answer_blindly(output, report))
@@ -309,16 +280,18 @@ class SchedulerHalf:
             self._loads.take_report(report)
         self._loads.answer(output)
 
-    def _prefill_tokens(self, output: Any) -> int:
-        """Prompt tokens of a step, 0 where they are few or not most of it."""
-        prompt = total = 0
+    def _prefill_work(self, output: Any) -> PrefillWork | None:
+        """Prompt tokens of a step, None where they are few or not most of it."""
+        prompt, total = PrefillWork(0, 0.0), 0
         for request_id, scheduled in output.num_scheduled_tokens.items():
             total += scheduled
             state = self._states.get(request_id)
             if state is not None:
-                left = int(state.request.num_prompt_tokens) - int(state.request.num_computed_tokens)
-                prompt += min(scheduled, max(0, left))
-        return prompt if prompt >= PREFILL_TOKENS and 2 * prompt >= total else 0
+                done = int(state.request.num_computed_tokens)
+                end = min(done + scheduled, int(state.request.num_prompt_tokens))
+                prompt += PrefillWork.span(done, end)
+        mostly = prompt.tokens >= PREFILL_TOKENS and 2 * prompt.tokens >= total
+        return prompt if mostly else None
 
     def _learn_prefill(self) -> None:
         learned = self._steps.ended(self._clock())
@@ -333,7 +306,7 @@ class SchedulerHalf:
     def _forget(self, request: Any) -> None:
         state = self._states.pop(str(request.request_id), None)
         if state is not None:
-            self._drop_provisional(state)
+            self._lookups.drop(state)
         self.manager.cancel_prefetch(str(request.request_id))
         self._loads.forget(str(request.request_id))
 
@@ -365,7 +338,7 @@ class SchedulerHalf:
         logger.info("kvoffload: %s; everything stored so far is now a miss.", why)
         self.namespaces.new_epoch()
         for state in self._states.values():
-            self._drop_provisional(state)
+            self._lookups.drop(state)
             self.manager.cancel_prefetch(state.request_id)
             state.chain = None
             state.stored = 0

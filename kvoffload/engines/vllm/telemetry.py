@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any
 
 from kvoffload.core.manager import Manager
+from kvoffload.core.prefill import PrefillWork
 from kvoffload.metrics import Recorder
 
 MAX_STEPS_OUT = 8
@@ -16,24 +17,24 @@ class StepClock:
     """Pairs each step's output with when the step was built. Scheduler thread only; seconds."""
 
     def __init__(self) -> None:
-        self._out: deque[tuple[int, float]] = deque()
+        self._out: deque[tuple[PrefillWork | None, float]] = deque()
         self._last_end = float("-inf")
 
-    def built(self, prefill_tokens: int, now: float) -> None:
-        """A step was built; ``prefill_tokens`` 0 where it says nothing about prefill."""
-        self._out.append((prefill_tokens, now))
+    def built(self, prefill: PrefillWork | None, now: float) -> None:
+        """A step was built; ``prefill`` None where it says nothing about prefill."""
+        self._out.append((prefill, now))
 
-    def ended(self, now: float) -> tuple[int, float] | None:
-        """A step's output arrived: (prefill tokens, seconds it ran), None when nothing is learned.
+    def ended(self, now: float) -> tuple[PrefillWork, float] | None:
+        """A step's output arrived: (its prefill, seconds it ran), None when nothing is learned.
 
         Outputs come in the order of the steps. A step ran from when it was built, or from when the
         step before it ended, until now.
         """
         learned = None
         if self._out:
-            tokens, built = self._out.popleft()
-            if tokens:
-                learned = tokens, now - max(built, self._last_end)
+            prefill, built = self._out.popleft()
+            if prefill is not None:
+                learned = prefill, now - max(built, self._last_end)
             if len(self._out) > MAX_STEPS_OUT:
                 self._out.clear()  # outputs went missing: pairs would be wrong
         self._last_end = now
@@ -55,6 +56,9 @@ def report_levels(manager: Manager, metrics: Recorder) -> None:
             "entries": use.nvme_entries,
         }
     metrics.manager(counters.as_dict(), nvme)
+    metrics.planner(use.bytes_per_s, use.prefill_tokens_per_s)
+    if use.nvme_max:
+        metrics.queue(use.reading_bytes, use.writing_bytes, use.read_breaker, use.write_breaker)
 
 
 def report_drives(store: Any, metrics: Recorder) -> None:

@@ -13,13 +13,14 @@ import json
 import logging
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from kvoffload.files import replace_json, user_cache_file
 
 logger = logging.getLogger("vllm.kvoffload")
 
@@ -88,8 +89,7 @@ class DigestResult:
 
 def default_cache_file() -> Path:
     """$XDG_CACHE_HOME/kvoffload/weights.json."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base, "kvoffload", "weights.json")
+    return user_cache_file("weights.json")
 
 
 # -- digests of files ----------------------------------------------------------------------------
@@ -131,14 +131,7 @@ class DigestCache:
                     known.pop(key, None)  # so that it counts as the youngest
                 known.update(new)
                 kept = dict(list(known.items())[-_CACHE_ENTRIES:])
-                fd, name = tempfile.mkstemp(dir=self.path.parent, prefix=".weights-")
-                try:
-                    with os.fdopen(fd, "w") as f:
-                        json.dump({"version": 1, "files": kept}, f)
-                    os.replace(name, self.path)
-                except BaseException:
-                    os.unlink(name)
-                    raise
+                replace_json(self.path, {"version": 1, "files": kept})
         except OSError as exc:
             logger.warning("kvoffload: cannot keep weight digests in %s (%s)", self.path, exc)
 

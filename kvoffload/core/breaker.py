@@ -1,0 +1,94 @@
+"""Stops using a tier that fails, and finds out by itself when it works again.
+
+::
+
+    CLOSED --- threshold failures in a row, or trip() ---> OPEN --- cool_s later ---> HALF_OPEN
+       ^                                                     |  ^                        |   |
+       +------------------ a success ------------------------+--|------------------------+   |
+                                                                +--------- a failure --------+
+
+While OPEN or HALF_OPEN the tier is a miss for every request. HALF_OPEN is for a probe that no
+request waits for; where none can be made, ``closed`` says yes and the next request is the probe.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from kvoffload.core.stats import Counters
+
+COOL_S = 5.0
+"""Pause before a probe: a tier that is back is used again within 10 s."""
+
+
+class BreakerState(str, Enum):
+    """See the module's picture."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+    @property
+    def level(self) -> float:
+        """As exported: 0 closed, 1 open, 0.5 half-open."""
+        return {"closed": 0.0, "open": 1.0, "half_open": 0.5}[self.value]
+
+
+class Breaker:
+    """One per tier and direction. Not thread safe: the Manager's lock guards it."""
+
+    def __init__(self, counters: Counters, threshold: int = 8, cool_s: float = COOL_S) -> None:
+        self._counters = counters
+        self._threshold = threshold
+        self._cool_s = cool_s
+        self._failures = 0
+        self._open_until: float | None = None
+        self._probing = False
+
+    def state(self, now: float) -> BreakerState:
+        """Where it stands."""
+        if self._open_until is None:
+            return BreakerState.CLOSED
+        return BreakerState.HALF_OPEN if now >= self._open_until else BreakerState.OPEN
+
+    def closed(self, now: float) -> bool:
+        """Whether requests may use the tier; HALF_OPEN without a probe under way counts."""
+        state = self.state(now)
+        return state is BreakerState.CLOSED or (
+            state is BreakerState.HALF_OPEN and not self._probing
+        )
+
+    def relied_on(self, now: float) -> bool:
+        """Whether somebody waits for the tier: requests, or a probe."""
+        return self._probing or self.state(now) is BreakerState.CLOSED
+
+    def probe_due(self, now: float) -> bool:
+        """Whether a probe should start now; the caller says so with ``probing``."""
+        return self.state(now) is BreakerState.HALF_OPEN and not self._probing
+
+    def probing(self) -> None:
+        """A probe is under way: requests stay away until it succeeds or fails."""
+        self._probing = True
+
+    def success(self) -> None:
+        """The tier did its work: whatever was wrong is over."""
+        self._failures = 0
+        self._open_until = None
+        self._probing = False
+
+    def failure(self, now: float) -> None:
+        """The tier failed or did not answer in time."""
+        self._failures += 1
+        half_open = self.state(now) is BreakerState.HALF_OPEN
+        if half_open or (self._open_until is None and self._failures >= self._threshold):
+            self.trip(now)
+
+    def trip(self, now: float) -> None:
+        """Open, or stay open for another ``cool_s``."""
+        self._counters.nvme_breaker_trips += self.state(now) is not BreakerState.OPEN
+        self._open_until = now + self._cool_s
+        self._probing = False
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant."""
+        assert self._open_until is not None or not self._probing, "probing while closed"

@@ -1,0 +1,171 @@
+"""What a request is offered: plan, provisional lease, or a wait for another request's load.
+
+Scheduler thread only. vLLM asks again each step until it admits the request, so answers are
+kept: an offer as a provisional lease, a refusal until something it rests on may have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvoffload.core.follow import wait_for
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.lookup import primary
+from kvoffload.core.manager import Lease, Manager
+from kvoffload.core.planner import Plan
+from kvoffload.engines.vllm.loads import Loads
+from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, Refusal, RequestState
+from kvoffload.metrics import Recorder
+from kvoffload.types import CacheLayout, Decision, GroupKind
+
+LEASE_TRIES = 4
+"""Where the arena has no room for a whole hit, half of it is tried, then a quarter, ..."""
+REFUSAL_S = 0.1
+"""A refusal is thought over again after this long at the latest: rates and queues change."""
+
+
+class Lookups:
+    """One per scheduler half. ``follow``: requests may wait for each other's loads."""
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        manager: Manager,
+        metrics: Recorder,
+        loads: Loads,
+        clock: Callable[[], float],
+        *,
+        eagle: bool,
+        follow: bool,
+    ) -> None:
+        self._layout = layout
+        self._manager = manager
+        self._metrics = metrics
+        self._loads = loads
+        self._clock = clock
+        self._eagle = eagle
+        self._follow = follow
+        self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
+        self._primary = primary(layout)
+        self._leased: dict[str, RequestState] = {}  # those with a provisional lease
+
+    def offer(self, state: RequestState, chain: Chain, start: int) -> int | None:
+        """Tokens beyond ``start`` to be loaded, 0 for none, None to be asked again."""
+        now = self._clock()
+        held = state.provisional
+        if held is not None and held.start == start:
+            held.expires = now + LEASE_S
+            return held.end - held.start
+        self.drop(state)
+        if state.refusal is not None and state.refusal.holds(start, self._manager.changes(), now):
+            return 0
+        state.refusal = None
+        planned = self._plan(state, chain, start)
+        followed = self._wait(state, chain, start, planned, now)
+        if followed:
+            return None
+        if planned.end <= start:
+            state.refusal = Refusal(start, self._manager.changes(), now + REFUSAL_S)
+            return 0
+        lease, end = self._lease(state, chain, start, planned.end)
+        if lease is None:
+            self._metrics.miss("lease_refused")
+            return 0
+        if end < planned.end:
+            planned = Plan(end, Decision.PARTIAL, planned.load_s)
+        state.provisional = ProvisionalLease(lease, start, end, now + LEASE_S, planned)
+        self._leased[state.request_id] = state
+        return end - start
+
+    def _plan(self, state: RequestState, chain: Chain, start: int) -> Plan:
+        request: Any = state.request
+        # A full-prompt hit is trimmed by vLLM to all but one token, after it dropped the blocks
+        # that a sliding window of the full prompt no longer needs: such engines stop one short.
+        limit = request.num_tokens - (1 if self._sliding else 0)
+        first = not state.looked_up
+        state.looked_up = True
+        planned = self._manager.plan(chain, start, limit)
+        end = planned.end
+        if self._eagle and end > start:
+            # The drafter needs the hidden states of the last block: vLLM recomputes it on a local
+            # hit, so must we.
+            end -= self._layout.align_tokens
+            if self._sliding:  # another boundary needs other blocks of the window
+                end = self._manager.lookup(chain, start, end).end
+            end = max(end, start)
+            planned = Plan(end, planned.decision, planned.load_s, planned.recompute_s)
+        if first:
+            self._metrics.lookup(queried=max(0, limit - start), hit=max(0, end - start))
+        if state.decision is not planned.decision:
+            state.decision = planned.decision
+            self._metrics.plan(planned.decision.value)
+        return planned
+
+    def _wait(
+        self, state: RequestState, chain: Chain, start: int, planned: Plan, now: float
+    ) -> bool:
+        """Whether the request waits for another's load of what it would load itself."""
+        waiting = state.waiting
+        if waiting is None:
+            if not self._follow or planned.end <= start:
+                return False
+            leader = self._leader(state, chain, planned.end)
+            waiting = leader and wait_for(leader, planned.end, planned, now)
+            if waiting is None:
+                return False
+            state.waiting = waiting
+            state.decision = Decision.FOLLOW
+            self._metrics.plan(Decision.FOLLOW.value)
+        if start >= waiting.end:
+            self._metrics.follower("hit_hbm")
+        elif now < waiting.until and self._leader(state, chain, waiting.end) is not None:
+            return True
+        else:
+            self._metrics.follower("gave_up")
+        state.waiting = None
+        state.follows = False  # once is enough: the next answer is final
+        return False
+
+    def _leader(self, state: RequestState, chain: Chain, end: int) -> Any:
+        """Another live request's load that brings what ends at ``end``."""
+        last = end // self._primary.chunk_tokens - 1
+        if not state.follows or not 0 <= last < chain.n_chunks(self._primary.group):
+            return None
+        leader = self._loads.leader(chain.key(self._primary.group, last))
+        if leader is None or leader.request_id == state.request_id:
+            return None
+        if self._sliding and leader.end != end:  # other boundaries need other blocks of a window
+            return None
+        return leader
+
+    def _lease(
+        self, state: RequestState, chain: Chain, start: int, end: int
+    ) -> tuple[Lease | None, int]:
+        """A lease on [start, end), or on less where the arena has no room for all of it."""
+        for _ in range(LEASE_TRIES):
+            lease = self._manager.acquire(state.request_id, chain, start, end)
+            if lease is not None:
+                return lease, end
+            half = start + (end - start) // 2
+            end = self._manager.lookup(chain, start, half).end
+            if end <= start:
+                break
+        return None, start
+
+    def committed(self, state: RequestState) -> None:
+        """The provisional lease became a load."""
+        self._leased.pop(state.request_id, None)
+
+    def drop(self, state: RequestState) -> None:
+        """Give the provisional lease up, if there is one."""
+        if state.provisional is not None:
+            self._manager.release(state.provisional.lease.id)
+            state.provisional = None
+        self._leased.pop(state.request_id, None)
+
+    def expire(self, now: float) -> None:
+        """Drop provisional leases that vLLM has not asked for in a while."""
+        for state in list(self._leased.values()):
+            if state.provisional is None or state.provisional.expires <= now:
+                self.drop(state)
