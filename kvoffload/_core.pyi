@@ -221,6 +221,8 @@ class SegmentStore:
 
     path: str
     writer_dir: str  # ".../w<id>"
+    io_engine: str  # "uring" or "threads"
+    io_engine_note: str  # why "auto" took threads; else empty
 
     def __init__(
         self,
@@ -231,6 +233,7 @@ class SegmentStore:
         queue_bytes: int = 268435456,
         direct: bool = True,
         read_only: bool = False,
+        io_engine: str = "auto",
     ) -> None:
         """Open or create. ``segment_bytes`` 0: 256 MiB, less where ``max_bytes`` is small.
         Raises OSError whose message is one clear line naming the path (wrong owner or mode, foreign or

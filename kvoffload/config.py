@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +25,7 @@ IoEngine = Literal["auto", "uring", "threads"]
 LoadMode = Literal["auto", "always", "never"]
 PolicyName = Literal["lru", "fifo"]
 
+MAX_DRIVES = 16
 _MAX_GIB = float(1 << 20)
 _MAX_CHUNK_TOKENS = 8192
 
@@ -75,20 +76,37 @@ def _one_of(names: tuple[str, ...]) -> Callable[[str, Any], str]:
     return rule
 
 
-def _directory(key: str, value: Any) -> str:
-    allowed = "give one absolute directory path"
-    if isinstance(value, list | tuple):
-        if len(value) > 1:
-            raise _fail(key, list(value), "only one path is supported in this version; give one")
-        if not value:
-            raise _fail(key, list(value), allowed)
-        value = value[0]
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise _fail(key, value, allowed)
-    expanded = os.path.expanduser(value)
-    if not os.path.isabs(expanded):
-        raise _fail(key, value, allowed)
-    return os.path.normpath(expanded)
+def _directories(key: str, value: Any) -> tuple[str, ...]:
+    """One absolute directory or a list of them, normalised; no two the same or one in another."""
+    allowed = "give one absolute directory path or a list of them"
+    given = list(value) if isinstance(value, list | tuple) else [value]
+    if not given or len(given) > MAX_DRIVES:
+        raise _fail(key, value, f"{allowed}, at most {MAX_DRIVES}")
+    out = []
+    for path in given:
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise _fail(key, value, allowed)
+        expanded = os.path.expanduser(path)
+        if not os.path.isabs(expanded):
+            raise _fail(key, value, allowed)
+        out.append(os.path.normpath(expanded))
+    refuse_overlap(out, given)
+    return tuple(out)
+
+
+def refuse_overlap(paths: Sequence[str], shown: Sequence[str] | None = None) -> None:
+    """Raise ConfigError (one line naming nvme_path) where two paths are one directory or nested.
+
+    Symbolic links are resolved; paths need not exist. ``shown``: the paths as the user wrote them.
+    """
+    key, named = "nvme_path", list(shown or paths)
+    real = [os.path.realpath(path) for path in paths]
+    for i, one in enumerate(real):
+        for j, other in enumerate(real):
+            if i < j and one == other:
+                raise _fail(key, named, f"{named[i]} and {named[j]} are the same directory")
+            if i != j and other.startswith(one.rstrip("/") + "/"):
+                raise _fail(key, named, f"{named[j]} lies inside {named[i]}")
 
 
 def _unavailable(key: str, value: Any) -> Any:
@@ -111,7 +129,7 @@ def _text(key: str, value: Any) -> str:
 
 _RULES: dict[str, Callable[[str, Any], Any]] = {
     "dram_gib": _gib,
-    "nvme_path": _directory,
+    "nvme_path": _directories,
     "nvme_gib": _gib,
     "nvme_write_tb_per_day": _terabytes,
     "io_engine": _one_of(get_args(IoEngine)),
@@ -150,7 +168,7 @@ class Config:
     """
 
     dram_gib: float | None = None
-    nvme_path: str | None = None
+    nvme_path: tuple[str, ...] | None = None  # given as one path or a list
     nvme_gib: float | None = None
     nvme_write_tb_per_day: float | None = None
     io_engine: IoEngine = "auto"
@@ -200,9 +218,9 @@ class Config:
         gib = self.dram_gib if self.dram_gib is not None else default_dram_gib()
         return int(gib * GIB)
 
-    def nvme_bytes(self, free_bytes: int) -> int:
-        """Bound of the NVMe path: ``nvme_gib``, or half of ``free_bytes`` (taken at first open)."""
-        return int(self.nvme_gib * GIB) if self.nvme_gib is not None else free_bytes // 2
+    def nvme_bytes(self) -> int | None:
+        """Bound of all NVMe paths together: ``nvme_gib``; None: each store's own (as created)."""
+        return int(self.nvme_gib * GIB) if self.nvme_gib is not None else None
 
     def nvme_write_bytes_per_s(self, nvme_bytes: int) -> float:
         """Write budget in bytes per second; by default ``nvme_bytes`` once a day."""

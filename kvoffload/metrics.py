@@ -161,6 +161,10 @@ METRICS: dict[str, Metric] = {
             "What the planner expects of the engine, for the first 1024 tokens of a prompt.",
         ),
         _gauge("kvoffload_entries", "Chunks held, by tier.", "tier", series=_TIERS),
+        _gauge("kvoffload_drive_up", "With several nvme_path: 1 while the path is used.", "path"),
+        _gauge("kvoffload_drive_used_bytes", "With several nvme_path: bytes under each.", "path"),
+        _counter("kvoffload_drive_errors_total", "Failed transfers of a drive.", "path"),
+        _counter("kvoffload_drive_trips_total", "Times a drive was left alone.", "path"),
     )
 }
 
@@ -385,6 +389,13 @@ class Recorder:
         self.set("kvoffload_dram_total_bytes", total)
         self.set("kvoffload_dram_pinned_bytes", pinned)
         self.set("kvoffload_entries", entries, "dram")
+
+    def drive(self, path: str, up: bool, used: int, errors: int, trips: int) -> None:
+        """One of several drives of the NVMe tier; errors and trips are running totals."""
+        self.set("kvoffload_drive_up", int(up), path)
+        self.set("kvoffload_drive_used_bytes", used, path)
+        self.total("kvoffload_drive_errors_total", errors, path)
+        self.total("kvoffload_drive_trips_total", trips, path)
 
     def check(self) -> None:
         """Raise AssertionError when a series has no metric or a histogram lost its shape."""

@@ -5,7 +5,9 @@
         payload = store.get(key)  # None: a miss
 
 It is a cache: the oldest segments make room for new ones, a key is written once, and whatever the
-disk gets wrong is a miss and a counter in ``stats()``, never other bytes. Needs no vLLM, no torch.
+disk gets wrong is a miss and a counter in ``stats()``, never other bytes. Several paths (one per
+drive) make one store: reads come from all, and a drive that fails costs only what it holds. Needs
+no vLLM, no torch.
 """
 
 from __future__ import annotations
@@ -24,9 +26,13 @@ from kvoffload.types import StoreResult
 
 if TYPE_CHECKING:
     from kvoffload._core import SegmentStore, StoreDone
+    from kvoffload.tiers.nvme import DriveLevel, StripedStore
+    from kvoffload.transfer import ExportReport, ImportReport
 
 Progress = Callable[[int, int, int], None]
 """Called with (entries done, entries in all, payload bytes read)."""
+
+PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class VerifyReport:
 
 
 def open_store(
-    path: str | os.PathLike[str],
+    path: PathLike | Sequence[PathLike],
     *,
     max_bytes: int | None = None,
     segment_bytes: int | None = None,
@@ -63,26 +69,28 @@ def open_store(
     timeout_s: float = 30.0,
     io_engine: IoEngine = "auto",
 ) -> Store:
-    """Open or create a store.
+    """Open or create a store in one path, or one store over several (in any order).
 
-    ``max_bytes`` bounds everything under ``path`` (None: as it was created, at creation half of the
-    free space). ``timeout_s``: the longest a put or get waits for the disk. Several processes may
-    open one path; each writes its own directory and reads all. ``io_engine``: "uring" (StoreError
-    where this process cannot have it), "threads", or "auto": io_uring where it works.
-    Raises StoreError with one line that names the path; ValueError for numbers out of range.
+    ``max_bytes`` bounds everything under the path, or under all paths together: even shares, less
+    where a drive holds less (None: each as it was created, at creation half of the free space).
+    ``threads`` are per path. ``timeout_s``: the longest a put or get waits for the disk. Several
+    processes may open one path; each writes its own directory and reads all. ``io_engine``: "uring"
+    (StoreError where this process cannot have it), "threads", or "auto": io_uring where it works.
+    Of several paths those that cannot be opened are left out; ``drives()`` says why.
+    Raises StoreError with one line that names the path; ValueError for numbers out of range, and
+    for paths that are the same directory or one inside another.
     """
-    from kvoffload._core import SegmentStore
+    from kvoffload.tiers.nvme import open_drives
 
-    with _store_errors():
-        native = SegmentStore(
-            os.fspath(path),
-            max_bytes or 0,
-            segment_bytes or 0,
-            threads,
-            direct=direct,
-            read_only=read_only,
-            io_engine=io_engine,
-        )
+    native = open_drives(
+        [path] if isinstance(path, str | os.PathLike) else list(path),
+        max_bytes=max_bytes,
+        segment_bytes=segment_bytes,
+        threads=threads,
+        direct=direct,
+        read_only=read_only,
+        io_engine=io_engine,
+    )
     return Store(native, timeout_s)
 
 
@@ -95,8 +103,8 @@ class Store:
     store is written to. Disk failures are results and counters.
     """
 
-    def __init__(self, native: SegmentStore, timeout_s: float = 30.0) -> None:
-        self._native: SegmentStore | None = native
+    def __init__(self, native: SegmentStore | StripedStore, timeout_s: float = 30.0) -> None:
+        self._native: SegmentStore | StripedStore | None = native
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._next_job = 1
@@ -124,7 +132,8 @@ class Store:
         for key, payload in items:
             keys.append(_checked(key))
             payloads.append(memoryview(payload))
-        return self._run(True, keys, payloads, namespace)
+        packed, space = b"".join(keys), namespace & 0xFFFFFFFF
+        return self.submit(len(keys), lambda native, job: native.put(job, packed, payloads, space))
 
     def get(self, key: bytes) -> bytes | None:
         """The payload, verified; None when it is not held, damaged or not readable in time."""
@@ -137,7 +146,8 @@ class Store:
         held = [(i, key, native.length(_checked(key))) for i, key in enumerate(keys)]
         # A miss goes down too: it is counted, and makes the store look for other writers' news.
         buffers = [bytearray(max(nbytes, 0)) for _, _, nbytes in held]
-        results = self._run(False, list(keys), buffers, 0)
+        packed = b"".join(keys)
+        results = self.submit(len(keys), lambda native, job: native.get(job, packed, buffers))
         for (i, _, _), buffer, result in zip(held, buffers, results, strict=True):
             if result is StoreResult.OK:
                 out[i] = bytes(buffer)
@@ -148,7 +158,8 @@ class Store:
 
         After DROPPED (no answer in time) the buffer may still be written to until ``close``.
         """
-        return self._run(False, [_checked(key)], [buffer], 0)[0]
+        packed = _checked(key)
+        return self.submit(1, lambda native, job: native.get(job, packed, [buffer]))[0]
 
     def delete(self, *keys: bytes) -> int:
         """Forget keys, for good once flushed; returns how many were held."""
@@ -180,6 +191,16 @@ class Store:
         """Counters and gauges; docs/format.md names them. No I/O."""
         return self._open().stats()
 
+    def drives(self) -> list[DriveLevel]:
+        """Every path with what it holds, whether it is up, and why not. No I/O."""
+        from kvoffload.tiers.nvme import StripedStore
+        from kvoffload.tiers.nvme.drive import Drive
+
+        native = self._open()
+        if isinstance(native, StripedStore):
+            return native.drives()
+        return [Drive(self.path, native).level()]
+
     def ls(self, limit: int = 0) -> list[Chunk]:
         """Held chunks, newest first; ``limit`` 0: all."""
         return [Chunk(*row) for row in self._open().ls(limit)]
@@ -195,6 +216,44 @@ class Store:
             seconds=float(found["seconds"]),
             dropped=int(found["dropped"]),
         )
+
+    # -- to a file and back
+
+    def export(
+        self,
+        file: PathLike,
+        *,
+        keys: Sequence[bytes] | None = None,
+        chain: Sequence[bytes] | None = None,
+        newest: int = 0,
+        namespace: int | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> ExportReport:
+        """Write chunks to a safetensors file (docs/format.md), oldest first.
+
+        All held chunks, or the ``newest`` so many, or those of a ``namespace`` (its low 32 bits);
+        or the given ``keys``; or of ``chain`` (a prompt's keys, root first) what is held without
+        a gap. The file appears when it is complete. Memory: at most some 64 MiB of payload.
+        Raises StoreError with one line naming the file, ValueError for a selection that makes no
+        sense; what ``progress`` raises.
+        """
+        from kvoffload.transfer import Selection, export_chunks
+
+        given = [None if k is None else tuple(map(_checked, k)) for k in (keys, chain)]
+        wanted = Selection(given[0], given[1], newest, namespace)
+        return export_chunks(self, file, wanted, overwrite=overwrite, progress=progress)
+
+    def import_(self, file: PathLike, *, progress: Progress | None = None) -> ImportReport:
+        """Put the chunks of a file that ``export`` wrote, each once its checksum has been verified.
+
+        A chunk that is damaged is left out and counted. The checksum finds accidents, not
+        attackers: import only files that you trust like the store itself. Raises StoreError with
+        one line naming the file, before anything is put, where it is truncated or not ours.
+        """
+        from kvoffload.transfer import import_chunks
+
+        return import_chunks(self, file, progress=progress)
 
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant."""
@@ -226,35 +285,33 @@ class Store:
 
     # -- internals
 
-    def _open(self) -> SegmentStore:
+    def _open(self) -> SegmentStore | StripedStore:
         native = self._native
         if native is None:
             raise ClosedError(f"chunk store {self.path}: closed")
         return native
 
-    def _run(
-        self, put: bool, keys: list[bytes], buffers: Sequence[Any], namespace: int
+    def submit(
+        self, n: int, send: Callable[[SegmentStore | StripedStore, int], None]
     ) -> list[StoreResult]:
+        """Submit one job of ``n`` keys by ``send(native store, job)``, wait for it. For our own."""
         native = self._open()
         with self._lock:
             job, self._next_job = self._next_job, self._next_job + 1
             self._waiting.add(job)
         try:
             with _store_errors():
-                if put:
-                    native.put(job, b"".join(keys), buffers, namespace & 0xFFFFFFFF)
-                else:
-                    native.get(job, b"".join(keys), buffers)
+                send(native, job)
             done = self._await(native, job)
         finally:
             with self._lock:
                 self._waiting.discard(job)
                 self._results.pop(job, None)
         if done is None:
-            return [StoreResult.DROPPED] * len(keys)
+            return [StoreResult.DROPPED] * n
         return [StoreResult(code) for code in done.results]
 
-    def _await(self, native: SegmentStore, job: int) -> StoreDone | None:
+    def _await(self, native: SegmentStore | StripedStore, job: int) -> StoreDone | None:
         """Wait for one job; ``poll`` hands out everybody's results: keep what is waited for."""
         until = time.monotonic() + self._timeout_s
         while True:

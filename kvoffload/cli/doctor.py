@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -305,7 +305,7 @@ MACHINE_CHECKS: tuple[Callable[[], Check], ...] = (
 )
 
 
-def run_checks(nvme_path: str | None, config_text: str | None) -> list[Check]:
+def run_checks(nvme_paths: Sequence[str], config_text: str | None) -> list[Check]:
     """All checks, in order. Never raises."""
     checks: list[Check] = []
     config: Config | None = None
@@ -314,11 +314,10 @@ def run_checks(nvme_path: str | None, config_text: str | None) -> list[Check]:
     if config_text is not None:
         line, config = check_config(config_text)
         checks.append(line)
-    path = nvme_path or (config.nvme_path if config else None)
-    gib = config.nvme_gib if config else None
-    if path is not None:
-        where = os.path.abspath(os.path.expanduser(path))
-        checks += _guarded("check_nvme", lambda: list(check_nvme(where, gib)))
+    paths = tuple(nvme_paths) or (config.nvme_path if config else None) or ()
+    gib = config.nvme_gib / len(paths) if config and config.nvme_gib and paths else None
+    where = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+    checks += _guarded("check_nvme", lambda: [c for p in where for c in check_nvme(p, gib)])
     return checks
 
 
@@ -332,7 +331,9 @@ def _guarded(name: str, body: Callable[[], list[Check]]) -> list[Check]:
 
 @app.callback(invoke_without_command=True)
 def doctor(
-    nvme_path: Annotated[str | None, typer.Option(help="Directory of the NVMe tier.")] = None,
+    nvme_path: Annotated[
+        list[str] | None, typer.Option(help="Directory of the NVMe tier; once per drive.")
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(help="JSON: kv_connector_extra_config or the whole --kv-transfer-config."),
@@ -340,7 +341,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check this machine, vLLM and a configuration. Exit status 1 when something FAILs."""
-    checks = run_checks(nvme_path, config)
+    checks = run_checks(nvme_path or (), config)
     good = not any(c.status is Status.FAIL for c in checks)
     if as_json:
         typer.echo(json.dumps({"ok": good, "checks": [asdict(c) for c in checks]}, indent=2))

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 #: Subcommand -> (module whose ``app`` is its Typer, one line of help).
 LAZY = {
     "doctor": ("kvoffload.cli.doctor", "Check this machine, vLLM and a configuration."),
-    "store": ("kvoffload.cli.store", "Look into an NVMe chunk store: stats, ls, verify."),
+    "store": ("kvoffload.cli.store", "NVMe chunk stores: stats, ls, verify, export, import."),
 }
 
 

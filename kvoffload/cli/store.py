@@ -1,9 +1,14 @@
-"""``kvoffload store``: look into a chunk store, also while an engine uses it."""
+"""``kvoffload store``: look into a chunk store, also while an engine uses it; export and import.
+
+Exit status of every command: 0 fine, 1 damage found (or not all chunks moved), 2 cannot open.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,14 +18,29 @@ import typer
 from kvoffload.errors import OffloadError
 
 if TYPE_CHECKING:
-    from kvoffload.store import Chunk, Store, VerifyReport
+    from kvoffload.store import Chunk, Progress, Store
 
 app = typer.Typer(
-    name="store", help="Look into an NVMe chunk store.", no_args_is_help=True, add_completion=False
+    name="store",
+    help="Look into an NVMe chunk store; export and import chunks.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 
-PathArg = Annotated[Path, typer.Argument(help="The store's directory (nvme_path).")]
+PathsArg = Annotated[
+    list[Path], typer.Argument(help="The store's directory (nvme_path); several: one per drive.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+KeysOpt = Annotated[list[str] | None, typer.Option("--key", help="32 hex digits; repeat it.")]
+ChainOpt = Annotated[
+    list[str] | None,
+    typer.Option("--chain", help="A prompt's keys, root first: up to the first one not held."),
+]
+FileArg = Annotated[Path, typer.Argument(help="The safetensors file.")]
+NewestOpt = Annotated[int, typer.Option(min=0, help="Only the newest so many; 0: all.")]
+SpaceOpt = Annotated[
+    str | None, typer.Option("--namespace", help="Only this one, as ls shows it (hex).")
+]
 
 _BYTES = {
     "bytes_used",
@@ -37,15 +57,26 @@ _SHOWN = (
 ).split()
 
 
-def _open(path: Path, *, read_only: bool = True) -> Store:
+def _fail(error: Exception) -> typer.Exit:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    typer.echo(text, err=True)
+    return typer.Exit(2)
+
+
+def _open(paths: list[Path], *, read_only: bool = True) -> Store:
+    """The store; exit status 2 with one line per path where any of them cannot be opened."""
     from kvoffload.store import open_store
 
     try:
-        return open_store(path, read_only=read_only)
+        store = open_store(paths, read_only=read_only)
     except (OffloadError, ValueError) as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        typer.echo(text, err=True)
-        raise typer.Exit(2) from error
+        raise _fail(error) from error
+    broken = [drive.error for drive in store.drives() if drive.error]
+    if broken:
+        store.close()
+        typer.echo("\n".join(broken), err=True)
+        raise typer.Exit(2)
+    return store
 
 
 def _size(nbytes: float) -> str:
@@ -62,15 +93,15 @@ def _print_json(value: Any) -> None:
 
 
 @app.command()
-def stats(path: PathArg, as_json: JsonOpt = False) -> None:
+def stats(paths: PathsArg, as_json: JsonOpt = False) -> None:
     """What the store holds and how full it is. Reads metadata only."""
-    with _open(path) as store:
-        numbers = store.stats()
+    with _open(paths) as store:
+        numbers, drives = store.stats(), store.drives()
     if as_json:
-        _print_json({"path": store.path, **numbers})
+        _print_json({"path": store.path, **numbers, "per_drive": [asdict(d) for d in drives]})
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     table = Table("what", "value", title=store.path)
     for name in _SHOWN:
@@ -78,16 +109,21 @@ def stats(path: PathArg, as_json: JsonOpt = False) -> None:
         shown = _size(value) if name in _BYTES else f"{value:,.1f}".removesuffix(".0")
         table.add_row(name, shown)
     Console().print(table)
+    if len(drives) > 1:
+        table = Table(Column("drive", overflow="fold"), "entries", "used", "of")
+        for d in drives:
+            table.add_row(d.path, f"{d.entries:,}", _size(d.bytes_used), _size(d.bytes_max))
+        Console().print(table)
 
 
 @app.command()
 def ls(
-    path: PathArg,
+    paths: PathsArg,
     limit: Annotated[int, typer.Option(min=0, help="Newest so many; 0: all.")] = 50,
     as_json: JsonOpt = False,
 ) -> None:
     """Stored chunks, newest first."""
-    with _open(path) as store:
+    with _open(paths) as store:
         chunks = store.ls(limit)
         total = len(store)
     if as_json:
@@ -119,13 +155,14 @@ def _print_chunks(chunks: list[Chunk], total: int) -> None:
 
 @app.command()
 def verify(
-    path: PathArg,
+    paths: PathsArg,
     repair: Annotated[bool, typer.Option(help="Drop what is damaged.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Read every payload and check it. Exit status 1 when something damaged is left."""
-    with _open(path, read_only=not repair) as store:
-        report = _verify_with_bar(store, repair)
+    with _open(paths, read_only=not repair) as store:
+        with _bar("verifying") as progress:
+            report = store.verify(repair=repair, progress=progress)
         numbers = store.stats()
         if repair and report.dropped and not store.flush():
             typer.echo("the deletions could not be written; verify again", err=True)
@@ -143,22 +180,111 @@ def verify(
         raise typer.Exit(1)
 
 
-def _verify_with_bar(store: Store, repair: bool) -> VerifyReport:
+@contextmanager
+def _bar(what: str) -> Iterator[Progress]:
+    """A progress bar on stderr."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
-    bar = Progress(
+    console = Console(stderr=True)
+    bar = Bar(
         "[progress.description]{task.description}",
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bar:
-        task = bar.add_task("verifying", total=None)
+        task = bar.add_task(what, total=None)
+        yield lambda done, total, _nbytes: bar.update(task, completed=done, total=total)
 
-        def progress(done: int, total: int, _nbytes: int) -> None:
-            bar.update(task, completed=done, total=total)
 
-        return store.verify(repair=repair, progress=progress)
+def _keys(given: list[str] | None, option: str) -> list[bytes] | None:
+    if not given:
+        return None
+    out = []
+    for text in ",".join(given).split(","):
+        try:
+            key = bytes.fromhex(text)
+        except ValueError:
+            key = b""
+        if len(key) != 16:
+            raise _fail(ValueError(f"{option}: {text[:40]!r} is not a key: give 32 hex digits"))
+        out.append(key)
+    return out
+
+
+def _namespace(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return int(text, 16)
+    except ValueError as error:
+        line = f"--namespace: {text[:40]!r} is not hex: give it as ls shows it"
+        raise _fail(ValueError(line)) from error
+
+
+@app.command("export")
+def export_(
+    paths: PathsArg,
+    file: FileArg,
+    key: KeysOpt = None,
+    chain: ChainOpt = None,
+    newest: NewestOpt = 0,
+    namespace: SpaceOpt = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write chunks to a safetensors file: all, or those chosen. KV bytes: keep it as private."""
+    keys, links = _keys(key, "--key"), _keys(chain, "--chain")
+    space = _namespace(namespace)
+    with _open(paths) as store, _refused(), _bar("exporting") as progress:
+        report = store.export(
+            file,
+            keys=keys,
+            chain=links,
+            newest=newest,
+            namespace=space,
+            overwrite=force,
+            progress=progress,
+        )
+    if as_json:
+        _print_json({"file": str(file), **asdict(report)})
+    else:
+        typer.echo(
+            f"{report.chunks:,} chunks, {_size(report.nbytes)} in {report.seconds:.1f} s "
+            f"to {file}: {report.missing} not held, {report.lost} lost meanwhile"
+        )
+    if report.missing or report.lost:
+        raise typer.Exit(1)
+
+
+@app.command("import")
+def import_(paths: PathsArg, file: FileArg, as_json: JsonOpt = False) -> None:
+    """Put the chunks of an exported file, each once verified. Only from files that you trust."""
+    with _open(paths, read_only=False) as store, _refused():
+        with _bar("importing") as progress:
+            report = store.import_(file, progress=progress)
+        flushed = store.flush()
+    if as_json:
+        _print_json({"file": str(file), **asdict(report), "flushed": flushed})
+    else:
+        typer.echo(
+            f"{report.imported:,} of {report.chunks:,} chunks imported, {_size(report.nbytes)} in "
+            f"{report.seconds:.1f} s: {report.held} held before, {report.bad} bad, "
+            f"{report.refused} refused by the store"
+        )
+    if report.bad or report.refused or not flushed:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """One line and exit status 2 for what cannot be opened or makes no sense."""
+    try:
+        yield
+    except (OffloadError, ValueError) as error:
+        raise _fail(error) from error

@@ -6,9 +6,8 @@ import hashlib
 import os
 import random
 import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from kvoffload._core import SegmentStore
 from kvoffload.errors import StoreError
 from kvoffload.store import Store, open_store
 from kvoffload.types import StoreResult
+from tests.support.disks import tiny_disk  # noqa: F401  (fixture)
 from tests.support.store_engines import io_engine  # noqa: F401  (every test runs on both engines)
 
 MIB = 1 << 20
@@ -320,28 +320,8 @@ class TestLostDirectory:
             store.check()
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 6 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    where = tmp_path / "disk"
-    where.mkdir(mode=0o700)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m,mode=0700", "kvo-test", str(where)],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        pytest.skip(f"no tmpfs here: {done.stderr.strip()}")
-    try:
-        yield where
-    finally:
-        subprocess.run(["umount", "-l", str(where)], check=True)
-
-
 class TestFullDisk:
-    def test_smaller_than_the_bound(self, tiny_disk: Path) -> None:
+    def test_smaller_than_the_bound(self, tiny_disk: Path) -> None:  # noqa: F811
         with small(tiny_disk / "s", max_bytes=64 * MIB) as store:
             for i in range(0, 600, 10):
                 assert set(fill(store, i, i + 10)) == {
@@ -353,7 +333,7 @@ class TestFullDisk:
         with small(tiny_disk / "s", max_bytes=64 * MIB) as store:
             assert right_or_miss(store, range(590, 600)) == 10
 
-    def test_filled_by_somebody_else(self, tiny_disk: Path) -> None:
+    def test_filled_by_somebody_else(self, tiny_disk: Path) -> None:  # noqa: F811
         with small(tiny_disk / "s", max_bytes=64 * MIB) as store:
             with (tiny_disk / "hog").open("wb") as hog, pytest.raises(OSError):
                 while True:
@@ -366,7 +346,7 @@ class TestFullDisk:
             assert set(fill(store, 0, 5)) == {StoreResult.OK}
             assert right_or_miss(store, range(5)) == 5
 
-    def test_no_room_to_open(self, tiny_disk: Path) -> None:
+    def test_no_room_to_open(self, tiny_disk: Path) -> None:  # noqa: F811
         with (tiny_disk / "hog").open("wb", buffering=0) as hog, pytest.raises(OSError):
             while True:
                 hog.write(bytes(4096))

@@ -574,9 +574,10 @@ def test_weights_changed_and_hbm_kept() -> None:
 # -- NVMe
 
 
-def test_restart_finds_what_was_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drives", [1, 3])
+def test_restart_finds_what_was_written(tmp_path: Path, drives: int) -> None:
     """DRAM -> NVMe, a new process, NVMe -> DRAM -> HBM."""
-    options = Options(nvme=str(tmp_path), in_flight=2)
+    options = Options(nvme=str(tmp_path), in_flight=2, drives=drives)
     engine = MiniEngine(options)
     engine.ask(tokens(40), 9)
     engine.finish()
@@ -584,6 +585,35 @@ def test_restart_finds_what_was_written(tmp_path: Path) -> None:
     request = engine.ask(tokens(40), 9)
     assert request.loads == 1 and engine.computed(request) == 1 + 8
     assert engine.manager.counters.nvme_read == 5
+    engine.finish()
+
+
+def test_a_drive_that_fails_costs_its_chunks_only(tmp_path: Path) -> None:
+    """Not the tier: its breaker stays closed, and what the other drive holds is loaded."""
+    options = Options(nvme=str(tmp_path), in_flight=2, drives=2)
+    engine = MiniEngine(options)
+    for part in range(8):  # one by one: each prompt's chunks are a run, and runs go round
+        engine.ask(tokens(16, part))
+        engine.settle()
+        assert engine.manager.drain(5.0)
+    held = [int(disk.stats()["entries"]) for disk in engine.disks]
+    assert min(held) > 0
+    engine.finish()
+    engine = MiniEngine(options)
+    engine.disks[0].inject("read_eio", 1)
+    engine.disks[0].inject("write_eio", 1)
+    engine.expect_bad = True
+    for round_ in range(3):
+        for part in range(8):
+            engine.ask(tokens(16, part))
+        engine.settle()
+        assert engine.manager.drain(5.0), f"round {round_}: the other drive takes the writes"
+        engine.manager.reset()
+        engine.forget_hbm()
+    assert engine.manager.counters.nvme_breaker_trips == 0
+    assert engine.manager.counters.nvme_read > held[1]
+    assert [d.up for d in engine.store.drives()] == [False, True]
+    assert engine.disks[1].stats()["entries"] == sum(held)
     engine.finish()
 
 

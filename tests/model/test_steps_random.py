@@ -47,6 +47,7 @@ def engines(draw: st.DrawFn) -> Options:
         random_lag=draw(st.sampled_from([0, 4])),
         late_ranks=draw(st.booleans()),
         pickled=ranks > 1 or draw(st.booleans()),
+        drives=draw(st.sampled_from([1, 2, 3])),
         follow=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )

@@ -30,6 +30,8 @@ from kvoffload.core.manager import Lease, Manager, slots_needed
 from kvoffload.engines.vllm import worker as worker_module
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.worker import WorkerHalf
+from kvoffload.tiers.nvme import StripedStore
+from kvoffload.tiers.nvme.drive import Drive
 from kvoffload.types import GroupLayout
 from tests.support.steps_blocks import (
     BlockPool,
@@ -81,9 +83,9 @@ class MiniEngine:
             o.arena_bytes, slots_needed(self.layout, o.arena_bytes), o.ranks, False
         )
         self.store: Any = None
+        self.disks: list[_core.SegmentStore] = []  # the native stores, to break
         if o.nvme is not None:
-            Path(o.nvme).mkdir(parents=True, exist_ok=True)
-            self.store = _core.SegmentStore(o.nvme, o.nvme_bytes, direct=False, threads=2)
+            self._open_store(Path(o.nvme))
         self.manager = Manager(
             self.layout,
             self.arena,
@@ -433,6 +435,19 @@ class MiniEngine:
             time.sleep(0.01)
         return use
 
+    def _open_store(self, path: Path) -> None:
+        o = self.options
+        path.mkdir(parents=True, exist_ok=True)
+        paths = [path] if o.drives == 1 else [path / f"d{i}" for i in range(o.drives)]
+        self.disks = [
+            _core.SegmentStore(str(p), o.nvme_bytes // o.drives, direct=False, threads=2)
+            for p in paths
+        ]
+        self.store = self.disks[0]
+        if o.drives > 1:
+            drives = [Drive(str(p), d) for p, d in zip(paths, self.disks, strict=True)]
+            self.store = StripedStore(drives, self.clock)
+
     def close(self) -> None:
         """Idempotent; part of ``finish``."""
         for rank in self.ranks:
@@ -441,6 +456,7 @@ class MiniEngine:
             self.manager.drain(5.0)
         self.manager.close()
         if self.store is not None:
+            self.store.check()
             self.store.close()
             self.store = None
 

@@ -113,7 +113,7 @@ class Driver:
     def disk(self, how: int) -> None:
         if self.engine.store is not None:
             what = ("read_eio", "write_eio", "enospc", "short_read")[how % 4]
-            self.engine.store.inject(what, how // 4 % 3)
+            self.engine.disks[how // 12 % len(self.engine.disks)].inject(what, how // 4 % 3)
 
     def late(self, how: int) -> None:
         """All attempts are overdue for the scheduler."""

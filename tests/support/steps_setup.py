@@ -72,6 +72,7 @@ class Options:
     arena_bytes: int = 2 * MIB
     nvme: str | None = None  # directory of a chunk store
     nvme_bytes: int = 64 * MIB
+    drives: int = 1  # more: as many directories below ``nvme``, one store over them
     store_lag: int = 0
     load_lag: int = 0
     random_lag: int = 0  # adds 0..n polls

@@ -50,15 +50,15 @@ def test_good_values_are_typed_exactly(tmp_path: Path) -> None:
         }
     )
     assert type(config.dram_gib) is float and config.dram_bytes() == 8 * GIB
-    assert config.nvme_path == str(tmp_path)
-    assert config.nvme_bytes(10**15) == GIB // 2
+    assert config.nvme_path == (str(tmp_path),)
+    assert config.nvme_bytes() == GIB // 2
     assert config.nvme_write_bytes_per_s(0) == pytest.approx(1e12 / 86400)
     assert type(config.verify_sample) is int
 
 
 def test_defaults_that_depend_on_the_path() -> None:
     config = Config(nvme_path="/data")
-    assert config.nvme_bytes(1000) == 500
+    assert config.nvme_bytes() is None
     assert config.nvme_write_bytes_per_s(86400) == 1.0
 
 
@@ -93,7 +93,12 @@ def test_bad_whole_numbers(key: str, value: object) -> None:
         ("nvme_path", "", "absolute"),
         ("nvme_path", 3, "absolute"),
         ("nvme_path", [], "absolute"),
-        ("nvme_path", ["/a", "/b"], "only one path is supported"),
+        ("nvme_path", ["/a", 3], "absolute"),
+        ("nvme_path", ["/a", "b"], "absolute"),
+        ("nvme_path", ["/a", "/b/../a/"], "/a and /b/../a/ are the same directory"),
+        ("nvme_path", ["/a/b", "/c", "/a"], "/a/b lies inside /a"),
+        ("nvme_path", ["/", "/c"], "/c lies inside /"),
+        ("nvme_path", [f"/d{i}" for i in range(17)], "at most 16"),
         ("config_file", 3, ".json or .toml"),
         ("config_file", "x.yaml", ".json or .toml"),
         ("config_file", "/does/not/exist.json", "No such file"),
@@ -216,3 +221,13 @@ def test_importing_is_light() -> None:
     code = "import kvoffload.config, sys; print([m for m in ('torch','vllm','numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_several_paths(tmp_path: Path) -> None:
+    paths = [str(tmp_path / "a"), str(tmp_path / "ab")]
+    assert Config(nvme_path=paths).nvme_path == tuple(paths)  # type: ignore[arg-type]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    line = refuse(nvme_path=[paths[0], str(tmp_path / "link")])
+    assert "same directory" in line and "nvme_path" in line
+    assert "lies inside" in refuse(nvme_path=[paths[0], str(tmp_path / "link" / "x")])

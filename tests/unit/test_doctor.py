@@ -37,7 +37,7 @@ def nvme(path: Path, gib: float | None = None) -> dict[str, Check]:
 
 
 def test_every_machine_check_answers_here() -> None:
-    found = by_name(doctor.run_checks(None, None))
+    found = by_name(doctor.run_checks((), None))
     assert set(found) == {
         "python", "vllm", "plugin", "native core", "memory", "huge pages", "locked memory", "io_uring", "cuda",
     }  # fmt: skip
@@ -259,6 +259,15 @@ def test_nvme_path_of_the_config_is_checked(tmp_path: Path) -> None:
     assert "nvme path" in {c["name"] for c in json.loads(out.output)["checks"]}
 
 
+def test_each_of_several_paths_is_checked(tmp_path: Path) -> None:
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    text = json.dumps({"nvme_path": paths, "nvme_gib": 1})
+    for args in (["--config", text], ["--nvme-path", paths[0], "--nvme-path", paths[1]]):
+        found = json.loads(runner.invoke(app, ["doctor", "--json", *args]).output)["checks"]
+        named = [c["found"] for c in found if c["name"] == "nvme path"]
+        assert [n.split(" ")[0] for n in named] == paths
+
+
 def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(doctor, "run_checks", lambda *a: [doctor.warn("x", "[bold]found", "do it")])
@@ -272,7 +281,7 @@ def test_a_check_that_breaks_is_a_line_of_its_own(monkeypatch: pytest.MonkeyPatc
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr(doctor, "MACHINE_CHECKS", (check_broken,))
-    (line,) = doctor.run_checks(None, None)
+    (line,) = doctor.run_checks((), None)
     assert line.name == "broken" and line.status is Status.WARN and "oops" in line.found
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kvoffload.core.prefill import PrefillWork
-from kvoffload.engines.vllm.telemetry import MAX_STEPS_OUT, StepClock
+from kvoffload.engines.vllm.telemetry import MAX_STEPS_OUT, StepClock, report_drives
+from kvoffload.metrics import Recorder
+from kvoffload.tiers.nvme import StripedStore, open_drives
 
 WORK = PrefillWork.span(0, 2048)
 
@@ -32,3 +36,31 @@ def test_missing_outputs_are_not_paired_wrongly() -> None:
         clock.built(WORK, float(i))
     clock.ended(100.0)
     assert clock.ended(101.0) is None, "forgotten"
+
+
+def test_drives_of_a_store_over_several_paths(tmp_path: Path) -> None:
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    Path(c).write_text("a file")
+    store, metrics = open_drives([a, b, c], max_bytes=24 << 20), Recorder()
+    assert isinstance(store, StripedStore)
+    native = store._drives[1].store
+    assert native is not None
+    native.inject("write_eio", 1)
+    for i in range(16):
+        store.put(i, i.to_bytes(16, "big"), [b"x"])
+        assert store.wait(i, 5000)
+    store.poll()
+    report_drives(store, metrics)
+    metrics.check()
+    payload = metrics.take()
+    assert [payload["g"][f"kvoffload_drive_up|{p}"] for p in (a, b, c)] == [1, 0, 0]
+    assert payload["g"][f"kvoffload_drive_used_bytes|{a}"] > 0
+    assert payload["c"][f"kvoffload_drive_errors_total|{b}"] >= 3
+    assert payload["c"][f"kvoffload_drive_trips_total|{b}"] == 1
+    report_drives(store, metrics)
+    assert not metrics.take()["c"]
+    store.close()
+    single = open_drives([str(tmp_path / "d")], max_bytes=8 << 20)
+    report_drives(single, metrics)
+    assert not metrics.changed()
+    single.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -15,12 +14,14 @@ from kvoffload.engines.vllm import compat, geometry, plugin
 from kvoffload.engines.vllm.namespace import NamespaceSource
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.stats import KVOffloadStats
+from kvoffload.engines.vllm.telemetry import report_drives
 from kvoffload.engines.vllm.worker import WorkerHalf
 from kvoffload.types import CacheLayout
 
 logger = logging.getLogger("vllm.kvoffload")
 
 TICK_S = 0.05
+DRIVES_S = 1.0
 
 
 def engine_config(vllm_config: Any) -> Config:
@@ -77,9 +78,14 @@ class SchedulerSide:
     store: Any
     namespaces: NamespaceSource
     closed: bool = field(default=False)
+    drives_said: float = field(default=float("-inf"))
 
     def stats(self) -> KVOffloadStats | None:
         """Metrics since the last call."""
+        now = time.monotonic()
+        if self.store is not None and now - self.drives_said >= DRIVES_S:
+            self.drives_said = now
+            report_drives(self.store, self.half.metrics)
         payload = self.half.take_stats()
         return KVOffloadStats(data=payload) if payload is not None else None
 
@@ -141,6 +147,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         follow=bool(vllm_config.cache_config.enable_prefix_caching),
         fail_by_blocks=compat.is_reduced(compat.vllm_version()),
     )
+    half.metrics.failure("drive_open", len(_unopened(store)))
     _announce(config, layout, arena, store)
     return SchedulerSide(half, Ticker(half), arena, store, namespaces)
 
@@ -151,29 +158,29 @@ def _bound(store: Any) -> int:
 
 def _open_store(config: Config) -> Any:
     """The NVMe tier, or None: not configured, or not usable (said in one line)."""
-    from kvoffload import _core
+    from kvoffload.tiers.nvme import open_drives
 
     if config.nvme_path is None:
         return None
     try:
-        free = _free_bytes(config.nvme_path)
-        return _core.SegmentStore(
-            config.nvme_path, config.nvme_bytes(free), io_engine=config.io_engine
+        store = open_drives(
+            config.nvme_path, max_bytes=config.nvme_bytes(), io_engine=config.io_engine
         )
     except OSError as exc:
         logger.error("kvoffload: nvme_path is not used, DRAM only: %s", exc)
         return None
+    for error in _unopened(store):
+        logger.warning("kvoffload: nvme_path goes on without a drive: %s", error)
+    return store
 
 
-def _free_bytes(path: str) -> int:
-    probe = path
-    while not os.path.isdir(probe):
-        parent = os.path.dirname(probe)
-        if parent == probe:
-            break
-        probe = parent
-    stat = os.statvfs(probe)
-    return stat.f_bavail * stat.f_frsize
+def _unopened(store: Any) -> list[str]:
+    """Why drives of a store over several paths could not be opened."""
+    from kvoffload.tiers.nvme import StripedStore
+
+    if not isinstance(store, StripedStore):
+        return []
+    return [drive.error for drive in store.drives() if drive.error]
 
 
 def _announce(config: Config, layout: CacheLayout, arena: Any, store: Any) -> None:

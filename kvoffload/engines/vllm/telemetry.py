@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from kvoffload.core.manager import Manager
 from kvoffload.core.prefill import PrefillWork
@@ -58,3 +59,12 @@ def report_levels(manager: Manager, metrics: Recorder) -> None:
     metrics.planner(use.bytes_per_s, use.prefill_tokens_per_s)
     if use.nvme_max:
         metrics.queue(use.reading_bytes, use.writing_bytes, use.read_breaker, use.write_breaker)
+
+
+def report_drives(store: Any, metrics: Recorder) -> None:
+    """Each drive of a store over several paths; a single path is in the totals. O(drives)."""
+    from kvoffload.tiers.nvme import StripedStore
+
+    if isinstance(store, StripedStore):
+        for drive in store.drives():
+            metrics.drive(drive.path, drive.up, drive.bytes_used, drive.io_errors, drive.trips)

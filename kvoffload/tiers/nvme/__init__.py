@@ -1,13 +1,20 @@
-"""The NVMe tier: opens the native chunk store (docs/format.md) with errors of our own kind."""
+"""The NVMe tier: opens native chunk stores (docs/format.md) with errors of our own kind."""
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from kvoffload._core import SegmentStore
+from kvoffload.config import IoEngine, refuse_overlap
 from kvoffload.errors import StoreError
+from kvoffload.tiers.nvme.drive import Drive, DriveLevel
+from kvoffload.tiers.nvme.shares import drive_bounds
+from kvoffload.tiers.nvme.striped import StripedStore
 
-__all__ = ["SegmentStore", "open_segment_store"]
+__all__ = ["DriveLevel", "SegmentStore", "StripedStore", "open_drives", "open_segment_store"]
 
 
 def open_segment_store(
@@ -19,6 +26,7 @@ def open_segment_store(
     queue_bytes: int = 256 << 20,
     direct: bool = True,
     read_only: bool = False,
+    io_engine: IoEngine = "auto",
 ) -> SegmentStore:
     """Open or create the chunk store in ``path``; blocks while it recovers (milliseconds per GiB).
 
@@ -36,6 +44,55 @@ def open_segment_store(
             queue_bytes,
             direct,
             read_only,
+            io_engine,
         )
     except OSError as error:
         raise StoreError(error.errno, error.strerror) from error
+
+
+def open_drives(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    max_bytes: int | None = None,
+    segment_bytes: int | None = None,
+    threads: int = 4,
+    direct: bool = True,
+    read_only: bool = False,
+    io_engine: IoEngine = "auto",
+) -> SegmentStore | StripedStore:
+    """The store in one path, or one store over several (in any order), opened at the same time.
+
+    ``max_bytes`` is the sum over the paths (``shares.drive_bounds``); the rest is as in
+    ``open_segment_store``, for each path. Of several paths those that cannot be opened are left
+    out and named by ``StripedStore.drives()``. Raises ConfigError where paths are the same
+    directory or nested, StoreError when no path can be opened.
+    """
+    where = [os.fspath(path) for path in paths]
+    refuse_overlap(where)
+    bounds = [max_bytes or 0] if len(where) == 1 else drive_bounds(where, max_bytes)
+
+    def opened(at: int) -> SegmentStore:
+        return open_segment_store(
+            where[at],
+            max_bytes=bounds[at] or None,
+            segment_bytes=segment_bytes,
+            threads=threads,
+            direct=direct,
+            read_only=read_only,
+            io_engine=io_engine,
+        )
+
+    def drive(at: int) -> Drive:
+        try:
+            return Drive(where[at], opened(at))
+        except StoreError as error:
+            return Drive(where[at], None, error.strerror or str(error))
+
+    if len(where) == 1:
+        return opened(0)
+    with ThreadPoolExecutor(max(1, len(where))) as pool:
+        drives = list(pool.map(drive, range(len(where))))
+    if not any(d.store is not None for d in drives):
+        lines = "; ".join(d.error for d in drives)
+        raise StoreError(errno.EIO, lines or "no path of a chunk store was given")
+    return StripedStore(drives)

@@ -1,0 +1,227 @@
+"""Chunks in a safetensors file: one U8 tensor per chunk, named by its key in hex.
+
+Layout (docs/format.md): u64le header length, JSON header padded with spaces, payloads one after the
+other. ``__metadata__`` holds ``format`` and ``version``, and per chunk, under the tensor's name,
+"<namespace: 8 hex digits> <depth> <checksum: 16 hex digits>". Written and read by hand because the
+safetensors library wants all tensors in memory to write, and trusts more than we do when it reads.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from kvoffload.errors import StoreError
+
+FORMAT = "kvoffload-chunks"
+VERSION = "1"
+MAX_HEADER = 32 << 20
+"""Header bytes, about 170 000 chunks: JSON is parsed in memory, and a file may be hostile."""
+MAX_PAYLOAD = (1 << 32) - 1
+
+_NAME = re.compile(r"[0-9a-f]{32}")
+_NOTE = re.compile(r"([0-9a-f]{8}) (0|[1-9][0-9]{0,9}) ([0-9a-f]{16})")
+
+
+@dataclass(frozen=True, slots=True)
+class FileChunk:
+    """One chunk of a file; ``offset`` counts from the first payload."""
+
+    key: bytes
+    namespace: int
+    depth: int
+    checksum: int
+    offset: int
+    nbytes: int
+
+
+def refuse(path: str, why: str) -> StoreError:
+    """One line naming the file."""
+    return StoreError(errno.EINVAL, f"chunk file {path}: {why}")
+
+
+# -- writing
+
+
+def _header(chunks: Iterable[FileChunk]) -> bytes:
+    notes = {"format": FORMAT, "version": VERSION}
+    tensors: dict[str, Any] = {"__metadata__": notes}
+    for c in chunks:
+        name = c.key.hex()
+        notes[name] = f"{c.namespace:08x} {c.depth} {c.checksum:016x}"
+        end = c.offset + c.nbytes
+        tensors[name] = {"dtype": "U8", "shape": [c.nbytes], "data_offsets": [c.offset, end]}
+    return json.dumps(tensors, separators=(",", ":")).encode()
+
+
+class ChunkWriter:
+    """Writes a chunk file beside its final name and renames it when it is complete.
+
+    Not thread safe. Room for the header is kept by ``planned``; chunks of it may be left out.
+    """
+
+    def __init__(self, path: str, planned: Iterable[FileChunk], *, overwrite: bool) -> None:
+        """Raises StoreError when the file exists (unless ``overwrite``), cannot be made, or would
+        hold too many chunks."""
+        self.path = path
+        self._room = -(-len(_header(planned)) // 8) * 8
+        if self._room > MAX_HEADER:
+            raise refuse(path, "too many chunks for one file: choose fewer (--newest, --namespace)")
+        if not overwrite and os.path.lexists(path):
+            raise refuse(path, "already exists (--force replaces it)")
+        self._written: list[FileChunk] = []
+        self._end = 0
+        self._temporary = f"{path}.part-{os.getpid()}"
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._file = os.fdopen(os.open(self._temporary, flags, 0o600), "wb")
+            self._file.seek(8 + self._room)
+        except OSError as error:
+            raise StoreError(error.errno, f"chunk file {path}: {error.strerror}") from error
+
+    def add(self, key: bytes, namespace: int, depth: int, checksum: int, payload: bytes) -> None:
+        """Append one chunk."""
+        chunk = FileChunk(key, namespace, depth, checksum, self._end, len(payload))
+        self._file.write(payload)
+        self._end += chunk.nbytes
+        self._written.append(chunk)
+
+    def finish(self) -> None:
+        """Header, fsync, final name."""
+        header = _header(self._written).ljust(self._room)
+        assert len(header) == self._room
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+
+    def abandon(self) -> None:
+        """Leave nothing behind; nothing to do after ``finish``."""
+        if not self._file.closed:
+            self._file.close()
+            os.unlink(self._temporary)
+
+
+# -- reading
+
+
+class ChunkReader:
+    """A chunk file opened for reading, its header checked: no field of it is trusted as a size."""
+
+    def __init__(self, path: str) -> None:
+        """Raises StoreError with one line where the file is cut off, damaged or not ours."""
+        self.path = path
+        try:
+            self._file: BinaryIO = open(path, "rb")  # noqa: SIM115  (closed by close)
+        except OSError as error:
+            raise StoreError(error.errno, f"chunk file {path}: {error.strerror}") from error
+        try:
+            self.chunks = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self) -> list[FileChunk]:
+        size = os.fstat(self._file.fileno()).st_size
+        head = self._file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= MAX_HEADER:
+            raise refuse(self.path, "not a chunk file (safetensors header missing or too long)")
+        if 8 + length > size:
+            raise refuse(self.path, "cut off inside its header")
+        try:
+            header = json.loads(self._file.read(length), object_pairs_hook=_no_duplicates)
+            chunks = _parse(header)
+        except (ValueError, RecursionError) as error:
+            why = str(error) if isinstance(error, _BadFile) else "its header is not readable"
+            raise refuse(self.path, why) from error
+        self._start = 8 + length
+        want = self._start + (chunks[-1].offset + chunks[-1].nbytes if chunks else 0)
+        if size != want:
+            cut = "cut off" if size < want else "longer than its header says"
+            raise refuse(self.path, f"{cut} ({size} bytes, not {want})")
+        return chunks
+
+    def payload(self, chunk: FileChunk, checksum: Callable[[bytes, bytes], int]) -> bytes | None:
+        """The chunk's bytes, None where they are not what was exported. ``checksum(data, key)``.
+
+        Raises StoreError when the file cannot be read.
+        """
+        try:
+            self._file.seek(self._start + chunk.offset)
+            data = self._file.read(chunk.nbytes)
+        except OSError as error:
+            raise StoreError(error.errno, f"chunk file {self.path}: {error.strerror}") from error
+        good = len(data) == chunk.nbytes and checksum(data, chunk.key) == chunk.checksum
+        return data if good else None
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._file.close()
+
+    def __enter__(self) -> ChunkReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _BadFile(ValueError):
+    """A header that does not hold what it should; the text says what."""
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise _BadFile("its header names something twice")
+    return out
+
+
+def _parse(header: Any) -> list[FileChunk]:
+    notes = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(notes, dict) or notes.get("format") != FORMAT:
+        raise _BadFile("not written by kvoffload store export")
+    if notes.get("version") != VERSION:
+        shown = str(notes.get("version"))[:20]
+        raise _BadFile(f"version {shown!r} is not one this kvoffload reads ({VERSION})")
+    if len(notes) != len(header) + 2:
+        raise _BadFile("its header is damaged: chunks and their notes differ in number")
+    chunks = sorted(_entries(header, notes), key=lambda c: c.offset)
+    end = 0
+    for chunk in chunks:
+        if chunk.offset != end:
+            raise _BadFile("its header is damaged: payloads overlap or leave gaps")
+        end += chunk.nbytes
+    return chunks
+
+
+def _entries(header: dict[str, Any], notes: dict[str, Any]) -> Iterator[FileChunk]:
+    for name, tensor in header.items():
+        note = notes.get(name)
+        match = _NOTE.fullmatch(note) if isinstance(note, str) else None
+        begin, end = _span(tensor)
+        if not _NAME.fullmatch(name) or match is None or not 0 <= begin < end:
+            raise _BadFile(f"its header is damaged at {name[:32]!r}")
+        namespace, depth, checksum = int(match[1], 16), int(match[2]), int(match[3], 16)
+        if end - begin > MAX_PAYLOAD or depth >= 1 << 32:
+            raise _BadFile(f"its header is damaged at {name!r}: too large")
+        yield FileChunk(bytes.fromhex(name), namespace, depth, checksum, begin, end - begin)
+
+
+def _span(tensor: Any) -> tuple[int, int]:
+    """(begin, end) of a one-dimensional U8 tensor; (0, 0) for anything else."""
+    if not isinstance(tensor, dict) or tensor.keys() != {"dtype", "shape", "data_offsets"}:
+        return 0, 0
+    shape, span = tensor["shape"], tensor["data_offsets"]
+    lists = isinstance(shape, list) and isinstance(span, list) and len(span) == 2
+    if not lists or tensor["dtype"] != "U8" or not all(type(n) is int for n in (*span, *shape)):
+        return 0, 0
+    return (span[0], span[1]) if shape == [span[1] - span[0]] else (0, 0)
