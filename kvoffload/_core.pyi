@@ -193,6 +193,8 @@ class SegmentStore:
 
     path: str
     writer_dir: str  # ".../w<id>"
+    io_engine: str  # what runs: "uring" or "threads"
+    io_engine_note: str  # why "auto" took threads; else empty
 
     def __init__(
         self,
@@ -203,8 +205,10 @@ class SegmentStore:
         queue_bytes: int = 268435456,
         direct: bool = True,
         read_only: bool = False,
+        io_engine: str = "auto",
     ) -> None:
         """Open or create. ``segment_bytes`` 0: 256 MiB, less where ``max_bytes`` is small.
+        ``io_engine``: "uring", "threads", or "auto": io_uring where this process can have it.
         Raises OSError whose message is one clear line naming the path (wrong owner or mode, foreign or
         newer format, symlink, read-only file system, no space)."""
     # -- arena slots (the connector's path): no staging copy; the slot is the I/O buffer

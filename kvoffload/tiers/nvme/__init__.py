@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from kvoffload._core import SegmentStore
+from kvoffload.config import IoEngine
 from kvoffload.errors import StoreError
 
 __all__ = ["SegmentStore", "open_segment_store"]
@@ -19,12 +20,14 @@ def open_segment_store(
     queue_bytes: int = 256 << 20,
     direct: bool = True,
     read_only: bool = False,
+    io_engine: IoEngine = "auto",
 ) -> SegmentStore:
     """Open or create the chunk store in ``path``; blocks while it recovers (milliseconds per GiB).
 
     ``max_bytes`` bounds everything under the path, other processes' directories included; None:
     what the store was created with, at creation half of the free space. ``segment_bytes`` None:
     256 MiB, less where ``max_bytes`` is small. ``direct`` False: through the page cache.
+    ``io_engine``: "uring" (StoreError where this process cannot have it), "threads", or "auto".
     Raises StoreError (one line naming the path) and ValueError for numbers out of range.
     """
     try:
@@ -36,6 +39,7 @@ def open_segment_store(
             queue_bytes,
             direct,
             read_only,
+            io_engine,
         )
     except OSError as error:
         raise StoreError(error.errno, error.strerror) from error
