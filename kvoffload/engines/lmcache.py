@@ -17,6 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +50,8 @@ _KEYS = (*_STORE_KEYS, "namespace")
 _DOMAIN = b"kvoffload/lmcache/v1"
 _WAIT_MS = 20
 _CLOSE_MS = 5000
+FIRST_WAIT_S = 2.0
+"""So long the first lookups for a model may wait for its weights' digest; later ones never do."""
 
 
 # -- settings ------------------------------------------------------------------------------------
@@ -114,6 +117,7 @@ class Names:
         self._fixed = hashlib.sha256(namespace.encode()).digest() if namespace else None
         self._since = time.time_ns()
         self._digests: dict[str, WeightsDigest] = {}
+        self._started: dict[str, float] = {}
         self._said: set[str] = set()
         self._lock = threading.Lock()
 
@@ -136,6 +140,7 @@ class Names:
             if digest is None:
                 find: Callable[[], list[WeightFiles]] = lambda: _model_files(model)  # noqa: E731
                 digest = self._digests[model] = WeightsDigest(find, unchanged_since_ns=self._since)
+                self._started[model] = time.monotonic()
                 digest.start()
             result = digest.result()
             if result is not None and result.digest is None and model not in self._said:
@@ -143,8 +148,15 @@ class Names:
                 logger.warning("kvoffload: nothing is stored or loaded: %s", result.reason)
         return result.digest if result is not None else None
 
+    def worth_waiting(self, model: str) -> float:
+        """Seconds in which a first lookup may still learn the weights: unchanged files take ms."""
+        if self._fixed is not None or self._weights(model) is not None:
+            return 0.0
+        known = self._digests[model].result() is not None
+        return 0.0 if known else max(0.0, self._started[model] + FIRST_WAIT_S - time.monotonic())
+
     def wait(self, model: str, timeout_s: float) -> None:
-        """Block until the model's weights are known or known not to be (tests)."""
+        """Block until the model's weights are known or known not to be."""
         if self._fixed is None:
             self._weights(model)
             self._digests[model].wait(timeout_s)
@@ -171,11 +183,11 @@ class _Task:
 class KVOffloadL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     """LMCache's L2 contract over one chunk store. Thread-safe, as LMCache asks.
 
-    Lookups are answered at once (the index is in memory). Stores and loads run on the store's
-    native threads, verified on every read; two Python threads wait for them and signal LMCache.
-    There are no locks: a chunk recycled between lookup and load is a miss. Raises StoreError (one
-    line) when the directory cannot be used; no later failure leaves it: a miss and a count in
-    report_status.
+    Lookups are answered at once (the index is in memory), but for a model's first, which may wait
+    for the weights' digest. Stores and loads run on the store's native threads, verified on every
+    read; two Python threads wait for them and signal LMCache. There are no locks: a chunk recycled
+    between lookup and load is a miss. Raises StoreError (one line) when the directory cannot be
+    used; no later failure leaves it: a miss and a count in report_status.
     """
 
     def __init__(self, config: KVOffloadL2AdapterConfig, l1_memory_desc: Any = None) -> None:
@@ -201,6 +213,7 @@ class KVOffloadL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._queues: dict[bool, queue.SimpleQueue[int | None]] = {
             load: queue.SimpleQueue() for load in (False, True)
         }
+        self._lookups = ThreadPoolExecutor(1, thread_name_prefix="kvoffload-lookups")
         self._threads = [
             threading.Thread(target=self._await, args=(q,), name=f"kvoffload-{n}", daemon=True)
             for n, q in zip(("stores", "loads"), self._queues.values(), strict=True)
@@ -227,13 +240,24 @@ class KVOffloadL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
     ) -> int:
         """Which keys are held for these layouts. Nothing is locked."""
-        found = Bitmap(len(keys))
-        self._look_up(keys, group_layout_descs, found)
         task = self._number()
+        wait_s = self.names.worth_waiting(keys[0].model_name) if keys else 0.0
+        if wait_s:
+            self._lookups.submit(self._answer, task, keys, group_layout_descs, wait_s)
+        else:
+            self._answer(task, keys, group_layout_descs, 0.0)
+        return task
+
+    def _answer(
+        self, task: int, keys: list[ObjectKey], descs: Mapping[int, Any], wait_s: float
+    ) -> None:
+        if wait_s:
+            self.names.wait(keys[0].model_name, wait_s)
+        found = Bitmap(len(keys))
+        self._look_up(keys, descs, found)
         with self._lock:
             self._found[task] = found
         self._efds[1].notify()
-        return task
 
     @guarded(lambda self, *args: None)
     def _look_up(self, keys: list[ObjectKey], descs: Mapping[int, Any], found: Bitmap) -> None:
@@ -417,6 +441,7 @@ class KVOffloadL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def close(self) -> None:
         """Flush (bounded by 5 s) and close; tasks under way are reported. Idempotent."""
         self.names.close()
+        self._lookups.shutdown(wait=True)
         self._store.close(_CLOSE_MS)
         self._collect()
         for tasks in self._queues.values():

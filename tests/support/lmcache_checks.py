@@ -28,6 +28,7 @@ from lmcache.v1.distributed.l2_adapters.config import (
 from lmcache.v1.memory_management import MemoryObjMetadata, TensorMemoryObj
 from lmcache.v1.platform import consume_fd
 
+from kvoffload.engines import lmcache
 from kvoffload.engines.lmcache import KVOffloadL2Adapter
 
 SHAPE = (2, 64, 96)
@@ -198,9 +199,8 @@ def test_weights_name_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def life(what: str, put: bool = False) -> None:
         made = build(tmp_path / "store", namespace=None)
         keys = [key(n, model_name=folder) for n in range(3)]
-        held(made, keys)
-        made.names.wait(folder, 20)
         if put:
+            assert held(made, keys) == []
             assert store(made, keys, OBJECTS[:3]).is_successful()
         seen[what] = held(made, keys)
         made.close()
@@ -221,11 +221,30 @@ def test_weights_name_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
 
 
+def test_unknown_weights_delay_first_lookups_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lmcache, "FIRST_WAIT_S", 0.2)
+    hold = threading.Event()
+    monkeypatch.setattr(lmcache, "_model_files", lambda model: hold.wait(20) and [])
+    made = build(tmp_path, namespace=None)
+    try:
+        took = []
+        for _ in range(3):
+            began = time.monotonic()
+            assert held(made, KEYS) == []
+            took.append(time.monotonic() - began)
+        assert 0.15 < took[0] < 5 and max(took[1:]) < 0.15, took
+        assert not store(made, KEYS, OBJECTS).is_successful()
+    finally:
+        hold.set()
+        made.close()
+
+
 def test_a_hub_name_needs_a_namespace(tmp_path: Path) -> None:
     made = build(tmp_path, namespace=None)
     try:
-        held(made, KEYS)
-        made.names.wait(MODEL, 20)
+        assert held(made, KEYS) == []
         assert not store(made, KEYS, OBJECTS).is_successful()
         assert held(made, KEYS) == [] and load(made, KEYS, [obj(None) for _ in KEYS]) == []
         assert "set namespace" in made.names._digests[MODEL].result().reason

@@ -33,7 +33,7 @@ from vllm.v1.kv_offload.tiering.manager import (
     TieringOffloadingManager,
 )
 
-from kvoffload.engines.vllm import native_settings, native_tier
+from kvoffload.engines.vllm import compat, native_settings, native_tier
 from kvoffload.engines.vllm.native_tier import KVOffloadTier
 from kvoffload.errors import ConfigError, UnsupportedError
 
@@ -252,6 +252,40 @@ def test_reset_waits_and_hides(bench: Bench) -> None:
     assert bench.held(KEYS) == []
 
 
+def test_weights_changed_in_place(bench: Bench) -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    calls: list[Any] = []
+    core = SimpleNamespace(
+        model_executor=SimpleNamespace(collective_rpc=lambda *a: calls.append(a))
+    )
+
+    def during(method: Any) -> list[int]:
+        """Hits while the workers run ``method``, and after it."""
+        assert bench.store([key(len(calls) + 100)]).success
+        held = []
+        core.model_executor.collective_rpc = lambda *a: held.append(
+            len(bench.held([key(len(calls) + 100)]))
+        )
+        EngineCore.collective_rpc(core, method, None, (), {})
+        held.append(len(bench.held([key(len(calls) + 100)])))
+        calls.append(method)
+        return held
+
+    assert during("compute_weight_checksums") == [1, 1]
+    assert during("profile") == [1, 1]
+    assert during("reload_weights") == [0, 0]
+    assert during("update_weights") == [0, 0]
+    assert during(lambda worker: None) == [0, 0]
+
+    def stored_meanwhile(*_: Any) -> None:
+        assert bench.store([key(7)]).success
+
+    core.model_executor.collective_rpc = stored_meanwhile
+    EngineCore.collective_rpc(core, "update_weights")
+    assert bench.held([key(7)]) == []  # of neither the old weights nor the new
+
+
 def test_our_failures_are_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hooks = ("lookup", "submit_store", "submit_load", "get_finished_jobs", "on_new_request")
     monkeypatch.setenv("KVOFFLOAD_TEST_FAULTS", json.dumps({f"tier.{h}": 1 for h in hooks}))
@@ -359,12 +393,17 @@ def test_bad_settings(tier: dict[str, Any], line: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_lora_is_refused_and_others_are_let_alone() -> None:
+def test_lora_is_refused_and_others_are_let_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     native_settings.check_native_tiers(engine(nvme_path="/x", nvme_gib=1, locality="LOCAL"))
     with pytest.raises(UnsupportedError, match="--enable-lora is not supported by KVOffloadTier"):
         native_settings.check_native_tiers(engine(object(), nvme_path="/x"))
     native_settings.check_native_tiers(engine(object(), module_path="another.module"))
     native_settings.check_native_tiers(SimpleNamespace(kv_transfer_config=None))
+    with monkeypatch.context() as old:
+        old.setattr(compat, "vllm_version", lambda: (0, 26, 0))
+        native_settings.check_native_tiers(engine(module_path="another.module"))
+        with pytest.raises(UnsupportedError, match=r"needs vLLM 0\.30 or newer, not 0\.26\.0"):
+            native_settings.check_native_tiers(engine(nvme_path="/x"))
     multi = engine(nvme_path="x")
     child = {
         "kv_connector": "OffloadingConnector",

@@ -34,6 +34,7 @@ from kvoffload.engines.vllm.native_settings import (
     check_engine,
     engine_being_built,
     tier_config,
+    watch_weights,
 )
 from kvoffload.errors import StoreError
 from kvoffload.tiers.nvme import SegmentStore, open_segment_store
@@ -111,6 +112,7 @@ class KVOffloadTier(SecondaryTierManager):
         self._unreadable: dict[str, set[OffloadKey]] = {}
         self._late = False
         self._store = _open(config)
+        self._unwatch = watch_weights(names.new_epoch)
 
     # -- requests
 
@@ -207,7 +209,7 @@ class KVOffloadTier(SecondaryTierManager):
     def drain_jobs(self) -> None:
         """Block until no I/O touches vLLM's pool, then hide what was stored so far.
 
-        vLLM calls this when its cache is reset, which is what follows a change of weights in place.
+        vLLM calls this when its cache is reset, after which nobody expects old hits.
         """
         if self._store is not None:
             for job in list(self._jobs):
@@ -219,6 +221,7 @@ class KVOffloadTier(SecondaryTierManager):
 
     def shutdown(self) -> None:
         """Flush (bounded) and close. BufferError where I/O hangs: vLLM then keeps its pool."""
+        self._unwatch()
         self._names.close()
         store, self._store = self._store, None
         if store is not None:
