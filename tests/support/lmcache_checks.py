@@ -28,7 +28,7 @@ from lmcache.v1.distributed.l2_adapters.config import (
 from lmcache.v1.memory_management import MemoryObjMetadata, TensorMemoryObj
 from lmcache.v1.platform import consume_fd
 
-from kvoffload.engines import lmcache
+from kvoffload.engines import lmcache_names
 from kvoffload.engines.lmcache import KVOffloadL2Adapter
 
 SHAPE = (2, 64, 96)
@@ -224,9 +224,9 @@ def test_weights_name_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_unknown_weights_delay_first_lookups_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lmcache, "FIRST_WAIT_S", 0.2)
+    monkeypatch.setattr(lmcache_names, "FIRST_WAIT_S", 0.2)
     hold = threading.Event()
-    monkeypatch.setattr(lmcache, "_model_files", lambda model: hold.wait(20) and [])
+    monkeypatch.setattr(lmcache_names, "_model_files", lambda model: hold.wait(20) and [])
     made = build(tmp_path, namespace=None)
     try:
         took = []
@@ -250,6 +250,16 @@ def test_a_hub_name_needs_a_namespace(tmp_path: Path) -> None:
         assert "set namespace" in made.names._digests[MODEL].result().reason
     finally:
         made.close()
+
+
+def test_other_shapes_than_looked_up_are_said(adapter: Any) -> None:
+    """What a serde does: it is stored, never found, and one line says why."""
+    assert held(adapter, KEYS) == []
+    assert store(adapter, KEYS[:1], OBJECTS[:1]).is_successful()
+    assert not adapter._odd_layout_said
+    assert store(adapter, [KEYS[1]], [obj(1, torch.bfloat16)]).is_successful()
+    assert adapter._odd_layout_said
+    assert held(adapter, KEYS) == [0]
 
 
 def test_delete(adapter: Any) -> None:

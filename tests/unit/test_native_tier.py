@@ -360,7 +360,9 @@ def test_under_vllms_manager(tmp_path: Path) -> None:
     manager.complete_load(KEYS[:3], ctx)
     manager.on_request_finished(ctx)
     manager.reset_cache()
+    pool = region.mmap_obj
     manager.shutdown()
+    assert pool is not None and pool.closed  # we kept no view of it
 
 
 # -- settings ------------------------------------------------------------------------------------
