@@ -236,6 +236,7 @@ class SegmentStore:
         io_engine: str = "auto",
     ) -> None:
         """Open or create. ``segment_bytes`` 0: 256 MiB, less where ``max_bytes`` is small.
+        ``io_engine``: "uring", "threads", or "auto": io_uring where this process can have it.
         Raises OSError whose message is one clear line naming the path (wrong owner or mode, foreign or
         newer format, symlink, read-only file system, no space)."""
     # -- arena slots (the connector's path): no staging copy; the slot is the I/O buffer

@@ -126,12 +126,15 @@ class Store:
         """Store payloads together (they will lie together) and wait until they are written.
 
         OK means a later ``get`` finds it, and after at most 10 ms more (or ``flush``) also after a
-        kill. Outcomes: OK, NO_SPACE, IO_ERROR, DROPPED (queue full, or no answer in time).
+        kill. Outcomes: OK, NO_SPACE, IO_ERROR, DROPPED (queue full, or no answer in time). A
+        writable buffer is copied first: after DROPPED it may still be written to disk, and must then
+        hold what its checksum was computed from.
         """
         keys, payloads = [], []
         for key, payload in items:
             keys.append(_checked(key))
-            payloads.append(memoryview(payload))
+            view = memoryview(payload)
+            payloads.append(view if view.readonly else memoryview(bytes(view)))
         packed, space = b"".join(keys), namespace & 0xFFFFFFFF
         return self.submit(len(keys), lambda native, job: native.put(job, packed, payloads, space))
 

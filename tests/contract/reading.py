@@ -19,6 +19,9 @@ RUNNER_V2 = "vllm.v1.worker.gpu.kv_connector"
 SCHEDULER = "vllm.v1.core.sched.scheduler"
 HASHING = "vllm.v1.core.kv_cache_utils"
 LAYOUTS = "vllm.v1.kv_cache_layout"
+TIERING = "vllm.v1.kv_offload.tiering.base"
+CORE = "vllm.v1.engine.core"
+TIER_FACTORY = "vllm.v1.kv_offload.tiering.factory"
 
 #: Hooks that exist only from this version on; before, vLLM never calls them.
 HOOKS_SINCE = {
@@ -34,6 +37,8 @@ IMPORTS_SINCE = {
     ("vllm.v1.metrics.cache_hit_source", "CacheHitSource"): (0, 32),
     (BASE, "KVConnectorTransferResults"): (0, 30),
 }
+#: Files of ours that are imported from this version on only.
+FILES_SINCE = {"native_tier.py": (0, 30)}
 #: What ``compat`` makes up for, or calls by another name, in older versions.
 FIELDS_SINCE = {
     "has_sync_kv_loads": (0, 30),
@@ -260,6 +265,39 @@ def check_abstract(source: Source, hooks: dict[str, Function]) -> list[str]:
     return problems
 
 
+def check_tier(source: Source) -> list[str]:
+    """KVOffloadTier against vLLM's tier contract, and what native_settings wraps."""
+    if source.minor < FILES_SINCE["native_tier.py"]:
+        return []
+    tier = adapter_modules()["native_tier.py"].methods("KVOffloadTier")
+    base = source.need(TIERING).methods("SecondaryTierManager")
+    problems = []
+    for name, method in base.items():
+        marks = {getattr(d, "id", getattr(d, "attr", "")) for d in method.decorator_list}
+        if "abstractmethod" in marks and name not in tier:
+            problems.append(f"abstract SecondaryTierManager.{name} is not implemented")
+        if name in tier and name != "__init__":
+            reason = Parameters.of(tier[name]).accepts_calls_for(Parameters.of(method))
+            if reason:
+                problems.append(f"SecondaryTierManager.{name}: {reason}")
+    missing = {"job_id", "success", "successful_keys", "transfer_time"}
+    missing -= set(source.need(TIERING).fields("JobResult"))
+    missing |= {"job_id", "keys", "chunk_ids", "is_promotion", "req_context"} - set(
+        source.need(TIERING).fields("TransferJob")
+    )
+    problems += [f"JobResult or TransferJob has no {name}" for name in sorted(missing)]
+    if 'get("module_path")' not in source.text(TIER_FACTORY):
+        problems.append("secondary_tiers takes no module_path")
+    create = source.need(FACTORY).methods("KVConnectorFactory").get("create_connector")
+    wanted = ("config", "role", "kv_cache_config")
+    if create is None or Parameters.of(create).positional[-3:] != wanted:
+        problems.append("KVConnectorFactory.create_connector changed")
+    rpc = source.need(CORE).methods("EngineCore").get("collective_rpc")
+    if rpc is None or Parameters.of(rpc).positional[0] != "method":
+        problems.append("EngineCore.collective_rpc changed")
+    return problems
+
+
 def check_constructor(source: Source) -> list[str]:
     """(vllm_config, role, kv_cache_config), called by position, and both roles exist."""
     module = source.need(BASE)
@@ -280,6 +318,8 @@ def check_imports(source: Source, imports: set[Imported]) -> list[str]:
     for item in sorted(imports, key=lambda i: (i.module, i.name, i.file)):
         since = IMPORTS_SINCE.get((item.module, item.name), (0, 0))
         if source.minor < since and not item.eager:
+            continue
+        if source.minor < FILES_SINCE.get(item.file, (0, 0)):
             continue
         if source.module(item.module) is None:
             problems.append(f"{item.file}: no module {item.module}")

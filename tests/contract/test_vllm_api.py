@@ -91,6 +91,7 @@ CHECKS: dict[str, Callable[[Source], list[str]]] = {
     "loaders": reading.check_loaders,
     "stats": reading.check_stats,
     "layout and sleep": reading.check_layout_and_sleep,
+    "tier": reading.check_tier,
 }
 
 
@@ -139,6 +140,12 @@ MUTATIONS = [
     ("hashing", reading.HASHING, "    parent_block_hash: BlockHash | None,", "    parent: BlockHash | None,"),
     ("loaders", "vllm.model_executor.model_loader", '"hf": DefaultModelLoader', '"hf": RunaiModelStreamerLoader'),
     ("stats", reading.METRICS, "def aggregate(self, other", "def fold(self, other"),
+    ("tier", reading.TIERING, "def drain_jobs(self)", "def drain_all_jobs(self)"),
+    ("tier", reading.TIERING, "    successful_keys:", "    good_keys:"),
+    ("tier", reading.TIERING, "    def shutdown(self)", "    @abstractmethod\n    def brand_new(self): ...\n\n    def shutdown(self)"),
+    ("tier", reading.CORE, "    def collective_rpc(", "    def all_workers("),
+    ("tier", reading.TIER_FACTORY, 'get("module_path")', 'get("module")'),
+    ("tier", reading.FACTORY, "        role: KVConnectorRole,\n        kv_cache_config", "        kind: KVConnectorRole,\n        kv_cache_config"),
     ("layout and sleep", reading.LAYOUTS, "BLHNC = (1, 0, 2, 3, 4)", "BLHNC = (0, 1, 2, 3, 4)"),
 ]  # fmt: skip
 

@@ -96,6 +96,7 @@ class EngineLife:
     ``kv_transfer_config``: dict as for ``--kv-transfer-config``, or None for plain vLLM.
     ``engine_args``: fields of vLLM's AsyncEngineArgs, over defaults made for the tiny test models.
     ``env``: added to the child's environment; a value of None removes the variable.
+    ``python``: interpreter of another environment that has vLLM (default: this one).
     ``workdir``: holds the log, and is the child's working directory (default: a new temporary directory,
     removed at the end unless something failed).
     """
@@ -108,6 +109,7 @@ class EngineLife:
         env: dict[str, str | None] | None = None,
         workdir: Path | None = None,
         startup_timeout: float = 300.0,
+        python: Path | None = None,
     ) -> None:
         args = _DEFAULT_ARGS | {"model": str(model)} | (engine_args or {})
         if kv_transfer_config is not None:
@@ -125,6 +127,7 @@ class EngineLife:
         ):  # vLLM leaves sockets there; their paths are limited to 107
             self._env["TMPDIR"] = str(self.workdir)
         self._timeout = startup_timeout
+        self._python = python or Path(sys.executable)
         self._ids = itertools.count(1)
         self._inboxes: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}
         self._lock = threading.Lock()  # guards writes to the socket
@@ -152,7 +155,7 @@ class EngineLife:
         ours, theirs = socket.socketpair()
         with self.log_path.open("wb") as log:
             self._proc = subprocess.Popen(
-                [sys.executable, str(_CHILD), str(theirs.fileno())],
+                [str(self._python), str(_CHILD), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -17,6 +17,7 @@ from kvoffload._core import Arena, SegmentStore, io_uring_problem
 from kvoffload.cli import doctor
 from kvoffload.config import Config
 from kvoffload.store import open_store
+from kvoffload.tiers.nvme import open_segment_store
 from kvoffload.types import StoreResult
 
 MIB = 1 << 20
@@ -93,6 +94,14 @@ def test_which_one_runs(tmp_path: Path, asked: Any) -> None:
     # What one engine wrote the other reads.
     with open_store(tmp_path / "s", io_engine="threads") as store:
         assert store.get(bytes(16)) == b"payload"
+
+
+def test_the_tier_opens_the_engine_it_is_told(tmp_path: Path) -> None:
+    store = open_segment_store(tmp_path, max_bytes=64 << 20, io_engine="threads")
+    assert store.io_engine == "threads"
+    store.close()
+    with pytest.raises(ValueError, match="io_engine"):
+        open_segment_store(tmp_path, io_engine="aio")  # type: ignore[arg-type]
 
 
 def test_unknown_engine(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kvoffload.config import Config
-from kvoffload.engines.vllm import compat
+from kvoffload.engines.vllm import compat, native_settings
 from kvoffload.errors import ConfigError, OffloadError, UnsupportedError
 
 CONNECTOR = "KVOffloadConnector"
@@ -70,7 +70,7 @@ def register() -> None:
     with _lock:
         if _loaded_after_ns is None:
             _loaded_after_ns = time.time_ns()
-        for step in (_register_connector, _wrap_config):
+        for step in (_register_connector, _wrap_config, native_settings.wrap_factory):
             try:
                 step()
             except Exception:
@@ -162,12 +162,13 @@ def _names_us(vllm_config: Any) -> bool:
 
 
 def prepare(vllm_config: Any) -> None:
-    """Check and complete a VllmConfig that names our connector; does nothing for any other.
+    """Check and complete a VllmConfig that names our connector or tier; nothing for any other.
 
     Raises StartupError (one line). An error of this function itself is logged, never raised.
     """
     try:
         transfer = getattr(vllm_config, "kv_transfer_config", None)
+        native_settings.check_native_tiers(vllm_config)
         if transfer is None or not (extras := list(our_configs(transfer))):
             return
         _check_all(vllm_config, transfer, extras)

@@ -33,6 +33,7 @@ def open_segment_store(
     ``max_bytes`` bounds everything under the path, other processes' directories included; None:
     what the store was created with, at creation half of the free space. ``segment_bytes`` None:
     256 MiB, less where ``max_bytes`` is small. ``direct`` False: through the page cache.
+    ``io_engine``: "uring" (StoreError where this process cannot have it), "threads", or "auto".
     Raises StoreError (one line naming the path) and ValueError for numbers out of range.
     """
     try:
