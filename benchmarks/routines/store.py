@@ -2,7 +2,7 @@
 
 Three parts, all systems interleaved in each:
 
-pairs   one put of many chunks and one request that restores as many, cold: the chunks of one prompt
+pairs   one put of many chunks, one request that restores as many, cold: the chunks of one prompt
         as they were put, and chunks from anywhere. Space is written once before: puts are those of
         a store that is full. Ratios are per round, with a bootstrap interval.
 load    single puts while 16 gets are in flight: what a put waits for.
@@ -10,7 +10,7 @@ cases   one chunk per job at several sizes and depths.
 
 ``kvoffload`` works on arena slots (as the connector does) with the engine ``io_engine=auto`` picks,
 ``kvoffload_threads`` with pread/pwrite threads, ``kvoffload_buffers`` on plain buffers (what
-``open_store`` does: hashing and a copy are in its puts). The limit is O_DIRECT through io_uring in a
+``open_store`` does: hashing and a copy are in its puts). The limit is O_DIRECT through io_uring, a
 native loop at the depth of the store's ring. All bytes read are checked, outside of the timing.
 """
 
@@ -21,7 +21,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ LOAD_DEPTH = 16
 PER_PUT = 16  # chunks of one put: what a step of prefill completes
 OURS = ("kvoffload", "kvoffload_threads", "kvoffload_buffers")
 PEERS = ("vllm_fs", "lmcache")
+QUICK_SYSTEMS = ("native", "kvoffload")  # LMCache takes half a minute to start
 LIMIT = "limit"
 
 
@@ -61,10 +62,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 class Systems:
     """What can run here; ``skipped`` says why the others cannot."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, asked: list[str]) -> None:
         self.scratch = scratch
-        self.skipped: dict[str, str] = {}
-        self.io_engine: dict[str, str] = {}
+        wanted = {"native": "vllm_fs", "lmcache": "lmcache"}
+        self.skipped = {b: f"{a} is not in --systems" for a, b in wanted.items() if a not in asked}
+        self.backend: dict[str, str] = {}  # what a system turned out to run on
+        self._lmcache: Lmcache | None = None
         try:
             self._raw = build(scratch)
         except Skip as error:
@@ -74,12 +77,7 @@ class Systems:
         if name == LIMIT:
             return Raw(self._raw, where, rows, size, held)
         if name == "lmcache":
-            if not LMCACHE_PYTHON.exists():
-                raise Skip("no .venv-lmcache: run scripts/setup_lmcache.sh")
-            try:
-                return Lmcache(LMCACHE_PYTHON, where, rows, size, held)
-            except RuntimeError as error:
-                raise Skip(str(error)) from error
+            return self._open_lmcache(where, rows, size, held)
         if name == "vllm_fs":
             try:
                 fs = VllmFs(where, rows, size)
@@ -88,8 +86,27 @@ class Systems:
             return Driver(fs, fs.ring)
         kind = "threads" if name == "kvoffload_threads" else "auto"
         ours = Kvoffload(where, rows, size, held, kind, name != "kvoffload_buffers")
-        self.io_engine[name] = ours.io_engine
-        return Driver(ours, ours.ring)
+        self.backend[name] = ours.io_engine
+        driver = Driver(ours, ours.ring)
+        driver.age(ours.room + rows)  # from here on puts take recycled segments
+        return driver
+
+    def _open_lmcache(self, where: Path, rows: int, size: int, held: int) -> Lmcache:
+        if not LMCACHE_PYTHON.exists():
+            raise Skip("no .venv-lmcache: run scripts/setup_lmcache.sh")
+        if self._lmcache is None:
+            self._lmcache = Lmcache(LMCACHE_PYTHON, self.scratch / "lmcache.log")
+        try:
+            opened = self._lmcache.open(where, rows, size, held)
+        except RuntimeError as error:
+            raise Skip(str(error)) from error
+        self.backend["lmcache"] = opened.backend
+        return opened
+
+    def close(self) -> None:
+        """Ends what outlives one part."""
+        if self._lmcache is not None:
+            self._lmcache.stop()
 
     @contextmanager
     def open(self, names: list[str], rows: int, size: int, held: int) -> Iterator[dict[str, Any]]:
@@ -125,13 +142,13 @@ class Window:
             system.forget(list(old))
         return chunks
 
-    def any(self, rng: random.Random, count: int, but_last: int = 0) -> list[int]:
-        """Some that are held, in no order; none of the ``but_last`` newest."""
-        return rng.sample(range(max(0, self.next - self.held), self.next - but_last), count)
+    def any(self, rng: random.Random, count: int) -> list[int]:
+        """Some that are held, in no order."""
+        return rng.sample(range(max(0, self.next - self.held), self.next), count)
 
-    def age(self, rows: int) -> None:
-        """Writes more than every system's space, untimed: from here on puts take recycled space."""
-        goal = self.next + 2 * self.held + rows
+    def fill(self, rows: int) -> None:
+        """As many chunks as are held, untimed."""
+        goal = self.next + self.held
         while self.next < goal:
             chunks = self.take(min(rows, goal - self.next))
             for system in self.systems.values():
@@ -166,13 +183,14 @@ def pairs(
 def beside_load(
     systems: dict[str, Any], window: Window, puts: int, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Per system: milliseconds of single puts while 16 gets are in flight."""
+    """Per system: milliseconds of single puts while 16 gets are in flight, 100 in a row."""
     out: dict[str, list[float]] = {name: [] for name in systems}
-    rng = random.Random(3)
-    for turn in range(4):
-        say(f"single puts beside a load, {turn + 1} of 4")
-        chunks = window.take(-(-puts // 4))
-        held = window.any(rng, min(window.held // 2, 64), len(chunks))
+    # What is read stays held until the last put: a system that is slow puts fewer than it could.
+    newest = range(window.next - (window.held - puts), window.next)
+    held = random.Random(3).sample(newest, min(len(newest), 64))
+    for at in range(0, puts, 100):
+        say(f"{puts - at} single puts beside a load to go")
+        chunks = window.take(min(100, puts - at))
         for name, system in systems.items():
             out[name] += system.beside_load(chunks, held, LOAD_DEPTH).ms
     return out
@@ -300,7 +318,7 @@ def _pairs_of(
     say("making room")
     with systems.open([LIMIT, *OURS, *PEERS], rows, size, held) as opened:
         window = Window(opened, held)
-        window.age(count)
+        window.fill(count)
         found = pairs(opened, window, count, rounds, say)
         waits = beside_load(opened, window, puts, say) if puts else {}
     return found, waits
@@ -320,7 +338,7 @@ def _cases(systems: Systems, options: argparse.Namespace, context: Context) -> l
             context.progress(f"{size >> 10} KiB, depth {depth}")
             with systems.open(names, rows, size, count + rows) as opened:
                 window = Window(opened, count + rows)
-                window.age(rows)
+                window.fill(rows)
                 found = one_case(opened, depth, window, count, options.repeats)
             for name, samples in found.items():
                 head = {"size": size, "depth": depth, "engine": name, "chunks": count}
@@ -333,23 +351,25 @@ def run(context: Context, options: argparse.Namespace) -> Json:
     count, small = RESTORE_CHUNKS, 1024
     if options.quick:
         options.sizes_kib, options.total_mib, options.repeats = "1024", 16, 1
-        options.pairs, options.single_puts, count, small = 3, 40, 16, 64
+        options.pairs, options.single_puts, count, small = 3, 24, 16, 64
     context.page_cache = drop_page_cache(context.scratch)
-    systems = Systems(context.scratch)
-    large, waits = _pairs_of(systems, MIB, count, options.pairs, options.single_puts, context)
-    tiny, _ = _pairs_of(systems, 64 << 10, small, options.pairs, 0, context)
-    cases = _cases(systems, options, context)
+    systems = Systems(context.scratch, context.systems)
+    with closing(systems):
+        large, waits = _pairs_of(systems, MIB, count, options.pairs, options.single_puts, context)
+        tiny, _ = _pairs_of(systems, 64 << 10, small, options.pairs, 0, context)
+        cases = _cases(systems, options, context)
     sums = checksum_cost(MIB, 3 if options.quick else 15)
     figures = _systems(_compared(large), cases, waits, sums)
     limit = figures.pop(LIMIT, None)
-    out: Json = {"limit": {"skipped": systems.skipped[LIMIT]}}
-    if limit is not None:
-        ends = {"read_gbps": limit["restore_gbps"], "write_gbps": limit["put_gbps"]}
-        out["limit"] = ends | limit
+    if limit is None:
+        limit = {"skipped": systems.skipped[LIMIT]}
+    else:
+        limit |= {"read_gbps": limit["restore_gbps"], "write_gbps": limit["put_gbps"]}
+    out: Json = {"limit": limit}
     why = {name: {"skipped": text} for name, text in systems.skipped.items() if name != LIMIT}
     out |= {"systems": figures | why, "small": _compared(tiny), "cases": cases}
     config = {"restore_chunks": count, "small_chunks": small, "load_depth": LOAD_DEPTH}
-    return out | {"config": config | {"chunks_per_put": PER_PUT, "io_engine": systems.io_engine}}
+    return out | {"config": config | {"chunks_per_put": PER_PUT, "backend": systems.backend}}
 
 
 def _row(name: str, size: int, what: str, figures: Json) -> list[str]:

@@ -8,7 +8,6 @@ import hashlib
 import mmap
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -41,10 +40,10 @@ class Kvoffload:
         nbytes = -(-rows * size // (2 * MIB)) * 2 * MIB
         self._arena = _core.Arena.create(nbytes, rows, 1)
         self.ring = Ring(self._arena.view(0, nbytes), rows, size)
-        # Room for what is asked for again and for what is put next; all of it is written once
-        # before anything is measured, so that puts go to recycled segments.
+        # Several segments more than what is asked for again: they are recycled whole.
+        self.room = 4 * held  # chunks
         self._store = _core.SegmentStore(
-            str(where), max_bytes=held * size * 2, threads=4, io_engine=io_engine
+            str(where), max_bytes=self.room * size, threads=4, io_engine=io_engine
         )
         self.io_engine = self._store.io_engine
         self._slots = slots
@@ -84,7 +83,6 @@ class Kvoffload:
     def next_done(self) -> tuple[int, bool]:
         until = time.monotonic() + WAIT_MS / 1e3
         while not self._done:
-            # Any job may be the next; those that wait are few and short.
             if len(self._open) == 1:
                 self._store.wait(self._open[0], WAIT_MS)
             for item in self._store.poll():
@@ -93,14 +91,11 @@ class Kvoffload:
             if not self._done:
                 if time.monotonic() > until:
                     raise TimeoutError("the store finished no job in a minute")
-                self._store.wait(self._open[0], 1)
+                time.sleep(50e-6)  # any job may be the next: as vLLM's tier is polled
         return self._done.pop()
 
     def forget(self, chunks: list[int]) -> None:
         """It recycles its oldest segments."""
-
-    def stats(self) -> dict[str, Any]:
-        return dict(self._store.stats())
 
     def close(self) -> None:
         self._store.close()

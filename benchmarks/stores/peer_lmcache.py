@@ -1,7 +1,10 @@
-"""LMCache's raw-block disk backend (O_DIRECT, io_uring), driven alone in LMCache's own venv.
+"""LMCache's disk backends, driven alone in LMCache's own venv: the best that this venv has.
+
+That is raw_block (O_DIRECT, io_uring; a Rust extension of its own), else fs_native (O_DIRECT, a
+native thread pool, one file per chunk).
 
 ``Lmcache`` is the side in the benchmark's process: the same calls as ``Driver``, which runs in the
-child: ``python peer_lmcache.py FILE ROWS SIZE HELD``, commands and samples as JSON lines.
+child: ``python peer_lmcache.py``, commands and samples as JSON lines.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -32,28 +36,34 @@ HEADER, META = 4096, 16 * MIB
 
 
 class Lmcache:
-    """A child with the backend in it. Raises RuntimeError with the child's last words."""
+    """A child that has LMCache imported, and one open backend in it at a time.
 
-    def __init__(self, python: Path, path: Path, rows: int, size: int, held: int) -> None:
-        self._path = path
-        self._errors = path.with_suffix(".log")
-        command = [str(python), str(HERE / "peer_lmcache.py"), str(path), str(rows), str(size)]
-        with self._errors.open("w") as errors:
+    Raises RuntimeError with the child's last words.
+    """
+
+    def __init__(self, python: Path, log: Path) -> None:
+        self._log, self._folder, self.backend = log, log, ""
+        with log.open("w") as errors:
             self._child = subprocess.Popen(
-                [*command, str(held)],
+                [str(python), str(HERE / "peer_lmcache.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
             )
-        self._answer()
+
+    def open(self, folder: Path, rows: int, size: int, held: int) -> Lmcache:
+        """A fresh backend in ``folder``, which must not exist, with room for ``held`` chunks."""
+        self._folder = folder
+        self.backend = self._ask("open", str(folder), rows, size, held)
+        return self
 
     def _answer(self) -> Any:
         assert self._child.stdout is not None
         while line := self._child.stdout.readline():
             if line.startswith("@"):
                 return json.loads(line[1:])
-        said = self._errors.read_text(errors="replace").strip().splitlines()
+        said = self._log.read_text(errors="replace").strip().splitlines()
         raise RuntimeError(f"lmcache: {said[-1] if said else 'the child ended'}")
 
     def _ask(self, what: str, *values: Any) -> Any:
@@ -78,6 +88,12 @@ class Lmcache:
         self._ask("forget", chunks)
 
     def close(self) -> None:
+        """Closes the backend and removes its folder; the child stays."""
+        self._ask("close")
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def stop(self) -> None:
+        """Ends the child."""
         assert self._child.stdin is not None
         self._child.stdin.close()
         try:
@@ -85,41 +101,29 @@ class Lmcache:
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
-        self._path.unlink(missing_ok=True)
 
 
 # -- in the child ----------------------------------------------------------------------------
 
 
-class RawBlock:
-    """LMCache's raw_block adapter on one file, as an ``Engine``."""
+class L2Adapter:
+    """An LMCache L2 adapter as an ``Engine``; ``path``: a folder of its own."""
 
     def __init__(self, path: Path, rows: int, size: int, held: int) -> None:
         import mmap
 
-        import numpy as np
-        from lmcache.v1.distributed.internal_api import L1MemoryDesc
-        from lmcache.v1.distributed.l2_adapters import config, create_l2_adapter, factory
-
+        path.mkdir()
         self.ring = Ring(mmap.mmap(-1, rows * size), rows, size)
-        slot = size + HEADER
-        nbytes = META + slot * (2 * held + 2)
-        nbytes = -(-nbytes // HEADER) * HEADER
-        with path.open("wb") as file:  # written once, as the other systems' space is
-            noise = np.random.default_rng(1).integers(0, 256, 4 * MIB, dtype=np.uint8).tobytes()
-            file.write(bytes(META))
-            for at in range(META, nbytes, 4 * MIB):
-                file.write(noise[: nbytes - at])
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        factory.ensure_adapter_loaded("raw_block")
-        settings = {"type": "raw_block", "device_path": str(path), "slot_bytes": slot}
-        settings |= {"use_odirect": True, "meta_total_bytes": META, "io_engine": "io_uring"}
-        memory = L1MemoryDesc(ptr=self.ring.data.ctypes.data, size=rows * size, align_bytes=4096)
-        made = config.get_l2_adapter_config_class("raw_block").from_dict(settings)
-        self._adapter = create_l2_adapter(made, memory)
-        if hasattr(self._adapter, "set_backend_identity"):
-            self._adapter.set_backend_identity("raw_block")
+        try:
+            self._adapter = self._open("raw_block", self._block_file(path / "blocks", size, held))
+            self.backend = "raw_block"
+        except RuntimeError as error:
+            if "not installed" not in str(error):
+                raise
+            (path / "blocks").unlink()
+            settings = {"base_path": str(path), "num_workers": 4, "use_odirect": True}
+            self._adapter = self._open("fs_native", settings)
+            self.backend = "fs_native (raw_block: its Rust extension is not installed)"
         self._jobs: dict[tuple[str, int], tuple[int, list[Any], list[Any]]] = {}
         self._done: list[tuple[int, bool]] = []
         self._describe(rows, size)
@@ -132,6 +136,37 @@ class RawBlock:
         }
         for fd in self._events:
             self._poller.register(fd, select.POLLIN)
+
+    def _open(self, kind: str, settings: dict[str, Any]) -> Any:
+        from lmcache.v1.distributed.internal_api import L1MemoryDesc
+        from lmcache.v1.distributed.l2_adapters import config, create_l2_adapter, factory
+
+        factory.ensure_adapter_loaded(kind)
+        made = config.get_l2_adapter_config_class(kind).from_dict({"type": kind} | settings)
+        data = self.ring.data
+        memory = L1MemoryDesc(ptr=data.ctypes.data, size=data.nbytes, align_bytes=4096)
+        adapter = create_l2_adapter(made, memory)
+        if hasattr(adapter, "set_backend_identity"):
+            adapter.set_backend_identity(kind)
+        return adapter
+
+    @staticmethod
+    def _block_file(path: Path, size: int, held: int) -> dict[str, Any]:
+        """Settings of raw_block on a file with room for twice ``held`` chunks."""
+        import numpy as np
+
+        slot = size + HEADER
+        nbytes = META + slot * (2 * held + 2)
+        nbytes = -(-nbytes // HEADER) * HEADER
+        with path.open("wb") as file:  # written once, as the other systems' space is
+            noise = np.random.default_rng(1).integers(0, 256, 4 * MIB, dtype=np.uint8).tobytes()
+            file.write(bytes(META))
+            for at in range(META, nbytes, 4 * MIB):
+                file.write(noise[: nbytes - at])
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        settings = {"device_path": str(path), "slot_bytes": slot, "use_odirect": True}
+        return settings | {"meta_total_bytes": META, "io_engine": "io_uring"}
 
     def _describe(self, rows: int, size: int) -> None:
         import torch
@@ -214,19 +249,23 @@ class RawBlock:
         self._adapter.close()
 
 
-def serve(path: Path, rows: int, size: int, held: int) -> None:
-    """Commands from stdin until it ends."""
-    engine = RawBlock(path, rows, size, held)
-    driver = Driver(engine, engine.ring)
-    print("@null", flush=True)
+def serve() -> None:
+    """Commands from stdin until it ends; each is answered with one line."""
+    driver: Driver | None = None
     for line in sys.stdin:
         what, *values = json.loads(line)
-        sample = getattr(driver, what)(*values)
-        print("@" + json.dumps(asdict(sample) if sample else None), flush=True)
-    driver.close()
+        answer: Any = None
+        if what == "open":
+            folder, rows, size, held = values
+            engine = L2Adapter(Path(folder), rows, size, held)
+            driver, answer = Driver(engine, engine.ring), engine.backend
+        else:
+            sample = getattr(driver, what)(*values)
+            answer = asdict(sample) if sample else None
+        print("@" + json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
+    serve()
     sys.stdout.flush()
     os._exit(0)  # its threads do not all end

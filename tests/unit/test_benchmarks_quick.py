@@ -61,8 +61,14 @@ def test_store_keys(tmp_path: Path) -> None:
     ours = result["systems"]["kvoffload"]
     for key in ("put_gbps", "get_gbps", "restore_gbps", "put_vs_limit", "restore_vs_limit"):
         assert ours[key] > 0
+    assert ours["restore_vs_limit_lo"] <= ours["restore_vs_limit"] <= ours["restore_vs_limit_hi"]
     assert ours["put_ms"]["p50"] <= ours["put_ms"]["p99"]
+    assert ours["put_beside_load_ms"]["n"] == result["config"]["single_puts"]
+    assert ours["checksum_cpu_s_per_gb"] > 0
+    peer = result["systems"]["vllm_fs"]
+    assert "skipped" in peer or peer["restore_gbps"] > 0
     assert "skipped" in result["systems"]["lmcache"]  # said, not left out
+    assert result["small"]["kvoffload"]["restore_gbps"] > 0
     assert not list(tmp_path.iterdir()), "the temp dir was left behind"
 
 
