@@ -39,6 +39,7 @@ NAME = "store"
 MIB = 1 << 20
 RESTORE_CHUNKS = 256
 LOAD_DEPTH = 16
+MOST_CHUNKS = 1024  # of a case: more of the small ones say nothing new
 PER_PUT = 16  # chunks of one put: what a step of prefill completes
 OURS = ("kvoffload", "kvoffload_threads", "kvoffload_buffers")
 PEERS = ("vllm_fs", "lmcache")
@@ -50,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this routine."""
     parser.add_argument("--sizes-kib", default="64,1024,4096", help="chunk sizes of the cases")
     parser.add_argument("--depths", default="1,16")
-    parser.add_argument("--total-mib", type=int, default=256, help="bytes per case, at least")
+    parser.add_argument("--total-mib", type=int, default=256, help="bytes per case, at most")
     parser.add_argument("--repeats", type=int, default=3, help="of each case")
     parser.add_argument("--pairs", type=int, default=21, help="rounds of puts and restores")
     parser.add_argument("--single-puts", type=int, default=400, help="beside a load, per system")
@@ -332,7 +333,7 @@ def _cases(systems: Systems, options: argparse.Namespace, context: Context) -> l
     names, out = [LIMIT, "kvoffload", "kvoffload_threads", *PEERS], []
     for size in (int(s) << 10 for s in options.sizes_kib.split(",")):
         for depth in map(int, options.depths.split(",")):
-            count = max((options.total_mib << 20) // size, depth)
+            count = max(min((options.total_mib << 20) // size, MOST_CHUNKS), depth)
             restored = min(RESTORE_CHUNKS, count)
             rows = max(depth, restored)
             context.progress(f"{size >> 10} KiB, depth {depth}")
