@@ -15,6 +15,7 @@
 #include <fstream>
 
 #include "../errors.h"
+#include "../store_io.h"
 #include "fuzz_store.h"
 
 namespace fs = std::filesystem;

@@ -23,6 +23,7 @@
 
 namespace fs = std::filesystem;
 using namespace kvo::store;
+using store_test::key_of;
 using Clock = std::chrono::steady_clock;
 
 namespace {
@@ -35,14 +36,6 @@ struct Count {
     std::atomic<uint64_t> puts{0}, hits{0}, misses{0}, failed{0}, removed{0}, verified{0},
         slot_puts{0}, slot_hits{0}, moved{0}, neighbours{0}, cut_off{0}, lives{0}, recycled{0};
 };
-
-Key key_of(uint64_t i) {
-    Key k;
-    uint64_t a = (i + 1) * 0x9E3779B97F4A7C15ull, b = ~i * 0xC2B2AE3D27D4EB4Full;
-    std::memcpy(k.b, &a, 8);
-    std::memcpy(k.b + 8, &b, 8);
-    return k;
-}
 
 size_t bytes_of(uint64_t i) {
     return i >= kKeys ? kSlotBytes : 1 + i * 7919 % 40000;
@@ -65,11 +58,7 @@ bool right(uint64_t i, const uint8_t* data) {
 }
 
 StoreOptions options(const fs::path& p, const std::string& engine) {
-    StoreOptions o;
-    o.path = p.string();
-    o.max_bytes = 4 << 20;
-    o.segment_bytes = 256 << 10;
-    o.threads = 3;
+    StoreOptions o = store_test::options(p.string(), 4 << 20, 256 << 10, 3);
     o.queue_bytes = 1 << 20;  // small: some puts are dropped
     o.io_engine = engine;
     return o;
