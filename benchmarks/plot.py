@@ -1,7 +1,8 @@
 """Plots a result file as SVG beside it: ``python benchmarks/plot.py FILE.json [--out DIR]``.
 
 ``ttft``: bars of median TTFT per prompt length, system and place, min and max as whiskers.
-``serve``: TTFT percentiles per workload and system. ``replay``: hit rate over DRAM size, one line
+``serve``: TTFT percentiles per workload and system. ``store``: GB/s of puts and restores, what a
+put waits for beside a load, and the disk's limit. ``replay``: hit rate over DRAM size, one line
 per policy; several files of one trace may be given. Standard library only.
 """
 
@@ -18,6 +19,7 @@ from xml.sax.saxutils import escape
 
 Json = dict[str, Any]
 COLOURS = {"none": "#8c8c8c", "native": "#d98b2b", "lmcache": "#6a4fa3", "kvoffload": "#1f77b4"}
+COLOURS |= {"limit": "#8c8c8c", "vllm_fs": "#d98b2b"}
 SPARE = ("#2ca02c", "#d62728", "#8c564b", "#17becf", "#bcbd22")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 760, 340, 64, 40, 56
 
@@ -71,9 +73,12 @@ class Chart:
         self._parts.append(_text(x, HEIGHT - BOTTOM + 16, text, "middle"))
 
     def legend(self, names: list[str]) -> None:
+        step = min(130, (WIDTH - LEFT) / len(names))
         for i, name in enumerate(names):
-            x, y = LEFT + 130 * i, HEIGHT - 16
-            square = f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{_colour(name, i)}"/>'
+            x, y = LEFT + step * i, HEIGHT - 16
+            square = (
+                f'<rect x="{x:.0f}" y="{y - 9}" width="10" height="10" fill="{_colour(name, i)}"/>'
+            )
             self._parts += [square, _text(x + 16, y, name, "start")]
 
     def svg(self) -> str:
@@ -95,13 +100,18 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
     return f'<line {ends} stroke="{colour}"/>'
 
 
-def _bars(title: str, groups: dict[str, dict[str, Json]]) -> str:
-    """Grouped bars of ``{min, median, max}`` in ms, log scale."""
+def _bars(
+    title: str, groups: dict[str, dict[str, Json]], unit: str = "ms", log: bool = True
+) -> str:
+    """Grouped bars of ``{min, median, max}``: log scale, or linear from 0."""
     if not groups:
         raise ValueError("the result holds no figure to plot")
     values = [v[k] for g in groups.values() for v in g.values() for k in ("min", "max")]
     names = list(dict.fromkeys(name for g in groups.values() for name in g))
-    chart = Chart(title, "ms (log)", min(values) * 0.5, max(values) * 1.6, True)
+    if log:
+        chart = Chart(title, f"{unit} (log)", min(values) * 0.5, max(values) * 1.6, True)
+    else:
+        chart = Chart(title, unit, 0.0, max(values) * 1.1, False)
     slot = (WIDTH - LEFT - 24) / len(groups)
     width = slot * 0.8 / len(names)
     for i, (label, group) in enumerate(groups.items()):
@@ -109,7 +119,7 @@ def _bars(title: str, groups: dict[str, dict[str, Json]]) -> str:
         for j, name in enumerate(names):
             if name in group:
                 v, x = group[name], start + j * width
-                tip = f"{name}, {label}: median {v['median']} ms, {v['min']} to {v['max']}"
+                tip = f"{name}, {label}: median {v['median']} {unit}, {v['min']} to {v['max']}"
                 chart.bar(x, width * 0.9, v["median"], _colour(name, j), tip)
                 chart.whisker(x + width * 0.45, v["min"], v["max"])
         chart.label(start + slot * 0.4, label)
@@ -148,6 +158,30 @@ def plot_serve(result: Json) -> dict[str, str]:
     return out
 
 
+def plot_store(result: Json) -> dict[str, str]:
+    """GB/s at 1 MiB and 64 KiB (whiskers: slowest and fastest round); puts beside a load."""
+    out = {}
+    large = {"limit": result["limit"]} | result["systems"]
+    phases = {"put": "put", "restore": "restore", "scattered": "restore, scattered"}
+    for size, systems in (("1 MiB", large), ("64 KiB", result["small"])):
+        rates: dict[str, dict[str, Json]] = defaultdict(dict)
+        for system, figures in systems.items():
+            for key, label in phases.items():
+                if spread := figures.get(f"{key}_gbps_spread"):
+                    rates[label][system] = spread
+        name = f"store-{size.replace(' ', '').lower()}"
+        out[name] = _bars(f"Chunk store, {size} chunks", dict(rates), "GB/s", False)
+    waits: dict[str, dict[str, Json]] = defaultdict(dict)
+    for system, figures in large.items():
+        ms = figures.get("put_beside_load_ms") or {}
+        for p in ("p50", "p99"):
+            if p in ms:
+                ends = {"min": ms[f"{p}_lo"], "max": ms[f"{p}_hi"]}
+                waits[p][system] = {"median": ms[p]} | ends
+    out["store-put-beside-load"] = _bars("One put beside 16 gets in flight", dict(waits))
+    return out
+
+
 def plot_replay(results: list[Json]) -> dict[str, str]:
     """Token hit rate over DRAM size."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -169,8 +203,9 @@ def plots(results: list[Json]) -> dict[str, str]:
     routine = results[0]["routine"]
     if routine == "replay":
         return plot_replay(results)
-    if routine in ("ttft", "serve"):
-        return {"ttft": plot_ttft, "serve": plot_serve}[routine](results[0])
+    made = {"ttft": plot_ttft, "serve": plot_serve, "store": plot_store}
+    if routine in made:
+        return made[routine](results[0])
     raise ValueError(f"no plot for routine {routine!r}")
 
 

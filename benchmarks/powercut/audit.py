@@ -16,6 +16,7 @@ from powercut.load import Truth, open_small
 class Tally:
     """Sums over crash points. All but ``checked``, ``misses`` and ``corrupt`` must stay 0."""
 
+    engine: str = "threads"  # of the stores that are opened
     points: int = 0
     checked: int = 0  # chunks that came back, compared byte for byte
     misses: int = 0
@@ -41,7 +42,7 @@ def audit(path: Path, truth: Truth, tally: Tally, lossless: bool, go_on: int | N
     tally.points += 1
     start = time.perf_counter()
     try:
-        store = open_small(path)
+        store = open_small(path, tally.engine)
     except OSError:
         tally.refused += 1
         return
@@ -56,7 +57,7 @@ def audit(path: Path, truth: Truth, tally: Tally, lossless: bool, go_on: int | N
         native = store._native
         assert native is not None
         native._abandon()
-    with open_small(path) as store:
+    with open_small(path, tally.engine) as store:
         _compare(store, truth, tally, False)
 
 

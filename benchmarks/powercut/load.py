@@ -1,6 +1,6 @@
 """The crash campaign's workload: a stream of operations that its seed decides, and its child.
 
-    python load.py record|kill DIRECTORY SEED OPS
+    python load.py record|kill DIRECTORY SEED OPS threads|uring
 
 The parent generates the same stream, so it knows every value ever put without being told. Payloads
 are a function of key, seed and version; the version of a key grows with each delete, so one key has
@@ -88,15 +88,15 @@ class Truth:
                 values.add(payload_of(number, seed, version))
 
 
-def open_small(path: Path) -> Store:
-    """The store under test. Plain system calls only: the recorder does not see io_uring."""
-    engine = {"io_engine": "threads"} if hasattr(SegmentStore, "io_engine") else {}
-    return Store(SegmentStore(str(path), MAX_BYTES, SEGMENT_BYTES, threads=2, **engine))
+def open_small(path: Path, engine: str) -> Store:
+    """The store under test, with ``engine`` and no other."""
+    native = SegmentStore(str(path), MAX_BYTES, SEGMENT_BYTES, threads=2, io_engine=engine)
+    return Store(native)
 
 
-def run(path: Path, seed: int, count: int, announce: bool) -> None:
+def run(path: Path, seed: int, count: int, engine: str, announce: bool) -> None:
     """The first ``count`` operations (0: without end); each is announced before it starts."""
-    store = open_small(path)
+    store = open_small(path, engine)
     if announce:
         os.write(1, struct.pack("<I", 0))
     for index, op in enumerate(islice(ops(seed), count or None)):
@@ -122,11 +122,12 @@ def run(path: Path, seed: int, count: int, announce: bool) -> None:
             if op.kind == "kill" and native is not None:
                 native._abandon()
             store.close()
-            store = open_small(path)
+            store = open_small(path, engine)
     if random.Random(seed).random() < 0.5:
         store.close()
     os._exit(0)  # else as a kill would
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[1] == "kill")
+    _, mode, folder, number, steps, io_engine = sys.argv
+    run(Path(folder), int(number), int(steps), io_engine, mode == "kill")

@@ -2,7 +2,7 @@
 //
 // One mutex is held over the real call and its log entry, so the log is a true order of the calls.
 // Entry: {u32 op, i32 fd, u64 a, u64 b, u32 name bytes, u32 data bytes}, name, data. disk.py reads it.
-// Only calls that succeed are logged, with the bytes that went through. io_uring is not seen.
+// Only calls that succeed are logged, with the bytes that went through. io_uring: record_ring.c.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -19,7 +19,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { OPEN = 1, WRITE, TRUNCATE, EXTEND, SYNC, UNLINK, RENAME, MKDIR };
+enum { OPEN = 1, WRITE, TRUNCATE, EXTEND, SYNC, UNLINK, RENAME, MKDIR, SUBMIT, DONE };
 enum { MAX_FD = 4096 };
 struct entry {
     uint32_t op;
@@ -38,7 +38,8 @@ static size_t root_len;
 
 static void die(const char* what) {
     fprintf(stderr, "record: %s: %s\n", what, strerror(errno));
-    _exit(97);
+    REAL(_exit)(97);
+    __builtin_unreachable();
 }
 
 static int active(void) {
@@ -208,3 +209,12 @@ int renameat(int from, const char* old, int to, const char* fresh) {
            if (!r && named(from, old, path) && named(to, fresh, target))
                note_rename(path, target));
 }
+
+// Not between a call and its entry: what is on the disk then would not be in the log.
+void _exit(int status) {
+    if (active()) pthread_mutex_lock(&mu);
+    REAL(_exit)(status);
+    __builtin_unreachable();
+}
+
+#include "record_ring.c"

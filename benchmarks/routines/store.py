@@ -1,341 +1,418 @@
-"""``store``: the chunk store alone, beside raw O_DIRECT I/O and vLLM's file-system tier.
+"""``store``: the chunk store alone, beside the disk's limit, vLLM's fs tier and LMCache.
 
-``kvoffload`` takes the I/O engine that ``io_engine=auto`` picks, ``kvoffload_threads`` its
-pread/pwrite threads. Per size and depth every engine writes the same incompressible chunks, then
-reads them back in random order after the page cache was dropped; engines alternate within each
-repeat. ``restore`` is one request asking for many chunks at once. All bytes read are checked.
+Three parts, all systems interleaved in each:
+
+pairs   one put of many chunks, one request that restores as many, cold: the chunks of one prompt
+        as they were put, and chunks from anywhere. Space is written once before: puts are those of
+        a store that is full. Ratios are per round, with a bootstrap interval.
+load    single puts while 16 gets are in flight: what a put waits for.
+cases   one chunk per job at several sizes and depths.
+
+``kvoffload`` works on arena slots (as the connector does) with the engine ``io_engine=auto`` picks,
+``kvoffload_threads`` with pread/pwrite threads, ``kvoffload_buffers`` on plain buffers (what
+``open_store`` does: hashing and a copy are in its puts). The limit is O_DIRECT through io_uring, a
+native loop at the depth of the store's ring. All bytes read are checked, outside of the timing.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import hashlib
-import importlib.util
-import mmap
 import random
 import shutil
-import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from common import DirectFile, Json, Skip, cpu_seconds, drop_page_cache, quantile, summary
-from context import Context
+from common import Json, Skip, bootstrap, cpu_seconds, drop_page_cache, quantile, summary
+from context import Context, portable
+from stores.drive import Driver, Sample
+from stores.engines import Kvoffload, VllmFs, key_of
+from stores.peer_lmcache import Lmcache
+from stores.raw import Raw, build
+from systems import LMCACHE_PYTHON
 
 NAME = "store"
 MIB = 1 << 20
 RESTORE_CHUNKS = 256
-WAIT_MS = 60_000
+LOAD_DEPTH = 16
+MOST_CHUNKS = 1024  # of a case: more of the small ones say nothing new
+PER_PUT = 16  # chunks of one put: what a step of prefill completes
+OURS = ("kvoffload", "kvoffload_threads", "kvoffload_buffers")
+PEERS = ("vllm_fs", "lmcache")
+QUICK_SYSTEMS = ("native", "kvoffload")  # LMCache takes half a minute to start
+LIMIT = "limit"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this routine."""
-    parser.add_argument("--sizes-kib", default="64,1024,4096")
+    parser.add_argument("--sizes-kib", default="64,1024,4096", help="chunk sizes of the cases")
     parser.add_argument("--depths", default="1,16")
-    parser.add_argument("--total-mib", type=int, default=512, help="bytes per case, at least")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=4, help="I/O threads of each engine")
+    parser.add_argument("--total-mib", type=int, default=256, help="bytes per case, at most")
+    parser.add_argument("--repeats", type=int, default=3, help="of each case")
+    parser.add_argument("--pairs", type=int, default=21, help="rounds of puts and restores")
+    parser.add_argument("--single-puts", type=int, default=400, help="beside a load, per system")
 
 
-class Engine(Protocol):
-    """One way to keep chunks. Buffers are page-aligned and of the chunk's size."""
-
-    def start(self, job: int, chunks: list[int], rows: list[int], write: bool) -> None: ...
-    def next_done(self) -> tuple[int, bool]: ...
-    def close(self) -> None: ...
+# -- systems ---------------------------------------------------------------------------------
 
 
-class Ring:
-    """Page-aligned buffers; row i holds the bytes of chunk ``stamp`` after ``fill``."""
+class Systems:
+    """What can run here; ``skipped`` says why the others cannot."""
 
-    def __init__(self, rows: int, size: int) -> None:
-        self._map = mmap.mmap(-1, rows * size)
-        self.data = np.frombuffer(self._map, dtype=np.uint8).reshape(rows, size)
-        rng = np.random.default_rng(0)
-        self._noise = rng.integers(0, 256, size, dtype=np.uint8)
-        self.data[:] = self._noise
-        self.view = memoryview(self._map)
-        self.size = size
+    def __init__(self, scratch: Path, asked: list[str]) -> None:
+        self.scratch = scratch
+        wanted = {"native": "vllm_fs", "lmcache": "lmcache"}
+        self.skipped = {b: f"{a} is not in --systems" for a, b in wanted.items() if a not in asked}
+        self.backend: dict[str, str] = {}  # what a system turned out to run on
+        self._lmcache: Lmcache | None = None
+        try:
+            self._raw = build(scratch)
+        except Skip as error:
+            self.skipped[LIMIT] = portable(str(error))
 
-    def fill(self, row: int, chunk: int) -> None:
-        """Noise plus the chunk's number at both ends: cheap to write, cheap to check."""
-        words = self.data[row].view(np.uint64)
-        words[0] = words[-1] = chunk
+    def _make(self, name: str, where: Path, rows: int, size: int, held: int) -> Any:
+        if name == LIMIT:
+            return Raw(self._raw, where, rows, size, held)
+        if name == "lmcache":
+            return self._open_lmcache(where, rows, size, held)
+        if name == "vllm_fs":
+            try:
+                fs = VllmFs(where, rows, size)
+            except ImportError as error:
+                raise Skip(f"vllm: {error}") from error
+            return Driver(fs, fs.ring)
+        kind = "threads" if name == "kvoffload_threads" else "auto"
+        ours = Kvoffload(where, rows, size, held, kind, name != "kvoffload_buffers")
+        self.backend[name] = ours.io_engine
+        driver = Driver(ours, ours.ring)
+        driver.age(ours.room + rows)  # from here on puts take recycled segments
+        return driver
 
-    def check(self, row: int, chunk: int) -> None:
-        """Raise AssertionError when the row does not hold that chunk."""
-        words = self.data[row].view(np.uint64)
-        middle = self.size // 2
-        same = np.array_equal(
-            self.data[row, middle : middle + 512], self._noise[middle : middle + 512]
-        )
-        assert words[0] == chunk and words[-1] == chunk and same, f"wrong bytes for chunk {chunk}"
-
-    def clear(self, row: int) -> None:
-        self.data[row, :8] = 0
-        self.data[row, -8:] = 0
-        middle = self.size // 2
-        self.data[row, middle : middle + 512] = 0
-
-
-class KvoffloadEngine:
-    """``SegmentStore`` through its buffer interface; checksums on."""
-
-    def __init__(
-        self, where: Path, ring: Ring, total: int, threads: int, io_engine: str = "auto"
-    ) -> None:
-        from kvoffload import _core
-
-        self._ring = ring
-        self._store = _core.SegmentStore(
-            str(where), max_bytes=4 * total + 64 * MIB, threads=threads, io_engine=io_engine
-        )
-        self._done: list[tuple[int, bool]] = []
-        self._open: list[int] = []
-
-    @staticmethod
-    def key(chunk: int) -> bytes:
-        return hashlib.blake2b(chunk.to_bytes(8, "little"), digest_size=16).digest()
-
-    def start(self, job: int, chunks: list[int], rows: list[int], write: bool) -> None:
-        keys = b"".join(self.key(c) for c in chunks)
-        buffers = [self._ring.data[r] for r in rows]
-        self._open.append(job)
-        (self._store.put if write else self._store.get)(job, keys, buffers)
-
-    def next_done(self) -> tuple[int, bool]:
-        while not self._done:
-            self._store.wait(self._open[0], WAIT_MS)
-            finished = self._store.poll()
-            if not finished:
-                raise TimeoutError("the store finished no job in a minute")
-            for item in finished:
-                self._open.remove(item.job)
-                self._done.append((item.job, not any(item.results)))
-        return self._done.pop()
+    def _open_lmcache(self, where: Path, rows: int, size: int, held: int) -> Lmcache:
+        if not LMCACHE_PYTHON.exists():
+            raise Skip("no .venv-lmcache: run scripts/setup_lmcache.sh")
+        if self._lmcache is None:
+            self._lmcache = Lmcache(LMCACHE_PYTHON, self.scratch / "lmcache.log")
+        try:
+            opened = self._lmcache.open(where, rows, size, held)
+        except RuntimeError as error:
+            raise Skip(str(error)) from error
+        self.backend["lmcache"] = opened.backend
+        return opened
 
     def close(self) -> None:
-        self._store.close()
+        """Ends what outlives one part."""
+        if self._lmcache is not None:
+            self._lmcache.stop()
 
-
-class VllmFsEngine:
-    """vLLM's fs tier at its own data path: its thread pool, its file layout, its batch calls."""
-
-    def __init__(self, where: Path, ring: Ring, total: int, threads: int) -> None:
-        from vllm.v1.kv_offload.tiering.fs import io
-        from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
-
-        where.mkdir(parents=True)
-        self._io, self._where, self._ring = io, where, ring
-        self._direct = io.probe_o_direct(str(where))
-        self._pool = DualQueueThreadPool(threads, threads)
-        self._done: list[tuple[int, bool]] = []
-
-    def _path(self, chunk: int) -> str:
-        name = hashlib.sha256(chunk.to_bytes(8, "little")).hexdigest()
-        return f"{self._where}/kv_r0/{name[:3]}/{name[3:5]}_g0/{name}.bin"
-
-    def start(self, job: int, chunks: list[int], rows: list[int], write: bool) -> None:
-        # One job is one task on one thread: that is what the tier does with a request.
-        call = self._io.batch_store_block if write else self._io.batch_load_block
-        offsets = [row * self._ring.size for row in rows]
-        paths = [self._path(chunk) for chunk in chunks]
-        task = functools.partial(
-            call, paths, self._ring.view, offsets, self._ring.size, self._direct
-        )
-        (self._pool.enqueue_store if write else self._pool.enqueue_load)(job, 1, [task])
-
-    def next_done(self) -> tuple[int, bool]:
-        deadline = time.monotonic() + WAIT_MS / 1e3
-        while not self._done:
-            self._done += [(job, ok) for job, ok, _ in self._pool.get_finished()]
-            if not self._done:
-                if time.monotonic() > deadline:
-                    raise TimeoutError("vLLM's fs tier finished no job in a minute")
-                time.sleep(50e-6)
-        return self._done.pop()
-
-    def close(self) -> None:
-        self._pool.shutdown()
-
-
-def _engines() -> tuple[dict[str, Any], dict[str, str]]:
-    found: dict[str, Any] = {}
-    skipped = {"lmcache": "its disk adapters are not driven by this routine yet"}
-    for name, module, engine in (
-        ("kvoffload", "kvoffload._core", KvoffloadEngine),
-        (
-            "kvoffload_threads",
-            "kvoffload._core",
-            functools.partial(KvoffloadEngine, io_engine="threads"),
-        ),
-        ("vllm_fs", "vllm", VllmFsEngine),
-    ):
-        if importlib.util.find_spec(module) is None:
-            skipped[name] = f"{module} is not installed"
-        else:
-            found[name] = engine
-    return found, skipped
-
-
-def _drive(
-    engine: Engine, ring: Ring, order: list[int], depth: int, write: bool
-) -> tuple[float, list[float], float]:
-    """All chunks of ``order``, one per job, ``depth`` jobs in flight: (GB/s, ms each, CPU s/GB)."""
-    free, started = list(range(depth)), {}
-    latencies: list[float] = []
-    begin, cpu, at = time.perf_counter(), cpu_seconds(), 0
-    while len(latencies) < len(order):
-        while free and at < len(order):
-            row = free.pop()
-            (ring.fill if write else lambda r, _c: ring.clear(r))(row, order[at])
-            started[at] = (row, time.perf_counter())
-            engine.start(at, [order[at]], [row], write)
-            at += 1
-        job, ok = engine.next_done()
-        row, since = started.pop(job)
-        latencies.append((time.perf_counter() - since) * 1e3)
-        assert ok, f"{'put' if write else 'get'} of chunk {order[job]} failed"
-        if not write:
-            ring.check(row, order[job])
-        free.append(row)
-    seconds, gb = time.perf_counter() - begin, len(order) * ring.size / 1e9
-    return gb / seconds, latencies, (cpu_seconds() - cpu) / gb
-
-
-def _restore(engine: Engine, ring: Ring, chunks: list[int]) -> float:
-    """One job for all ``chunks``: GB/s."""
-    for row in range(len(chunks)):
-        ring.clear(row)
-    begin = time.perf_counter()
-    engine.start(0, chunks, list(range(len(chunks))), False)
-    _, ok = engine.next_done()
-    seconds = time.perf_counter() - begin
-    assert ok, "restore failed"
-    for row, chunk in enumerate(chunks):
-        ring.check(row, chunk)
-    return len(chunks) * ring.size / seconds / 1e9
-
-
-class Case:
-    """One (size, depth): samples of every engine over all repeats."""
-
-    def __init__(self, size: int, depth: int, total: int, threads: int) -> None:
-        self.size, self.depth, self.threads = size, depth, threads
-        self.chunks = max(total // size, depth)
-        self.rates: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self.restored = min(RESTORE_CHUNKS, self.chunks)
-        self.ring = Ring(max(depth, self.restored), size)
-
-    def limit(self, where: Path) -> None:
-        """Raw O_DIRECT of the same sizes and depth."""
-        file = DirectFile(where / "limit.bin", self.chunks * self.size, self.size)
-        order = list(range(file.pieces))
+    @contextmanager
+    def open(self, names: list[str], rows: int, size: int, held: int) -> Iterator[dict[str, Any]]:
+        """Systems by name, each in a fresh folder or file, ``held`` chunks of room at least."""
+        made: dict[str, Any] = {}
         try:
-            self.rates["limit"]["put_gbps"].append(file.transfer(True, self.depth, order)[0])
-            drop_page_cache(file.path)
-            random.Random(1).shuffle(order)
-            self.rates["limit"]["get_gbps"].append(file.transfer(False, self.depth, order)[0])
+            for name in names:
+                if name in self.skipped:
+                    continue
+                try:
+                    made[name] = self._make(name, self.scratch / name, rows, size, held)
+                except Skip as error:
+                    self.skipped[name] = portable(str(error))
+            yield made
         finally:
-            file.close()
-
-    def engine(self, name: str, make: Any, where: Path) -> None:
-        """One repeat of one engine on a fresh store."""
-        folder, rates = where / name, self.rates[name]
-        order = list(range(self.chunks))
-        engine: Engine = make(folder, self.ring, self.chunks * self.size, self.threads)
-        try:
-            for op, write in (("put", True), ("get", False)):
-                gbps, ms, cpu = _drive(engine, self.ring, order, self.depth, write)
-                rates[f"{op}_gbps"].append(gbps)
-                rates[f"{op}_ms"] += ms
-                rates[f"{op}_cpu_s_per_gb"].append(cpu)
-                drop_page_cache(folder)
-                random.Random(1).shuffle(order)
-            rates["restore_gbps"].append(_restore(engine, self.ring, order[: self.restored]))
-        finally:
-            engine.close()
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def report(self, name: str) -> Json:
-        """Medians and spreads of one engine."""
-        rates = self.rates[name]
-        out: Json = {"size": self.size, "depth": self.depth, "engine": name}
-        out |= {"chunks": self.chunks, "restore_chunks": self.restored}
-        for key, values in rates.items():
-            if key.endswith("_ms"):
-                out[key] = {f"p{p}": round(quantile(values, p / 100), 3) for p in (50, 99)}
-            else:
-                out[key] = round(quantile(values, 0.5), 4)
-                out[key + "_spread"] = summary(values, 4)
-        return out
+            for name, system in made.items():
+                system.close()
+                shutil.rmtree(self.scratch / name, ignore_errors=True)
 
 
-def run(context: Context, options: argparse.Namespace) -> Json:
-    """All cases; the 1 MiB, depth 16 one is what ``systems`` quotes."""
-    if options.quick:
-        options.sizes_kib, options.total_mib, options.repeats = "1024", 16, 1
-    engines, skipped = _engines()
-    cases: list[Case] = []
-    for size in (int(s) << 10 for s in options.sizes_kib.split(",")):
-        for depth in map(int, options.depths.split(",")):
-            case = Case(size, depth, options.total_mib * MIB, options.threads)
-            for repeat in range(options.repeats):
-                context.progress(f"{size >> 10} KiB, depth {depth}, repeat {repeat + 1}")
-                case.limit(context.scratch)
-                for name, make in engines.items():
-                    case.engine(name, make, context.scratch)
-            cases.append(case)
-    reports = [case.report(name) for case in cases for name in ("limit", *engines)]
-    quoted = {r["engine"]: r for r in reports if r["size"] == MIB and r["depth"] == 16}
-    systems: Json = {name: {"skipped": why} for name, why in skipped.items()}
-    systems |= {name: quoted[name] for name in engines if name in quoted}
-    out: Json = {"systems": systems, "cases": reports}
-    raw = [r for r in reports if r["engine"] == "limit" and r["size"] == MIB]
-    if raw and quoted:
-        # The best depth: plain threads at depth 16 can be slower than at depth 1 on few cores.
-        out["limit"] = {
-            "read_gbps": max(r["get_gbps"] for r in raw),
-            "write_gbps": max(r["put_gbps"] for r in raw),
-        }
-        for name in engines:
-            for op, base in (("put", "write"), ("get", "read"), ("restore", "read")):
-                rate = systems[name][f"{op}_gbps"] / out["limit"][f"{base}_gbps"]
-                systems[name][f"{op}_vs_limit"] = round(rate, 3)
-            systems[name]["checksum_cpu_s_per_gb"] = (
-                _checksum_cost() if name.startswith("kvoffload") else None
-            )
+class Window:
+    """Chunk numbers: the last ``held`` put ones can be asked for."""
+
+    def __init__(self, systems: dict[str, Any], held: int) -> None:
+        self.systems, self.held, self.next = systems, held, 0
+
+    def take(self, count: int) -> list[int]:
+        """The next numbers to put; the oldest ones are forgotten."""
+        chunks = list(range(self.next, self.next + count))
+        self.next += count
+        old = range(max(0, chunks[0] - self.held), max(0, self.next - self.held))
+        for system in self.systems.values():
+            system.forget(list(old))
+        return chunks
+
+    def any(self, rng: random.Random, count: int) -> list[int]:
+        """Some that are held, in no order."""
+        return rng.sample(range(max(0, self.next - self.held), self.next), count)
+
+    def fill(self, rows: int) -> None:
+        """As many chunks as are held, untimed."""
+        goal = self.next + self.held
+        while self.next < goal:
+            chunks = self.take(min(rows, goal - self.next))
+            for system in self.systems.values():
+                system.batch(chunks, True, PER_PUT)
+
+
+# -- parts -----------------------------------------------------------------------------------
+
+Samples = dict[str, dict[str, list[Sample]]]
+
+
+def pairs(
+    systems: dict[str, Any], window: Window, count: int, rounds: int, say: Callable[[str], None]
+) -> Samples:
+    """Per system: samples of ``put``, ``restore`` (as put) and ``scattered``, one per round."""
+    out: Samples = {name: defaultdict(list) for name in systems}
+    rng, names = random.Random(2), list(systems)
+    for turn in range(rounds):
+        say(f"round {turn + 1} of {rounds}")
+        names.append(names.pop(0))  # nobody always goes first
+        chunks, anywhere = window.take(count), window.any(rng, count - count // 8)
+        for name in names:
+            out[name]["put"].append(systems[name].batch(chunks, True, PER_PUT))
+        drop_page_cache()
+        for what, asked in (("restore", chunks), ("scattered", anywhere)):
+            for name in names:
+                sample = systems[name].batch(asked, False, len(asked))
+                out[name][what].append(sample)
     return out
 
 
-def _checksum_cost() -> float:
-    """CPU seconds per GB of the store's checksum alone, on cold-cache data."""
+def beside_load(
+    systems: dict[str, Any], window: Window, puts: int, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Per system: milliseconds of single puts while 16 gets are in flight, 100 in a row."""
+    out: dict[str, list[float]] = {name: [] for name in systems}
+    # What is read stays held until the last put: a system that is slow puts fewer than it could.
+    newest = range(window.next - (window.held - puts), window.next)
+    held = random.Random(3).sample(newest, min(len(newest), 64))
+    for at in range(0, puts, 100):
+        say(f"{puts - at} single puts beside a load to go")
+        chunks = window.take(min(100, puts - at))
+        for name, system in systems.items():
+            out[name] += system.beside_load(chunks, held, LOAD_DEPTH).ms
+    return out
+
+
+def one_case(systems: dict[str, Any], depth: int, window: Window, count: int, n: int) -> Samples:
+    """Per system: samples of ``put``, ``get`` (one chunk per job) and ``restore``."""
+    out: Samples = {name: defaultdict(list) for name in systems}
+    names = list(systems)
+    for _ in range(n):
+        names.append(names.pop(0))
+        chunks = window.take(count)
+        for name in names:
+            out[name]["put"].append(systems[name].singles(chunks, True, depth))
+        drop_page_cache()
+        shuffled = random.Random(1).sample(chunks, count)
+        together = chunks[: min(RESTORE_CHUNKS, count)]
+        for name in names:
+            out[name]["get"].append(systems[name].singles(shuffled, False, depth))
+            out[name]["restore"].append(systems[name].batch(together, False, len(together)))
+    return out
+
+
+# -- figures ---------------------------------------------------------------------------------
+
+
+def _ms(values: list[float]) -> Json:
+    out: Json = {f"p{p}": round(quantile(values, p / 100), 3) for p in (50, 99)}
+    for p in (50, 99):
+        ends = bootstrap(values, lambda v, p=p: quantile(v, p / 100))
+        out |= {f"p{p}_lo": round(ends[0], 3), f"p{p}_hi": round(ends[1], 3)}
+    return out | {"n": len(values)}
+
+
+def _rates(samples: dict[str, list[Sample]]) -> Json:
+    """Medians and spreads of GB/s and CPU, and the times of single jobs."""
+    out: Json = {}
+    for what, found in samples.items():
+        rates = [s.gbps for s in found]
+        out[f"{what}_gbps"] = round(quantile(rates, 0.5), 4)
+        out[f"{what}_gbps_spread"] = summary(rates, 4)
+        cpu = [s.cpu_s_per_gb for s in found]
+        out[f"{what}_cpu_s_per_gb"] = round(quantile(cpu, 0.5), 4)
+        if found[0].ms:
+            out[f"{what}_ms"] = _ms([ms for s in found for ms in s.ms])
+    return out
+
+
+def _ratio(key: str, ours: list[Sample], theirs: list[Sample]) -> Json:
+    """Median over the rounds of ours over theirs, with its bootstrap interval."""
+    ratios = [a.gbps / b.gbps for a, b in zip(ours, theirs, strict=True)]
+    low, high = bootstrap(ratios, lambda v: quantile(v, 0.5))
+    found = {key: quantile(ratios, 0.5), f"{key}_lo": low, f"{key}_hi": high}
+    return {k: round(v, 3) for k, v in found.items()} | {f"{key}_n": len(ratios)}
+
+
+def _compared(samples: Samples) -> Json:
+    """Per system its rates, and per round ours over the limit and over each peer."""
+    out: Json = {name: _rates(found) for name, found in samples.items()}
+    for name in samples:
+        for other in (LIMIT, *PEERS):
+            if name == other or other not in samples or (name in PEERS and other in PEERS):
+                continue
+            for what in ("put", "restore", "scattered"):
+                key = f"{what}_vs_{other}"
+                out[name] |= _ratio(key, samples[name][what], samples[other][what])
+    return out
+
+
+def checksum_cost(size: int, rounds: int) -> float:
+    """CPU seconds per GB of the store's checksum alone, on data that is not in the CPU's caches."""
     from kvoffload import _core
 
     data = np.random.default_rng(0).integers(0, 256, 64 * MIB, dtype=np.uint8)
-    if not hasattr(_core, "checksum"):
-        raise Skip("no checksum in the native core")
-    start = cpu_seconds()
-    for at in range(0, data.size, MIB):
-        _core.checksum(data[at : at + MIB], KvoffloadEngine.key(at))
-    return round((cpu_seconds() - start) / (data.size / 1e9), 5)
+    costs = []
+    for _ in range(rounds):
+        start = cpu_seconds()
+        for at in range(0, data.size, size):
+            _core.checksum(data[at : at + size], key_of(at))
+        costs.append((cpu_seconds() - start) / (data.size / 1e9))
+    return round(quantile(costs, 0.5), 5)
+
+
+def _systems(compared: Json, cases: list[Json], waits: dict[str, list[float]], sums: float) -> Json:
+    """What others quote: 1 MiB, steady state, depth 16."""
+    out: Json = {}
+    single = {c["engine"]: c for c in cases if c["size"] == MIB and c["depth"] == LOAD_DEPTH}
+    for name, figures in compared.items():
+        out[name] = dict(figures)
+        out[name]["get_cpu_s_per_gb"] = figures["restore_cpu_s_per_gb"]
+        for key in ("get_gbps", "get_ms", "put_ms"):
+            if name in single:
+                out[name][key] = single[name][key]
+        if name in waits:
+            out[name]["put_beside_load_ms"] = _ms(waits[name])
+        if name in OURS:
+            out[name]["checksum_cpu_s_per_gb"] = sums
+            hashed = {"get": True, "put": name == "kvoffload_buffers"}
+            for what, with_sum in hashed.items():
+                cost = out[name][f"{what}_cpu_s_per_gb"] - (sums if with_sum else 0.0)
+                out[name][f"{what}_cpu_s_per_gb_without_checksum"] = round(max(cost, 0.0), 4)
+    if LIMIT in out:
+        raw = out[LIMIT]
+        for name, figures in out.items():
+            if name == LIMIT:
+                continue
+            if "get_gbps" in figures and "get_gbps" in raw:
+                figures["get_vs_limit"] = round(figures["get_gbps"] / raw["get_gbps"], 3)
+            if name in waits:
+                ends = (figures["put_beside_load_ms"]["p99"], raw["put_beside_load_ms"]["p99"])
+                figures["put_beside_load_p99_vs_limit"] = round(ends[0] / ends[1], 3)
+    return out
+
+
+# -- the routine -----------------------------------------------------------------------------
+
+
+def _pairs_of(
+    systems: Systems, size: int, count: int, rounds: int, puts: int, context: Context
+) -> tuple[Samples, dict[str, list[float]]]:
+    """The pairs of one size, and single puts beside a load where ``puts`` is not 0."""
+    held = 3 * count
+    rows = max(count, LOAD_DEPTH + 1)
+    say = partial(_say, context, f"{size >> 10} KiB")
+    say("making room")
+    with systems.open([LIMIT, *OURS, *PEERS], rows, size, held) as opened:
+        window = Window(opened, held)
+        window.fill(count)
+        found = pairs(opened, window, count, rounds, say)
+        waits = beside_load(opened, window, puts, say) if puts else {}
+    return found, waits
+
+
+def _say(context: Context, head: str, line: str) -> None:
+    context.progress(f"{head}: {line}")
+
+
+def _cases(systems: Systems, options: argparse.Namespace, context: Context) -> list[Json]:
+    names, out = [LIMIT, "kvoffload", "kvoffload_threads", *PEERS], []
+    for size in (int(s) << 10 for s in options.sizes_kib.split(",")):
+        for depth in map(int, options.depths.split(",")):
+            count = max(min((options.total_mib << 20) // size, MOST_CHUNKS), depth)
+            restored = min(RESTORE_CHUNKS, count)
+            rows = max(depth, restored)
+            context.progress(f"{size >> 10} KiB, depth {depth}")
+            with systems.open(names, rows, size, count + rows) as opened:
+                window = Window(opened, count + rows)
+                window.fill(rows)
+                found = one_case(opened, depth, window, count, options.repeats)
+            for name, samples in found.items():
+                head = {"size": size, "depth": depth, "engine": name, "chunks": count}
+                out.append(head | {"restore_chunks": restored} | _rates(samples))
+    return out
+
+
+def run(context: Context, options: argparse.Namespace) -> Json:
+    """All parts; ``systems`` quotes 1 MiB, ``small`` 64 KiB."""
+    count, small = RESTORE_CHUNKS, 1024
+    if options.quick:
+        options.sizes_kib, options.total_mib, options.repeats = "1024", 16, 1
+        options.pairs, options.single_puts, count, small = 3, 24, 16, 64
+    context.page_cache = drop_page_cache(context.scratch)
+    systems = Systems(context.scratch, context.systems)
+    with closing(systems):
+        large, waits = _pairs_of(systems, MIB, count, options.pairs, options.single_puts, context)
+        tiny, _ = _pairs_of(systems, 64 << 10, small, options.pairs, 0, context)
+        cases = _cases(systems, options, context)
+    sums = checksum_cost(MIB, 3 if options.quick else 15)
+    figures = _systems(_compared(large), cases, waits, sums)
+    limit = figures.pop(LIMIT, None)
+    if limit is None:
+        limit = {"skipped": systems.skipped[LIMIT]}
+    else:
+        limit |= {"read_gbps": limit["restore_gbps"], "write_gbps": limit["put_gbps"]}
+    out: Json = {"limit": limit}
+    why = {name: {"skipped": text} for name, text in systems.skipped.items() if name != LIMIT}
+    out |= {"systems": figures | why, "small": _compared(tiny), "cases": cases}
+    config = {"restore_chunks": count, "small_chunks": small, "load_depth": LOAD_DEPTH}
+    return out | {"config": config | {"chunks_per_put": PER_PUT, "backend": systems.backend}}
+
+
+def _row(name: str, size: int, what: str, figures: Json) -> list[str]:
+    def cell(key: str, digits: int = 2) -> str:
+        return f"{figures[key]:.{digits}f}" if key in figures else "-"
+
+    def ratio(key: str) -> str:
+        if f"{key}_lo" not in figures:
+            return cell(key)
+        return f"{cell(key)} [{cell(key + '_lo')}, {cell(key + '_hi')}]"
+
+    def ms(key: str) -> str:
+        return f"{figures[key]['p50']:.1f}/{figures[key]['p99']:.1f}" if key in figures else "-"
+
+    return [
+        str(size >> 10),
+        what,
+        name,
+        cell("put_gbps"),
+        ratio("put_vs_limit"),
+        cell("get_gbps"),
+        cell("restore_gbps"),
+        ratio("restore_vs_limit"),
+        cell("scattered_gbps"),
+        f"{cell('put_cpu_s_per_gb', 3)} {cell('restore_cpu_s_per_gb', 3)}",
+        f"{ms('put_ms')} {ms('get_ms')}",
+        ms("put_beside_load_ms"),
+    ]
 
 
 def table(result: Json) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the final table."""
+    limit = {} if "skipped" in result["limit"] else {LIMIT: result["limit"]}
     rows = []
-    for r in result["cases"]:
-        cells = [str(r["size"] >> 10), str(r["depth"]), r["engine"]]
-        cells += [
-            f"{r[k]:.2f}" if k in r else "-" for k in ("put_gbps", "get_gbps", "restore_gbps")
-        ]
-        for op in ("put", "get"):
-            ms = r.get(f"{op}_ms")
-            cells.append(f"{ms['p50']:.1f}/{ms['p99']:.1f}" if ms else "-")
-            cpu = r.get(f"{op}_cpu_s_per_gb")
-            cells.append("-" if cpu is None else f"{cpu:.3f}")
-        rows.append(cells)
-    head = ["KiB", "depth", "engine", "put GB/s", "get GB/s", "restore GB/s"]
-    return [*head, "put ms", "put CPU s/GB", "get ms", "get CPU s/GB"], rows
+    for name, figures in (limit | result["systems"]).items():
+        if "skipped" in figures:
+            rows.append(["-", "-", name, f"skipped: {figures['skipped']}"])
+        else:
+            rows.append(_row(name, MIB, "batch", figures))
+    rows += [_row(name, 64 << 10, "batch", found) for name, found in result["small"].items()]
+    for found in result["cases"]:
+        rows.append(_row(found["engine"], found["size"], f"depth {found['depth']}", found))
+    head = ["KiB", "jobs", "system", "put GB/s", "of limit", "get GB/s", "restore GB/s"]
+    head += ["of limit", "scattered", "CPU s/GB put, get", "ms p50/p99 put, get", "put at load ms"]
+    return head, rows

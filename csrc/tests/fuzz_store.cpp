@@ -15,6 +15,7 @@
 #include <fstream>
 
 #include "../errors.h"
+#include "../store_io.h"
 #include "fuzz_store.h"
 
 namespace fs = std::filesystem;
@@ -25,6 +26,7 @@ std::mt19937_64 fuzz_rng;
 
 namespace {
 
+std::string engine = "threads";  // of every store that is opened
 constexpr uint64_t kBound = 1 << 20, kSegment = 64 << 10, kMostPayload = 12000;
 
 void too_slow(int) {
@@ -42,7 +44,9 @@ const Bytes& payload_of(uint64_t i) {
 }
 
 StoreOptions options(const fs::path& p) {
-    return store_test::options(p.string(), kBound, kSegment, 2);
+    StoreOptions o = store_test::options(p.string(), kBound, kSegment, 2);
+    o.io_engine = engine;
+    return o;
 }
 
 // ---- files
@@ -185,12 +189,16 @@ int main(int argc, char** argv) {
     uint64_t first = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 0;
     unsigned limit = argc > 4 ? unsigned(std::atoi(argv[4])) : 5;
     fs::create_directories(dir);
+    std::string why = uring_problem();
+    bool uring = why.empty();
+    if (!uring) std::printf("fuzz_store: uring not fuzzed: %s\n", why.c_str());
     Files files = master(dir / "master");
     std::signal(SIGALRM, too_slow);
     Sum sum;
     for (uint64_t current = first; current < first + cases; ++current) {
         failing_in = "case " + std::to_string(current) + ": ";
         fuzz_rng.seed(current * 7919 + 1);
+        engine = uring && current % 2 ? "uring" : "threads";
         Files copy = files;
         bool records_only = true;
         for (uint64_t n = 1 + below(3); n; --n) records_only &= mutate(copy);

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the fuzzer of the chunk store's files under ASan and UBSan and runs it.
+# Builds the fuzzer of the chunk store's files under ASan and UBSan and runs it, every second case with
+# io_uring where that is there.
 #   run_fuzz.sh [cases] [first case] [seconds per case]     default: 2000, 0, 5
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -8,14 +9,14 @@ base="${TMPDIR:-}"
 [[ -z $base && -w /dev/shm ]] && base=/dev/shm
 work="$(mktemp -d ${base:+-p "$base"})"
 trap 'rm -rf "$work"' EXIT
-# Threads do the I/O: what is read is the same, and liburing need not be there.
-"${CXX:-g++}" -std=c++20 -g -O1 -Wall -Wextra -DKVO_NO_URING \
+cxx="${CXX:-g++}"
+uring="-DKVO_NO_URING"
+if printf '#include <liburing.h>\nint f = IORING_SETUP_DEFER_TASKRUN; int main() {}\n' |
+  "$cxx" -x c++ -o "$work/probe" - -luring 2>/dev/null; then
+  uring="-luring"
+fi
+"$cxx" -std=c++20 -g -O1 -Wall -Wextra \
   -fsanitize=address,undefined -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS \
-<<<<<<< HEAD
   -o "$work/fuzz_store" "$here/fuzz_store.cpp" "$here/fuzz_mutations.cpp" "$here"/../store*.cpp \
-  "$here"/../arena.cpp "$here"/../checksum.cpp "$here"/../isa_*.cpp -pthread
-=======
-  -o "$work/fuzz_store" "$here/fuzz_store.cpp" "$here"/../store*.cpp "$here"/../key_index.cpp "$here"/../arena.cpp \
-  "$here"/../checksum.cpp "$here"/../isa_*.cpp -pthread
->>>>>>> 6db576a60e2636a28b0f7b84ee29dd547a542f8c
+  "$here"/../key_index.cpp "$here"/../arena.cpp "$here"/../checksum.cpp "$here"/../isa_*.cpp -pthread "$uring"
 ASAN_OPTIONS="allocator_may_return_null=0" "$work/fuzz_store" "$work/data" "${@:-2000}"

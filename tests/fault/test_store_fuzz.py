@@ -21,6 +21,7 @@ import pytest
 from kvoffload.errors import StoreError
 from kvoffload.store import open_store
 from tests.support import store_format as fmt
+from tests.support.store_engines import io_engine  # noqa: F401  (every test runs on both engines)
 from tests.support.store_format import BLOCK, DELETE, PUT, Record, Trailer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "store" / "v1"

@@ -61,8 +61,14 @@ def test_store_keys(tmp_path: Path) -> None:
     ours = result["systems"]["kvoffload"]
     for key in ("put_gbps", "get_gbps", "restore_gbps", "put_vs_limit", "restore_vs_limit"):
         assert ours[key] > 0
+    assert ours["restore_vs_limit_lo"] <= ours["restore_vs_limit"] <= ours["restore_vs_limit_hi"]
     assert ours["put_ms"]["p50"] <= ours["put_ms"]["p99"]
+    assert 0 < ours["put_beside_load_ms"]["n"] <= result["config"]["single_puts"]
+    assert ours["checksum_cpu_s_per_gb"] > 0
+    peer = result["systems"]["vllm_fs"]
+    assert "skipped" in peer or peer["restore_gbps"] > 0
     assert "skipped" in result["systems"]["lmcache"]  # said, not left out
+    assert result["small"]["kvoffload"]["restore_gbps"] > 0
     assert not list(tmp_path.iterdir()), "the temp dir was left behind"
 
 
@@ -172,6 +178,20 @@ def test_probe_times_a_load_from_alloc_to_the_output_that_names_it(
     assert 0 < loads[0]["ns"] <= loads[0]["since_arrival_ns"]
     assert sum(len(e["ns"]) for e in events if e["ev"] == "steps") == 1
     assert calls[:2] == ["on_new_request", "update_state_after_alloc"]
+
+
+@pytest.mark.usefixtures("bench_modules")
+def test_plot_of_a_store_result() -> None:
+    plot = importlib.import_module("plot")
+    spread = {"min": 0.5, "median": 1.0, "max": 2.0, "n": 3}
+    waits = {"p50": 1.0, "p50_lo": 0.9, "p50_hi": 1.1, "p99": 3.0, "p99_lo": 2.0, "p99_hi": 4.0}
+    figures = {"put_gbps_spread": spread, "restore_gbps_spread": spread}
+    full = figures | {"put_beside_load_ms": waits}
+    systems = {"kvoffload": full, "lmcache": {"skipped": "no"}}
+    result = {"routine": "store", "limit": full, "systems": systems}
+    made = plot.plots([result | {"small": {"kvoffload": figures}}])
+    assert list(made) == ["store-1mib", "store-64kib", "store-put-beside-load"]
+    assert made["store-1mib"].count("<title>") == 4 and made["store-64kib"].count("<title>") == 2
 
 
 @pytest.mark.usefixtures("bench_modules")
