@@ -21,13 +21,9 @@ if printf '#include <liburing.h>\nint f = IORING_SETUP_DEFER_TASKRUN; int main()
 fi
 # shellcheck disable=SC2086  # flags are words
 "$cxx" -std=c++20 -g -O1 -Wall -Wextra $flags -o "$work/test_store" \
-<<<<<<< HEAD
   "$here/test_store.cpp" "$here/test_store_engine.cpp" "$here/test_store_forged.cpp" \
-  "$here"/../store*.cpp "$here"/../arena.cpp "$here"/../checksum.cpp "$here"/../isa_*.cpp -pthread "$uring"
-=======
-  "$here/test_store.cpp" "$here/test_store_engine.cpp" "$here/test_key_index.cpp" \
-  "$here"/../store*.cpp "$here"/../key_index.cpp "$here"/../arena.cpp "$here"/../checksum.cpp "$here"/../isa_*.cpp -pthread "$uring"
->>>>>>> 6db576a60e2636a28b0f7b84ee29dd547a542f8c
+  "$here/test_key_index.cpp" "$here"/../store*.cpp "$here"/../key_index.cpp "$here"/../arena.cpp \
+  "$here"/../checksum.cpp "$here"/../isa_*.cpp -pthread "$uring"
 # liburing maps and unmaps its queues with system calls that TSan does not see: where a new ring gets the
 # address of an old one, it takes the two for one memory. Only accesses inside liburing's own (inline)
 # functions are left out; what goes through the queues is handed over under our locks.

@@ -22,8 +22,8 @@ if printf '#include <liburing.h>\nint f = IORING_SETUP_DEFER_TASKRUN; int main()
   uring="-luring"
 fi
 # shellcheck disable=SC2086  # flags are words
-printf '%s\n' "$here/stress_store.cpp" "$here"/../store*.cpp "$here"/../arena.cpp \
-  "$here"/../checksum.cpp "$here"/../isa_*.cpp |
+printf '%s\n' "$here/stress_store.cpp" "$here"/../store*.cpp "$here"/../key_index.cpp \
+  "$here"/../arena.cpp "$here"/../checksum.cpp "$here"/../isa_*.cpp |
   xargs -P 2 -I{} sh -c 'o="$0/$(basename "$1" .cpp).o"; shift; exec "$@" -o "$o"' \
     "$work" {} "$cxx" -std=c++20 -g -O1 -Wall -Wextra $flags "${uring/-luring/-pthread}" -c {}
 # shellcheck disable=SC2086

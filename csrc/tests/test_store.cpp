@@ -282,11 +282,8 @@ int main(int argc, char** argv) {
     fs::path dir = argv[1];
     fs::create_directories(dir);
     format();
-<<<<<<< HEAD
-    test_forged((dir / "forged").string());
-=======
     test_key_index();
->>>>>>> 6db576a60e2636a28b0f7b84ee29dd547a542f8c
+    test_forged((dir / "forged").string());
     std::vector<std::string> engines{"threads"};
     if (std::string why = uring_problem(); why.empty())
         engines.push_back("uring");

@@ -24,7 +24,6 @@ inline std::string failing_in;  // printed before a failed expectation: the case
         }                                                                                 \
     } while (0)
 
-<<<<<<< HEAD
 using Bytes = std::vector<uint8_t>;
 
 inline kvo::store::Key key_of(uint64_t i) {
@@ -76,9 +75,8 @@ inline Bytes put(kvo::store::SegmentStore& s, uint64_t from, uint64_t to, uint64
 
 }  // namespace store_test
 
-=======
 void test_key_index();  // test_key_index.cpp
->>>>>>> 6db576a60e2636a28b0f7b84ee29dd547a542f8c
+
 // test_store_engine.cpp: `kind` is "threads" or "uring", `dir` an existing directory.
 void test_engine(const std::string& kind, const std::string& dir);
 
