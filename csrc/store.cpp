@@ -42,6 +42,9 @@ void StoreImpl::start() {
     pick_engine();
     keeper_alive = true;
     keeper_thread = std::thread([self = shared_from_this()] { self->keeper(); });
+    if (opt.read_only) return;
+    tidy_alive = true;
+    tidy_thread = std::thread([self = shared_from_this()] { self->tidy(); });
 }
 
 // ---- index
@@ -56,13 +59,26 @@ StoreEntry* StoreImpl::find_live(const Key& key) {
     return it != index.end() && is_live(it->second) ? &it->second : nullptr;
 }
 
+void StoreImpl::touch(StoreEntry& e) {
+    if (e.flags & kHot) return;
+    e.flags |= kHot;
+    e.seg->hot_bytes += e.len;
+}
+
+void StoreImpl::cool(StoreEntry& e) {
+    if (e.flags & kHot) e.seg->hot_bytes -= e.len;
+    e.flags = 0;
+}
+
 void StoreImpl::erase_entry(std::unordered_map<Key, StoreEntry, KeyHash>::iterator it) {
+    cool(it->second);
     payload_bytes -= it->second.len;
     index.erase(it);
 }
 
 void StoreImpl::publish(StoreSegment& seg, const Record& r) {
     if (r.type == kDelete) {
+        ++seg.deletes;
         auto it = index.find(r.key);
         uint64_t& t = tombs[r.key];
         t = std::max(t, r.seq);
@@ -75,8 +91,9 @@ void StoreImpl::publish(StoreSegment& seg, const Record& r) {
     if (!fresh) {
         if (is_live(at->second) && at->second.seq >= r.seq) return;
         payload_bytes -= at->second.len;
+        cool(at->second);
     }
-    at->second = StoreEntry{&seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth};
+    at->second = StoreEntry{&seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth, 0};
     payload_bytes += r.len;
     seg.keys.push_back(r.key);
 }
@@ -209,12 +226,12 @@ void StoreImpl::check() const {
     std::lock_guard lk(mu);
     uint64_t sum = 0, waiting = 0, recs = 0, journalled = 0;
     std::vector<std::array<uint64_t, 3>> extents;
-    std::unordered_map<const StoreSegment*, uint64_t> rank;
+    std::unordered_map<const StoreSegment*, uint64_t> rank, hot;
     for (auto& s : segments) {
         rank.emplace(s.get(), rank.size());
         must(s->state != SegState::kOpen || s.get() == open, "an OPEN segment is not the open one");
-        must(s->state != SegState::kClean || s.get() == clean,
-             "a CLEAN segment is not the clean one");
+        must(s->state != SegState::kClean || std::ranges::count(clean, s.get()) == 1,
+             "a CLEAN segment is not among the clean ones");
         must(s->records.size() <= s->reserved, "more records than were reserved");
         must(s->journalled <= s->records.size(), "journal is ahead of the records");
         bool writing = s->state == SegState::kOpen || s->state == SegState::kFull;
@@ -224,11 +241,21 @@ void StoreImpl::check() const {
         journalled += s->journalled;
     }
     must(!open || (open->own && open->state == SegState::kOpen), "open segment's state");
-    must(!clean || (clean->own && clean->state == SegState::kClean), "clean segment's state");
+    for (size_t i = 0; i < clean.size(); ++i) {
+        must(clean[i]->own && clean[i]->state == SegState::kClean, "clean segment's state");
+        must(clean[i]->gen > (i      ? clean[i - 1]
+                              : open ? open
+                                     : clean[0])
+                                 ->gen ||
+                 (!i && !open),
+             "clean segments out of order");
+    }
+    must(!rescuing || rescuing->pins, "a segment that is rescued from is not pinned");
     for (auto& [key, e] : index) {
         sum += e.len;
         auto r = rank.find(e.seg);
         must(r != rank.end(), "entry of an unknown segment");
+        if (e.flags & kHot) hot[e.seg] += e.len;
         must(e.len > 0 && e.off4k > 0, "entry without bytes");
         if (e.gen != e.seg->gen || e.seg->state == SegState::kRecycling) continue;
         must(e.seg->state != SegState::kGone && e.seg->state != SegState::kClean,
@@ -239,6 +266,7 @@ void StoreImpl::check() const {
         extents.push_back({r->second, off, off + round_up(e.len)});
     }
     must(sum == payload_bytes, "payload bytes");
+    for (auto& s : segments) must(s->hot_bytes == hot[s.get()], "hot bytes");
     std::sort(extents.begin(), extents.end());
     for (size_t i = 1; i < extents.size(); ++i)
         must(extents[i][0] != extents[i - 1][0] || extents[i][1] >= extents[i - 1][2],
@@ -379,6 +407,11 @@ std::map<std::string, double> SegmentStore::stats() const {
             {"journal_bytes", double(n.journal_bytes)},
             {"sealed_segments", double(n.sealed_segments)},
             {"recycled_segments", double(n.recycled_segments)},
+            {"clean_segments", double(s_->clean.size())},
+            {"tidy_pending", double(s_->tidy_pending())},
+            {"segment_waits", double(n.segment_waits)},
+            {"reinserted_chunks", double(n.reinserted_chunks)},
+            {"reinserted_bytes", double(n.reinserted_bytes)},
             {"recovered_entries", double(n.recovered_entries)},
             {"recover_ms", s_->recover_ms},
             {"queued_bytes", double(s_->queued)},

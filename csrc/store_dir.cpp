@@ -297,6 +297,10 @@ void StoreDir::pick_writer() {
     refuse(EBUSY, "all " + std::to_string(kMaxWriters) + " writer directories are in use");
 }
 
+uint64_t StoreDir::segments_that_fit() const {
+    return (max_bytes_ - 8 * kBlock - 2 * journal_reserve(segment_bytes_)) / segment_bytes_;
+}
+
 std::string StoreDir::writer_path() const {
     return writer_ < 0 ? "" : path_ + "/w" + std::to_string(writer_);
 }

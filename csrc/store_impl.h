@@ -1,5 +1,6 @@
-// Internals of SegmentStore, shared by store.cpp (surface), store_jobs.cpp (puts and gets) and
-// store_keeper.cpp (segments, journals, recovery). One mutex, `mu`; nothing holds it across I/O.
+// Internals of SegmentStore, shared by store.cpp (surface), store_jobs.cpp (puts and gets),
+// store_keeper.cpp (journals, seals, segments ahead of need), store_segments.cpp (taking segments),
+// store_tidy.cpp (rescues) and store_recover.cpp. One mutex, `mu`; nothing holds it across I/O.
 //
 // A segment's life:  CLEAN -> OPEN -> FULL -> SEALED -> RECYCLING -> CLEAN
 //   CLEAN      header with a fresh generation is durable, journal made; nothing in it
@@ -45,6 +46,9 @@ struct StoreSegment {
     int64_t mtime_ns = 0;                // other writers: to see changes cheaply
     bool sealed = false;                 // the footer is on disk
     bool empty = false;                  // nothing in it is worth keeping: recycled first
+    uint32_t deletes = 0;                // delete records in it
+    uint64_t hot_bytes = 0;              // payload of its entries that were read since written
+    uint64_t hot_left = 0;               // of these, what the last rescue left behind
     FilePtr file, header_file, journal;  // under files_mu
 };
 
@@ -52,7 +56,9 @@ struct StoreEntry {
     StoreSegment* seg;
     uint64_t root, seq;
     uint32_t gen, off4k, len, ns, depth;
+    uint8_t flags;  // 0 in a fresh entry
 };
+inline constexpr uint8_t kHot = 1;  // read since it was written
 
 struct StoreJob {
     int64_t id;
@@ -89,7 +95,8 @@ struct StoreGroup {  // one request: adjacent extents of one segment
 struct StoreCounters {
     std::atomic<uint64_t> puts{0}, gets{0}, hits{0}, misses{0}, corrupt{0}, io_errors{0},
         no_space{0}, dropped{0}, bytes_written{0}, bytes_read{0}, recycled_segments{0},
-        recovered_entries{0}, journal_bytes{0}, sealed_segments{0};
+        recovered_entries{0}, journal_bytes{0}, sealed_segments{0}, reinserted_chunks{0},
+        reinserted_bytes{0}, segment_waits{0};
 };
 
 struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
@@ -125,6 +132,8 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     void unpublish(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
     uint64_t next_seq();
     void append_record(StoreSegment& seg, Record r);
+    void touch(StoreEntry& e);  // a get asked for it
+    void cool(StoreEntry& e);   // it goes, or gets another place
     void erase_entry(std::unordered_map<Key, StoreEntry, KeyHash>::iterator it);
     size_t remove(std::span<const Key> keys);
     void bury(const Key& key);  // tombstone
@@ -136,6 +145,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     // -- store_keeper.cpp
     void keeper();
     bool keeper_step(std::unique_lock<std::mutex>& lk);  // false: nothing to do now
+    size_t ahead_target();
     bool want_ahead();
     void close_open();  // mu held
     void recover();
@@ -150,15 +160,31 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     void seal(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
     int write_footer(StoreSegment& seg, const std::vector<Record>& recs, uint64_t off,
                      uint64_t trailer_off);
-    int take_segment(std::unique_lock<std::mutex>& lk);  // 0: `clean` is set; else an errno
+    // 0: one more is clean. EAGAIN: its hot chunks come first. Else another errno.
+    int take_segment(std::unique_lock<std::mutex>& lk);
     int make_room(std::unique_lock<std::mutex>& lk);
     int create_segment(std::unique_lock<std::mutex>& lk);
     int recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
     int make_clean(StoreSegment& seg, uint64_t gen);  // header + journal
     void remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
-    StoreSegment* oldest_own();
+    StoreSegment* next_victim();  // what to recycle next; null: nothing can be
     StoreSegment* sealable();
     void drain_keeper(std::unique_lock<std::mutex>& lk);
+
+    // -- store_tidy.cpp
+    void tidy();
+    bool tidy_pending();  // mu held, as the next two
+    void earn_rescue(uint64_t written);
+    StoreSegment* rescuable();  // whose hot chunks should be written again now
+    void rescue(StoreSegment& from, std::unique_lock<std::mutex>& lk);
+    bool rescue_one(StoreSegment& from, const Key& key, AlignedBuf& buf,
+                    std::unique_lock<std::mutex>& lk);  // false: no place to write to
+    bool rewrite(const Key& key, const StoreEntry& e, AlignedBuf& buf,
+                 std::unique_lock<std::mutex>& lk);
+    bool is_at(const Key& key, const StoreEntry& e);
+    std::vector<Key> hot_keys(const StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+
+    // -- store_segments.cpp
     FilePtr file_of(StoreSegment& seg, int& err);
     uint64_t foreign_gen(StoreSegment& seg);  // 0: unreadable
     bool flush(int timeout_ms);
@@ -174,12 +200,16 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     StoreCounters n;
 
     mutable std::mutex mu;
-    std::condition_variable done_cv, keeper_cv, keeper_gone_cv;
+    std::condition_variable done_cv, keeper_cv, keeper_gone_cv, tidy_cv;
     std::unordered_map<Key, StoreEntry, KeyHash> index;
     std::unordered_map<Key, uint64_t, KeyHash> tombs;     // seq of the newest delete
     std::vector<std::unique_ptr<StoreSegment>> segments;  // never shrinks: pointers stay valid
-    StoreSegment *open = nullptr, *clean = nullptr;
-    uint64_t payload_bytes = 0;  // of all entries
+    StoreSegment* open = nullptr;
+    std::deque<StoreSegment*> clean;   // in order of generation, which is that of filling
+    StoreSegment* rescuing = nullptr;  // pinned; the tidy thread writes its hot chunks again
+    uint64_t rescue_credit = 0;        // bytes it may write
+    uint64_t reads_out = 0;            // requests at the engine
+    uint64_t payload_bytes = 0;        // of all entries
 
     std::unordered_map<int64_t, StoreJobPtr> jobs;
     std::vector<StoreJobPtr> finished;
@@ -197,12 +227,14 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     bool discard = false;  // queued work is given up; nothing more is sent to the engine
     bool killed = false;   // abandon(): nothing more is written at all
     bool released = false;
+    bool stop_tidy = false, tidy_alive = false;
+    bool tidy_waits = false;  // for the reads to be done
     unsigned flush_waiters = 0;
     const StoreSegment* ahead_tried = nullptr;  // taking one ahead failed while this one was open
     Clock::time_point last_refresh{}, oldest_unwritten{};
     uint64_t last_gen = 0, last_seq = 0, last_id = 0, charged = 0;
     double recover_ms = 0;
-    std::thread keeper_thread;
+    std::thread keeper_thread, tidy_thread;
 
     std::mutex files_mu;
     std::deque<StoreSegment*> open_files;  // in order of opening

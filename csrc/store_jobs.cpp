@@ -115,13 +115,14 @@ void StoreImpl::fail_queued_puts(uint8_t result) {
 // Makes `open` usable; else asks the keeper for a segment.
 bool StoreImpl::next_segment() {
     if (open) return true;
-    if (clean) {
-        open = clean;
-        clean = nullptr;
+    if (!clean.empty()) {
+        open = clean.front();
+        clean.pop_front();
         open->state = SegState::kOpen;
         wake_keeper();
         return true;
     }
+    n.segment_waits += !need_segment;
     need_segment = true;
     wake_keeper();
     return false;
@@ -134,6 +135,7 @@ void StoreImpl::place_tombs() {
             continue;
         }
         ++open->reserved;
+        ++open->deletes;
         append_record(*open, tomb_queue.front());
         tomb_queue.pop_front();
         if (tomb_queue.empty()) done_cv.notify_all();
@@ -159,6 +161,8 @@ void StoreImpl::place() {
             if (g->bounce != !w.job->arena || (g->bytes && g->bytes + pad > limit)) break;
             w.off = open->tail;
             open->tail += pad;
+            // Halves and quarters are where the keeper has something to do ahead of need.
+            if (w.off * 4 / open->bytes != open->tail * 4 / open->bytes) wake_keeper();
             g->bytes += pad;
             ++open->reserved;
             g->items.push_back(std::move(w));
@@ -230,7 +234,10 @@ void StoreImpl::finish_put(StoreGroup& g, int err) {
         ++n.io_errors;
         if (open == &seg) close_open();  // abandoned: what it holds stays, nothing more goes in
     }
-    if (!err) n.bytes_written += g.bytes;
+    if (!err) {
+        n.bytes_written += g.bytes;
+        earn_rescue(g.bytes);
+    }
     for (auto& w : g.items) {
         if (err || killed) {
             settle_put(w, err ? result_of(err) : uint8_t(kDropped), 0);
@@ -278,6 +285,7 @@ void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena,
                 settle(job, i, kMiss, 0);
                 continue;
             }
+            touch(*e);
             StoreWork w{job, i, items[i], e->ns, e->off4k * kBlock, e->root};
             total += round_up(e->len);
             found.emplace_back(*e, std::move(w));
@@ -300,6 +308,7 @@ void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena,
                 g->bytes = 0;
                 g->bounce = !arena;
                 ++g->seg->pins;
+                ++reads_out;
             }
             g->bytes += pad;
             g->items.push_back(std::move(w));
@@ -370,6 +379,7 @@ void StoreImpl::finish_get(StoreGroup& g, IoRequest& r, int err, size_t done) {
     }
     std::lock_guard lk(mu);
     --g.seg->pins;
+    if (!--reads_out && tidy_waits) tidy_cv.notify_one();
     if (!g.seg->own || g.seg->state == SegState::kFull) wake_keeper();
     done_cv.notify_all();  // the keeper may wait for the pin
     bool io = false;

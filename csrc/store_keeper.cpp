@@ -11,6 +11,7 @@ namespace {
 
 constexpr auto kJournalEvery = std::chrono::milliseconds(10);
 constexpr auto kRefreshEvery = std::chrono::seconds(1);
+constexpr uint64_t kLargeStore = 8;  // segments
 
 }  // namespace
 
@@ -33,15 +34,22 @@ void StoreImpl::keeper() {
     keeper_gone_cv.notify_all();
 }
 
+// Clean segments to keep. A small store would lose a good part of itself to them, and a young one
+// may never need them.
+size_t StoreImpl::ahead_target() {
+    if (!open) return 0;
+    auto own = std::ranges::count_if(segments,
+                                     [](auto& s) { return s->own && s->state != SegState::kGone; });
+    bool large = dir.segments_that_fit() >= kLargeStore, late = open->tail > open->bytes / 4 * 3;
+    if (own < 4) return large && late;
+    return large ? 2 : late;
+}
+
 bool StoreImpl::want_ahead() {
-    if (!open || clean || discard || ahead_tried == open) return false;
-    size_t own = 0;
-    for (auto& s : segments) {
-        own += s->own && s->state != SegState::kGone;
-        if (s->own && s->state == SegState::kFull) return false;
-    }
-    // A small store would lose a good part of itself to the spare.
-    return own >= 4 && open->tail > open->bytes / 4 * 3;
+    if (!open || discard || rescuing || ahead_tried == open || clean.size() >= ahead_target())
+        return false;
+    return std::ranges::none_of(segments,
+                                [](auto& s) { return s->own && s->state == SegState::kFull; });
 }
 
 bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
@@ -58,7 +66,7 @@ bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
     }
     size_t full = 0;
     for (auto& s : segments) full += s->own && s->state == SegState::kFull;
-    if (need_segment && (open || clean)) {  // one taken ahead came first
+    if (need_segment && (open || !clean.empty())) {  // one taken ahead came first
         need_segment = false;
         place();
         return true;
@@ -72,9 +80,15 @@ bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
             fail_queued_puts(err == ENOSPC || err == EDQUOT ? kNoSpace : kIoError);
         return true;
     }
+    if (StoreSegment* s = rescuable()) {
+        rescuing = s;
+        ++s->pins;
+        tidy_cv.notify_one();
+    }
     if (want_ahead()) {
-        ahead_tried = open;
-        take_segment(lk);  // failing, it is tried again when it is needed
+        const StoreSegment* now = open;
+        int err = take_segment(lk);
+        if (err && err != EAGAIN) ahead_tried = now;  // tried again when it is needed
         return true;
     }
     if (miss_hint && Clock::now() >= last_refresh + kRefreshEvery) {
@@ -224,9 +238,14 @@ bool StoreImpl::close(int timeout_ms, bool kill) {
                            [&] { return jobs.size() == finished.size() && tomb_queue.empty(); });
     discard = true;
     fail_queued_puts(kDropped);
+    stop_tidy = true;
+    tidy_cv.notify_all();
     lk.unlock();
     bool clean_stop = engine->stop(left());
     lk.lock();
+    // What it publishes must be there before the keeper's last look.
+    clean_stop &=
+        keeper_gone_cv.wait_for(lk, std::chrono::milliseconds(left()), [&] { return !tidy_alive; });
     stop_keeper = true;
     keeper_cv.notify_all();
     done_cv.notify_all();
@@ -242,10 +261,13 @@ bool StoreImpl::close(int timeout_ms, bool kill) {
     }
     done_cv.notify_all();
     lk.unlock();
-    if (clean_stop)
-        keeper_thread.join();
-    else
-        keeper_thread.detach();
+    for (auto* t : {&keeper_thread, &tidy_thread}) {
+        if (!t->joinable()) continue;
+        if (clean_stop)
+            t->join();
+        else
+            t->detach();
+    }
     if (clean_stop) release();
     return clean_stop;
 }
