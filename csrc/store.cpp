@@ -233,6 +233,7 @@ void StoreImpl::check() const {
         must(s->state != SegState::kClean || std::ranges::count(clean, s.get()) == 1,
              "a CLEAN segment is not among the clean ones");
         must(s->records.size() <= s->reserved, "more records than were reserved");
+        must(!s->zeroing || s->state == SegState::kClean, "zeros are written to a used segment");
         must(s->journalled <= s->records.size(), "journal is ahead of the records");
         bool writing = s->state == SegState::kOpen || s->state == SegState::kFull;
         must(!writing || s->tail + footer_bytes(s->reserved) <= s->bytes,
@@ -242,6 +243,7 @@ void StoreImpl::check() const {
     }
     must(!open || (open->own && open->state == SegState::kOpen), "open segment's state");
     for (size_t i = 0; i < clean.size(); ++i) {
+        must(clean[i]->blank_from <= clean[i]->bytes, "zeroed past the end");
         must(clean[i]->own && clean[i]->state == SegState::kClean, "clean segment's state");
         must(clean[i]->gen > (i      ? clean[i - 1]
                               : open ? open
@@ -410,6 +412,7 @@ std::map<std::string, double> SegmentStore::stats() const {
             {"clean_segments", double(s_->clean.size())},
             {"tidy_pending", double(s_->tidy_pending())},
             {"segment_waits", double(n.segment_waits)},
+            {"zeroed_bytes", double(n.zeroed_bytes)},
             {"reinserted_chunks", double(n.reinserted_chunks)},
             {"reinserted_bytes", double(n.reinserted_bytes)},
             {"recovered_entries", double(n.recovered_entries)},

@@ -46,6 +46,8 @@ struct StoreSegment {
     int64_t mtime_ns = 0;                // other writers: to see changes cheaply
     bool sealed = false;                 // the footer is on disk
     bool empty = false;                  // nothing in it is worth keeping: recycled first
+    uint64_t blank_from = 0;             // CLEAN: never written from here on; 0: all of it was
+    bool zeroing = false;                // a write of zeros is under way
     uint32_t deletes = 0;                // delete records in it
     uint64_t hot_bytes = 0;              // payload of its entries that were read since written
     uint64_t hot_left = 0;               // of these, what the last rescue left behind
@@ -96,7 +98,7 @@ struct StoreCounters {
     std::atomic<uint64_t> puts{0}, gets{0}, hits{0}, misses{0}, corrupt{0}, io_errors{0},
         no_space{0}, dropped{0}, bytes_written{0}, bytes_read{0}, recycled_segments{0},
         recovered_entries{0}, journal_bytes{0}, sealed_segments{0}, reinserted_chunks{0},
-        reinserted_bytes{0}, segment_waits{0};
+        reinserted_bytes{0}, segment_waits{0}, zeroed_bytes{0};
 };
 
 struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
@@ -182,6 +184,8 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     bool rewrite(const Key& key, const StoreEntry& e, AlignedBuf& buf,
                  std::unique_lock<std::mutex>& lk);
     bool is_at(const Key& key, const StoreEntry& e);
+    StoreSegment* blank();  // a clean segment to be written over
+    void zero_piece(StoreSegment& seg, const AlignedBuf& zeros, std::unique_lock<std::mutex>& lk);
     std::vector<Key> hot_keys(const StoreSegment& seg, std::unique_lock<std::mutex>& lk);
 
     // -- store_segments.cpp
@@ -228,7 +232,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     bool killed = false;   // abandon(): nothing more is written at all
     bool released = false;
     bool stop_tidy = false, tidy_alive = false;
-    bool tidy_waits = false;  // for the reads to be done
+    bool tidy_waits = false;  // for the engine to be idle
     unsigned flush_waiters = 0;
     const StoreSegment* ahead_tried = nullptr;  // taking one ahead failed while this one was open
     Clock::time_point last_refresh{}, oldest_unwritten{};

@@ -97,6 +97,7 @@ void StoreImpl::submit_put(int64_t id, std::shared_ptr<Arena> arena, std::vector
 
 void StoreImpl::settle_put(StoreWork& w, uint8_t result, uint64_t nbytes) {
     queued -= w.it.nbytes;
+    if (!queued && tidy_waits) tidy_cv.notify_one();
     settle(w.job, w.index, result, nbytes);
     auto p = pending.find(w.it.key);
     auto waiters = std::move(p->second);
@@ -116,7 +117,9 @@ void StoreImpl::fail_queued_puts(uint8_t result) {
 bool StoreImpl::next_segment() {
     if (open) return true;
     if (!clean.empty()) {
+        if (clean.front()->zeroing) return false;  // a piece at most; place() comes after it
         open = clean.front();
+        open->blank_from = 0;
         clean.pop_front();
         open->state = SegState::kOpen;
         wake_keeper();

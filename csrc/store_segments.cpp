@@ -148,9 +148,11 @@ int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
         return err;
     }
     charged += seg.bytes;
+    seg.blank_from = kBlock;
     seg.state = SegState::kClean;
     clean.push_back(&seg);
     segments.push_back(std::move(owned));
+    tidy_cv.notify_one();
     return 0;
 }
 

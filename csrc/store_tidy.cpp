@@ -1,10 +1,12 @@
 // The tidy thread: what makes the store better and nobody waits for. Rescue: chunks that were read
-// since they were written are written again before their segment is recycled.
+// since they were written are written again before their segment is recycled. Zeros: a new segment
+// is written once before it is used, the first write to preallocated extents being slower.
 #include <linux/ioprio.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "checksum.h"
 #include "store_impl.h"
@@ -13,6 +15,7 @@ namespace kvo::store {
 namespace {
 
 constexpr auto kQuiet = std::chrono::milliseconds(5);  // longest wait for reads, per chunk
+constexpr uint64_t kPiece = 1 << 20;  // of zeros: what a load may have to wait behind
 
 // Idle I/O priority, where the disk's scheduler knows such a thing. Not nice(2): a thread that is
 // kept from running while it holds `mu` would stop everybody.
@@ -25,17 +28,69 @@ void lowest_priority() {
 void StoreImpl::tidy() {
     setup_native_thread("kvo-tidy");
     lowest_priority();
+    AlignedBuf zeros;
     std::unique_lock lk(mu);
     while (!stop_tidy) {
-        if (rescuing)
+        StoreSegment* s = nullptr;
+        if (rescuing) {
             rescue(*rescuing, lk);
-        else
+        } else if ((s = blank()) && !reads_out && !queued) {
+            if (!zeros.size()) {
+                zeros = AlignedBuf(kPiece);
+                std::memset(zeros.data(), 0, kPiece);
+            }
+            zero_piece(*s, zeros, lk);
+        } else {
+            tidy_waits = s != nullptr;
+            if (!s) zeros = AlignedBuf();
             tidy_cv.wait(lk);  // an idle store never wakes
+            tidy_waits = false;
+        }
     }
     if (rescuing) --rescuing->pins;
     rescuing = nullptr;
     tidy_alive = false;
     keeper_gone_cv.notify_all();
+}
+
+// ---- zeros
+
+StoreSegment* StoreImpl::blank() {
+    for (auto* s : clean)
+        if (s->blank_from) return s;
+    return nullptr;
+}
+
+// One piece, only while nothing else moves; then as long a pause, so that it never takes more than
+// half of the disk. A put that needs the segment waits for the piece and takes it as it is.
+void StoreImpl::zero_piece(StoreSegment& seg, const AlignedBuf& zeros,
+                           std::unique_lock<std::mutex>& lk) {
+    uint64_t from = seg.blank_from, bytes = std::min(kPiece, seg.bytes - from);
+    seg.zeroing = true;
+    lk.unlock();
+    auto start = Clock::now();
+    int err = 0;
+    FilePtr f = file_of(seg, err);
+    if (f) err = write_full(*f, zeros.data(), bytes, from, *faults);
+    auto took = Clock::now() - start;
+    lk.lock();
+    seg.zeroing = false;
+    seg.blank_from = from + bytes;
+    bool last = seg.blank_from == seg.bytes;
+    if (err || last) seg.blank_from = 0;  // failing, it is used as it is
+    if (err)
+        ++n.io_errors;
+    else
+        n.zeroed_bytes += bytes;
+    if (!discard) place();  // what came meanwhile
+    if (err || discard) return;
+    if (last) {  // the extents' new state, now and not on a put's time
+        lk.unlock();
+        err = sync_data(*f);
+        lk.lock();
+        n.io_errors += err != 0;
+    }
+    tidy_cv.wait_for(lk, took, [&] { return stop_tidy || rescuing; });
 }
 
 // ---- rescue
@@ -60,7 +115,7 @@ StoreSegment* StoreImpl::rescuable() {
 bool StoreImpl::tidy_pending() {
     bool full = std::ranges::any_of(segments,
                                     [](auto& s) { return s->own && s->state == SegState::kFull; });
-    return full || rescuing || rescuable() || want_ahead();
+    return full || rescuing || blank() || rescuable() || want_ahead();
 }
 
 // The hot keys of a segment, shallow ones first: a chunk is worth nothing without those above it.

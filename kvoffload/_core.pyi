@@ -253,7 +253,7 @@ class SegmentStore:
         """entries, bytes_used, bytes_max, segments, puts, gets, hits, misses, corrupt, io_errors, no_space,
         dropped, bytes_written, bytes_read, recycled_segments, recovered_entries, recover_ms, queued_bytes;
         also payload_bytes, segment_bytes, writers, journal_bytes, sealed_segments, clean_segments,
-        segment_waits, reinserted_chunks, reinserted_bytes, tidy_pending (docs/format.md says what they are)"""
+        segment_waits, zeroed_bytes, reinserted_chunks, reinserted_bytes, tidy_pending (docs/format.md says what they are)"""
     def ls(self, limit: int = 0) -> list[tuple[bytes, int, int, int, int, int]]:
         """(key, namespace, depth, nbytes, segment, seq), newest first."""
     def verify(

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -218,6 +219,48 @@ void threads(const fs::path& p) {
     s.check();
 }
 
+// Puts, gets and deletes of the same few keys while segments come and go.
+void life(const fs::path& p) {
+    for (uint64_t max : {2, 8}) {  // MiB: too small for clean segments ahead, and large enough
+        SegmentStore s(options(p / std::to_string(max), max << 20));
+        put(s, 0, 6);
+        std::atomic<bool> stop{false};
+        auto one = [&](int64_t job, uint64_t i, bool write) {
+            auto want = payload_of(i), data = want;
+            if (!write) std::fill(data.begin(), data.end(), 0);
+            StoreItem it{key_of(i), data.data(), data.size()};
+            write ? s.put(job, nullptr, {it}, 0) : s.get(job, nullptr, {it});
+            MUST(s.wait(job, 20000));
+            MUST(write || data == want || data == std::vector<uint8_t>(data.size(), 0));
+        };
+        std::vector<std::thread> ts;
+        ts.emplace_back([&] {
+            for (int64_t job = 1'000'000; !stop; ++job) one(job, uint64_t(job) % 6, false);
+        });
+        ts.emplace_back([&] {
+            for (int64_t job = 2'000'000; !stop; ++job) {
+                Key k = key_of(uint64_t(job) % 6);
+                if (job % 16 == 0) s.remove(std::span(&k, 1));
+                one(job, uint64_t(job) % 6, true);
+                s.check();
+            }
+        });
+        for (uint64_t i = 100; i < 700; ++i) {
+            one(int64_t(i), i, true);
+            if (i % 16 == 0) ::usleep(2000);
+        }
+        stop = true;
+        for (auto& t : ts) t.join();
+        auto n = s.stats();
+        MUST(n["corrupt"] == 0 && n["io_errors"] == 0 && n["recycled_segments"] > 20);
+        MUST(n["reinserted_chunks"] > 0 && 4 * n["reinserted_bytes"] <= n["bytes_written"]);
+        MUST((n["zeroed_bytes"] > 0) == (max == 8));
+        s.poll();
+        MUST(get(s, 699, 700) == 1);
+        s.check();
+    }
+}
+
 void faults(const fs::path& p) {
     auto s = std::make_unique<SegmentStore>(options(p));
     put(*s, 0, 10);
@@ -323,6 +366,7 @@ int main(int argc, char** argv) {
         basics(here / "basics");
         slots(here / "slots");
         threads(here / "threads");
+        life(here / "life");
         faults(here / "faults");
         hostile(here, argc > 2 ? std::atoi(argv[2]) : 60);
         std::printf("test_store: %s ok\n", e.c_str());

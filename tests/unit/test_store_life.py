@@ -115,6 +115,20 @@ class TestRescue:
         with make(path, 3) as store:
             assert not any(key_of(i) in store for i in range(380))
 
+    def test_deleted_under_the_rescue(self, path: Path) -> None:
+        with make(path, 3) as store:
+            native = store._native
+            assert native is not None
+            fill(store, 0, 45)
+            store.get(key_of(0))
+            native.inject("slow_read_ms", 300)
+            fill(store, 45, 54)  # past half of the segment that comes instead of the oldest
+            store.delete(key_of(0))
+            native.inject("slow_read_ms", 0)
+            settle(store)
+            assert key_of(0) not in store and store.stats()["reinserted_chunks"] == 0
+            store.check()
+
     def test_a_victim_that_cannot_be_read(self, path: Path) -> None:
         """Its chunks are misses then; nothing stops."""
         with make(path, 3) as store:
@@ -141,3 +155,74 @@ class TestRescue:
         assert store.get(key_of(199)) == payload_of(199)
         store.check()
         store.close()
+
+
+class TestAhead:
+    def test_a_put_never_waits_for_a_segment(self, path: Path) -> None:
+        with make(path, 12) as store:
+            for i in range(15 * 12 * 2):
+                fill(store, i, i + 1)
+                settle(store)  # a disk that keeps up
+            stats = store.stats()
+            assert stats["recycled_segments"] > 10
+            assert stats["segment_waits"] == 1  # the very first
+            assert stats["clean_segments"] == 2
+            assert len(store) > 15 * 8
+            store.check()
+
+    def test_a_small_store_keeps_none_to_itself(self, path: Path) -> None:
+        with make(path, 3) as store:
+            fill(store, 0, 100)
+            settle(store)
+            assert store.stats()["clean_segments"] == 0
+            assert store.stats()["segments"] == 3
+
+    def test_new_segments_are_written_once_ahead(self, path: Path) -> None:
+        with make(path, 12) as store:
+            for i in range(15 * 6):
+                fill(store, i, i + 1)
+                settle(store)
+            stats = store.stats()
+            ahead = stats["segments"] - 1  # all but the very first
+            assert stats["zeroed_bytes"] == ahead * (SEGMENT - 4096)
+            assert [store.get(key_of(i)) for i in range(90)] == [payload_of(i) for i in range(90)]
+            for i in range(90, 15 * 40):
+                fill(store, i, i + 1)
+            settle(store)
+            assert store.stats()["zeroed_bytes"] <= 12 * SEGMENT  # recycled ones are not
+            store.check()
+        with make(path, 12) as store:
+            assert store.get(key_of(599)) == payload_of(599)
+
+    def test_zeros_wait_for_loads(self, path: Path) -> None:
+        with make(path, 12) as store:
+            native = store._native
+            assert native is not None
+            fill(store, 0, 11)
+            settle(store)
+            zeroed = store.stats()["zeroed_bytes"]
+            native.inject("slow_read_ms", 300)
+            native.get(1, key_of(0), [bytearray(CHUNK)])
+            fill(store, 11, 14)  # the last quarter of the first segment: the next is made
+            assert until(lambda: store.stats()["clean_segments"] == 1)
+            assert not native.wait(1, 20) and store.stats()["zeroed_bytes"] == zeroed
+            native.inject("slow_read_ms", 0)
+            assert native.wait(1, 5000)
+            assert until(lambda: store.stats()["zeroed_bytes"] > zeroed)
+
+    def test_zeros_that_cannot_be_written(self, path: Path) -> None:
+        """The segment is used as it is, and nothing but a counter says so."""
+        with make(path, 12) as store:
+            native = store._native
+            assert native is not None
+            for i in range(15 * 12):
+                native.inject("write_eio", 0)
+                store.put(key_of(i), payload_of(i))
+                native.inject("write_eio", 1 if i % 2 else 0)
+                settle(store)
+            native.inject("write_eio", 0)
+            fill(store, 500, 540)
+            assert [store.get(key_of(i)) for i in range(500, 540)] == [
+                payload_of(i) for i in range(500, 540)
+            ]
+            store.check()
