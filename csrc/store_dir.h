@@ -121,6 +121,8 @@ std::string journal_name(uint64_t epoch);
 uint64_t auto_segment_bytes(uint64_t max_bytes);
 int64_t unix_ns();
 
+int sync_names(int dirfd);  // makes creations and removals in a directory durable; an errno
+
 // Shared with store_scan.cpp.
 void each_entry(int dirfd, const std::function<void(const std::string&)>& fn);
 // The number between prefix and suffix; nothing unless it is written as we write it.

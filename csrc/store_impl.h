@@ -172,6 +172,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     StoreSegment* next_victim();  // what to recycle next; null: nothing can be
     StoreSegment* sealable();
     void drain_keeper(std::unique_lock<std::mutex>& lk);
+    void sync_unsealed(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
 
     // -- store_tidy.cpp
     void tidy();

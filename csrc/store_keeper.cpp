@@ -103,6 +103,20 @@ bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
 void StoreImpl::drain_keeper(std::unique_lock<std::mutex>& lk) {
     while (StoreSegment* s = sealable()) seal(*s, lk);
     write_journals(lk);
+    // An orderly end outlasts a power cut: what no seal has flushed is flushed now.
+    for (size_t i = 0; i < segments.size(); ++i)
+        if (!segments[i]->records.empty()) sync_unsealed(*segments[i], lk);
+}
+
+void StoreImpl::sync_unsealed(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
+    FilePtr journal = seg.journal;
+    lk.unlock();
+    int err = 0;
+    FilePtr f = file_of(seg, err);
+    if (f) err = sync_data(*f);
+    if (!err && journal) err = sync_data(*journal);
+    lk.lock();
+    n.io_errors += err != 0;
 }
 
 void StoreImpl::close_open() {

@@ -57,7 +57,9 @@ void StoreImpl::remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& 
     if (!seg.own) return;
     lk.unlock();
     ::unlinkat(dir.writer_fd(), segment_name(seg.id).c_str(), 0);
+    int err = sync_names(dir.writer_fd());  // else its bytes come back with a power cut
     lk.lock();
+    n.io_errors += err != 0;
 }
 
 // Takes a segment under the path lock: new while the sum stays below the bound, else our oldest.
@@ -138,7 +140,7 @@ int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
             open_files.push_back(&seg);
         }
         if (!err) err = make_clean(seg, gen);
-        if (!err && (::fsync(f->fd()) != 0 || ::fsync(dir.writer_fd()) != 0)) err = errno;
+        if (!err && ::fsync(f->fd()) != 0) err = errno;
         if (err) ::unlinkat(dir.writer_fd(), name.c_str(), 0);
     }
     lk.lock();
@@ -184,8 +186,8 @@ int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     return 0;
 }
 
-// Durable header of the new generation, then its journal. No lock held; nobody else uses the
-// segment.
+// Durable header of the new generation, then its journal and the names of both. No lock held;
+// nobody else uses the segment.
 int StoreImpl::make_clean(StoreSegment& seg, uint64_t gen) {
     int err = 0;
     FilePtr f = file_of(seg, err);
@@ -199,7 +201,7 @@ int StoreImpl::make_clean(StoreSegment& seg, uint64_t gen) {
     ::unlinkat(dir.writer_fd(), name.c_str(), 0);
     FilePtr j =
         open_file(dir.writer_fd(), name.c_str(), O_RDWR | O_CREAT | O_EXCL, opt.direct, err);
-    if (!j) return err;
+    if (!j || (err = sync_names(dir.writer_fd()))) return err;
     std::lock_guard fl(files_mu);
     seg.journal = j;
     seg.gen = uint32_t(gen);
