@@ -314,17 +314,22 @@ std::string SegmentStore::io_engine_note() const {
 }
 
 void SegmentStore::put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items,
-                       uint32_t ns) {
+                       uint32_t ns, int64_t deadline_ms) {
     use_arena(*s_->engine, arena);
-    s_->submit_put(job, std::move(arena), items, ns);
+    s_->submit_put(job, std::move(arena), items, ns, deadline_ms);
 }
-void SegmentStore::get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items) {
+void SegmentStore::get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items,
+                       int64_t deadline_ms) {
     use_arena(*s_->engine, arena);
-    s_->submit_get(job, std::move(arena), items);
+    s_->submit_get(job, std::move(arena), items, deadline_ms);
+}
+size_t SegmentStore::cancel(int64_t job) {
+    return s_->cancel(job);
 }
 
 std::vector<StoreDone> SegmentStore::poll() {
     std::lock_guard lk(s_->mu);
+    s_->expire();
     std::vector<StoreDone> out;
     for (auto& j : s_->finished) {
         out.push_back({j->id, j->kind, j->results, j->nbytes, j->ns});
@@ -335,12 +340,7 @@ std::vector<StoreDone> SegmentStore::poll() {
 }
 
 bool SegmentStore::wait(int64_t id, int timeout_ms) {
-    std::unique_lock lk(s_->mu);
-    auto it = s_->jobs.find(id);
-    if (it == s_->jobs.end()) return true;
-    StoreJobPtr job = it->second;
-    return s_->done_cv.wait_for(lk, std::chrono::milliseconds(timeout_ms),
-                                [&] { return job->done; });
+    return s_->wait(id, timeout_ms);
 }
 
 void SegmentStore::contains(std::span<const Key> keys, uint8_t* out) {

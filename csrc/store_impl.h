@@ -1,6 +1,7 @@
 // Internals of SegmentStore, shared by store.cpp (surface), store_jobs.cpp (puts and gets),
 // store_keeper.cpp (journals, seals, segments ahead of need), store_segments.cpp (taking segments),
-// store_tidy.cpp (rescues) and store_recover.cpp. One mutex, `mu`; nothing holds it across I/O.
+// store_tidy.cpp (rescues, zeros), store_cancel.cpp and store_recover.cpp. One mutex, `mu`; nothing
+// holds it across I/O.
 //
 // A segment's life:  CLEAN -> OPEN -> FULL -> SEALED -> RECYCLING -> CLEAN
 //   CLEAN      header with a fresh generation is durable, journal made; nothing in it
@@ -14,6 +15,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -62,6 +64,8 @@ struct StoreEntry {
 };
 inline constexpr uint8_t kHot = 1;  // read since it was written
 
+struct StoreGroup;
+
 struct StoreJob {
     int64_t id;
     int kind;
@@ -72,6 +76,9 @@ struct StoreJob {
     std::shared_ptr<Arena> arena;
     bool done = false;
     int64_t ns = 0;
+    Clock::time_point deadline = Clock::time_point::max();
+    bool given_up = false;                          // cancelled, or the deadline has passed
+    std::vector<std::weak_ptr<StoreGroup>> groups;  // that hold items of it
 };
 using StoreJobPtr = std::shared_ptr<StoreJob>;
 
@@ -84,14 +91,16 @@ struct StoreWork {
     uint64_t off = 0;
     uint64_t root = 0;
     bool usable = true;
+    bool ended = false;  // settled before its request started: its memory is not ours any more
 };
 
 struct StoreGroup {  // one request: adjacent extents of one segment
     StoreSegment* seg;
     uint32_t gen;
     uint64_t off, bytes;  // bytes: padded
-    bool bounce;
+    bool bounce = false;
     std::vector<StoreWork> items;
+    bool started = false;  // an engine thread prepares it: `ended` of its items stays as it is
 };
 
 struct StoreCounters {
@@ -110,8 +119,9 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     static bool is_live(const StoreEntry& e);  // mu held
     StoreEntry* find_live(const Key& key);     // mu held
     void submit_put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items,
-                    uint32_t ns);
-    void submit_get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items);
+                    uint32_t ns, int64_t deadline_ms);
+    void submit_get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items,
+                    int64_t deadline_ms);
     StoreJobPtr new_job(int64_t id, int kind, size_t n, std::shared_ptr<Arena> arena);
     void settle(const StoreJobPtr& job, uint32_t index, uint8_t result,
                 uint64_t nbytes);  // mu held
@@ -128,6 +138,17 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     uint8_t check_read(StoreWork& w, const uint8_t* data, std::vector<uint64_t>& tmp);
     void drop_entry(const Key& key, const StoreSegment* seg, uint32_t gen,
                     uint64_t off);  // mu held
+
+    // -- store_cancel.cpp, mu held unless said
+    static bool overdue(const StoreJob& job);
+    void set_deadline(const StoreJobPtr& job, int64_t deadline_ms);
+    void end_item(StoreWork& w, bool write);
+    void drop_put(StoreWork& w);
+    size_t give_up(const StoreJobPtr& job);       // number of items that ended
+    void expire();                                // jobs whose deadline has passed
+    bool start_group(StoreGroup& g, bool write);  // takes mu; false: nothing of it is left
+    size_t cancel(int64_t id);                    // takes mu
+    bool wait(int64_t id, int timeout_ms);        // takes mu
 
     // -- store.cpp, mu held unless said
     void publish(StoreSegment& seg, const Record& r);
@@ -225,6 +246,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     std::set<uint64_t> put_tickets;  // jobs not settled, in order of submission
     std::unordered_map<const StoreJob*, uint64_t> ticket_of;
     uint64_t last_ticket = 0;
+    std::multimap<Clock::time_point, std::weak_ptr<StoreJob>> deadlines;
     uint64_t queued = 0;  // payload bytes of puts not settled
     uint64_t records_added = 0, records_journalled = 0;
     bool need_segment = false, miss_hint = false, stop_keeper = false, keeper_alive = false;

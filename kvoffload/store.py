@@ -237,10 +237,12 @@ class Store:
             self._waiting.add(job)
         try:
             with _store_errors():
+                # What the disk has not begun in time is not done later either.
+                late = min(max(1, int(self._timeout_s * 1000)), 86_400_000)
                 if put:
-                    native.put(job, b"".join(keys), buffers, namespace & 0xFFFFFFFF)
+                    native.put(job, b"".join(keys), buffers, namespace & 0xFFFFFFFF, late)
                 else:
-                    native.get(job, b"".join(keys), buffers)
+                    native.get(job, b"".join(keys), buffers, late)
             done = self._await(native, job)
         finally:
             with self._lock:

@@ -261,6 +261,56 @@ void life(const fs::path& p) {
     }
 }
 
+// What is cancelled before it started does not touch its memory, and what shares a request with it
+// goes on.
+void cancel(const fs::path& p) {
+    {
+        put(*std::make_unique<SegmentStore>(options(p)), 0, 60);
+    }
+    for (int round = 0; round < 6; ++round) {
+        SegmentStore s(options(p));
+        std::vector<std::vector<uint8_t>> mine(60);
+        s.inject("hang_read", 1);
+        for (uint64_t i = 0; i < 60; ++i) {  // more than an engine starts
+            mine[i] = std::vector<uint8_t>(payload_of(i).size());
+            s.get(int64_t(i), nullptr, {{key_of(i), mine[i].data(), mine[i].size()}});
+        }
+        std::vector<std::vector<uint8_t>> puts;  // they wait for a segment, then lie together
+        uint64_t base = 1000 + uint64_t(round) * 100;
+        for (uint64_t i = 0; i < 12; ++i) {
+            puts.push_back(payload_of(base + i));
+            s.put(int64_t(base + i), nullptr, {{key_of(base + i), puts[i].data(), puts[i].size()}},
+                  0);
+        }
+        ::usleep(round * 10000);
+        size_t gone = 0;
+        std::vector<std::thread> ts;
+        for (int t = 0; t < 2; ++t)
+            ts.emplace_back([&, t] {
+                for (uint64_t i = uint64_t(t); i < 60; i += 2) s.cancel(int64_t(i));
+            });
+        for (auto& t : ts) t.join();
+        for (uint64_t i = 0; i < 12; i += 3) gone += s.cancel(int64_t(base + i));
+        MUST(gone == 4);
+        for (auto& d : s.poll())
+            if (uint64_t(d.job) < 60)
+                std::vector<uint8_t>().swap(mine[size_t(d.job)]);
+            else
+                std::vector<uint8_t>().swap(puts[size_t(d.job) - base]);
+        s.check();
+        s.inject("hang_read", 0);
+        for (uint64_t i = 0; i < 60; ++i)
+            MUST(s.wait(int64_t(i), 20000) && (mine[i].empty() || mine[i] == payload_of(i)));
+        for (uint64_t i = 0; i < 12; ++i) {
+            MUST(s.wait(int64_t(base + i), 20000));
+            MUST((s.length(key_of(base + i)) > 0) == (i % 3 != 0));
+        }
+        s.poll();
+        MUST(get(s, base, base + 12) == 8 && s.stats()["corrupt"] == 0);
+        s.check();
+    }
+}
+
 void faults(const fs::path& p) {
     auto s = std::make_unique<SegmentStore>(options(p));
     put(*s, 0, 10);
@@ -367,6 +417,7 @@ int main(int argc, char** argv) {
         slots(here / "slots");
         threads(here / "threads");
         life(here / "life");
+        cancel(here / "cancel");
         faults(here / "faults");
         hostile(here, argc > 2 ? std::atoi(argv[2]) : 60);
         std::printf("test_store: %s ok\n", e.c_str());
