@@ -170,7 +170,8 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     bool keeper_step(std::unique_lock<std::mutex>& lk);  // false: nothing to do now
     size_t ahead_target();
     bool want_ahead();
-    void close_open();  // mu held
+    size_t unsealed() const;  // segments that are full
+    void close_open();        // mu held
     void recover();
     void seal_recovered(StoreSegment& seg);
     void load(uint32_t writer, WriterScan& scan, std::unique_lock<std::mutex>& lk);

@@ -117,7 +117,7 @@ void StoreImpl::fail_queued_puts(uint8_t result) {
 // Makes `open` usable; else asks the keeper for a segment.
 bool StoreImpl::next_segment() {
     if (open) return true;
-    if (!clean.empty()) {
+    if (!clean.empty() && unsealed() < 2) {
         if (clean.front()->zeroing) return false;  // a piece at most; place() comes after it
         open = clean.front();
         open->blank_from = 0;

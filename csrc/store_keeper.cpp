@@ -46,10 +46,13 @@ size_t StoreImpl::ahead_target() {
 }
 
 bool StoreImpl::want_ahead() {
-    if (!open || discard || rescuing || ahead_tried == open || clean.size() >= ahead_target())
-        return false;
-    return std::ranges::none_of(segments,
-                                [](auto& s) { return s->own && s->state == SegState::kFull; });
+    return open && !discard && !rescuing && ahead_tried != open && clean.size() < ahead_target();
+}
+
+// There is room for two journals with records: the open segment's and that of one to be sealed.
+size_t StoreImpl::unsealed() const {
+    return size_t(std::ranges::count_if(
+        segments, [](auto& s) { return s->own && s->state == SegState::kFull; }));
 }
 
 bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
@@ -64,14 +67,13 @@ bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
         write_journals(lk);
         return true;
     }
-    size_t full = 0;
-    for (auto& s : segments) full += s->own && s->state == SegState::kFull;
-    if (need_segment && (open || !clean.empty())) {  // one taken ahead came first
+    bool room = need_segment && unsealed() < 2;
+    if (need_segment && (open || (room && !clean.empty()))) {  // one taken ahead came first
         need_segment = false;
         place();
         return true;
     }
-    if (need_segment && !discard && full < 2) {
+    if (room && !discard) {
         int err = take_segment(lk);
         need_segment = false;
         if (!err)

@@ -113,9 +113,7 @@ StoreSegment* StoreImpl::rescuable() {
 }
 
 bool StoreImpl::tidy_pending() {
-    bool full = std::ranges::any_of(segments,
-                                    [](auto& s) { return s->own && s->state == SegState::kFull; });
-    return full || rescuing || blank() || rescuable() || want_ahead();
+    return unsealed() || rescuing || blank() || rescuable() || want_ahead();
 }
 
 // The hot keys of a segment, shallow ones first: a chunk is worth nothing without those above it.
