@@ -20,6 +20,11 @@ template <class T>
 using Array =
     py::array_t<T, py::array::c_style>;  // no forcecast: a lossy conversion is a TypeError
 
+void check_deadline(int64_t ms) {
+    if (ms < 0 || ms > 86'400'000)
+        throw std::invalid_argument("deadline_ms must be 0 (none) to 86400000");
+}
+
 // Buffers of one job. Released with the GIL when the job has been polled.
 struct Held {
     std::vector<Py_buffer> views;
@@ -48,8 +53,9 @@ class PyStore {
     void slots(bool put, int64_t job, const PyArena& arena, const py::bytes& keys,
                const Array<uint32_t>& slots, const Array<uint64_t>& gens,
                const Array<uint64_t>& offsets, uint64_t nbytes, uint64_t ns,
-               const Array<uint32_t>* depths) {
+               const Array<uint32_t>* depths, int64_t deadline_ms) {
         auto a = arena.get();
+        check_deadline(deadline_ms);
         auto k = kvo::keys_in(keys);
         auto n = py::ssize_t(k.size());
         if (slots.size() != n || gens.size() != n || offsets.size() != n ||
@@ -67,13 +73,14 @@ class PyStore {
                              gens.data()[i], depths ? depths->data()[i] : 0});
         }
         if (put)
-            s_->put(job, a, std::move(items), uint32_t(ns));
+            s_->put(job, a, std::move(items), uint32_t(ns), deadline_ms);
         else
-            s_->get(job, a, std::move(items));
+            s_->get(job, a, std::move(items), deadline_ms);
     }
 
     void plain(bool put, int64_t job, const py::bytes& keys, const py::sequence& buffers,
-               uint64_t ns) {
+               uint64_t ns, int64_t deadline_ms) {
+        check_deadline(deadline_ms);
         auto k = kvo::keys_in(keys);
         if (buffers.size() != k.size()) throw std::invalid_argument("one buffer per key");
         Held held;
@@ -90,9 +97,9 @@ class PyStore {
             items.push_back({k[i], static_cast<uint8_t*>(v.buf), uint64_t(v.len)});
         }
         if (put)
-            s_->put(job, nullptr, std::move(items), uint32_t(ns));
+            s_->put(job, nullptr, std::move(items), uint32_t(ns), deadline_ms);
         else
-            s_->get(job, nullptr, std::move(items));
+            s_->get(job, nullptr, std::move(items), deadline_ms);
         held_.emplace(job, std::move(held));
     }
 
@@ -234,32 +241,35 @@ void bind_store(py::module_& m) {
             [](PyStore& p, int64_t job, const PyArena& a, const py::bytes& keys,
                const Array<uint32_t>& slots, const Array<uint64_t>& gens,
                const Array<uint64_t>& offsets, uint64_t nbytes, uint64_t ns,
-               const Array<uint32_t>& depths) {
-                p.slots(true, job, a, keys, slots, gens, offsets, nbytes, ns, &depths);
+               const Array<uint32_t>& depths, int64_t ms) {
+                p.slots(true, job, a, keys, slots, gens, offsets, nbytes, ns, &depths, ms);
             },
             py::arg("job"), py::arg("arena"), py::arg("keys"), py::arg("slots"),
             py::arg("generations"), py::arg("offsets"), py::arg("nbytes"), py::arg("namespace"),
-            py::arg("depths"))
+            py::arg("depths"), py::arg("deadline_ms") = 0)
         .def(
             "get_slots",
             [](PyStore& p, int64_t job, const PyArena& a, const py::bytes& keys,
                const Array<uint32_t>& slots, const Array<uint64_t>& gens,
-               const Array<uint64_t>& offsets, uint64_t nbytes) {
-                p.slots(false, job, a, keys, slots, gens, offsets, nbytes, 0, nullptr);
+               const Array<uint64_t>& offsets, uint64_t nbytes, int64_t ms) {
+                p.slots(false, job, a, keys, slots, gens, offsets, nbytes, 0, nullptr, ms);
             },
             py::arg("job"), py::arg("arena"), py::arg("keys"), py::arg("slots"),
-            py::arg("generations"), py::arg("offsets"), py::arg("nbytes"))
+            py::arg("generations"), py::arg("offsets"), py::arg("nbytes"),
+            py::arg("deadline_ms") = 0)
         .def(
             "put",
             [](PyStore& p, int64_t job, const py::bytes& keys, const py::sequence& buffers,
-               uint64_t ns) { p.plain(true, job, keys, buffers, ns); },
-            py::arg("job"), py::arg("keys"), py::arg("buffers"), py::arg("namespace") = 0)
+               uint64_t ns, int64_t ms) { p.plain(true, job, keys, buffers, ns, ms); },
+            py::arg("job"), py::arg("keys"), py::arg("buffers"), py::arg("namespace") = 0,
+            py::arg("deadline_ms") = 0)
         .def(
             "get",
-            [](PyStore& p, int64_t job, const py::bytes& keys, const py::sequence& buffers) {
-                p.plain(false, job, keys, buffers, 0);
-            },
-            py::arg("job"), py::arg("keys"), py::arg("buffers"))
+            [](PyStore& p, int64_t job, const py::bytes& keys, const py::sequence& buffers,
+               int64_t ms) { p.plain(false, job, keys, buffers, 0, ms); },
+            py::arg("job"), py::arg("keys"), py::arg("buffers"), py::arg("deadline_ms") = 0)
+        .def(
+            "cancel", [](PyStore& p, int64_t job) { return p.store().cancel(job); }, py::arg("job"))
         .def("poll", &PyStore::poll)
         .def(
             "wait", [](PyStore& p, int64_t job, int ms) { return p.store().wait(job, ms); },

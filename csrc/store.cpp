@@ -42,6 +42,9 @@ void StoreImpl::start() {
     pick_engine();
     keeper_alive = true;
     keeper_thread = std::thread([self = shared_from_this()] { self->keeper(); });
+    if (opt.read_only) return;
+    tidy_alive = true;
+    tidy_thread = std::thread([self = shared_from_this()] { self->tidy(); });
 }
 
 // ---- index
@@ -56,7 +59,19 @@ StoreEntry* StoreImpl::find_live(const Key& key) {
     return e && is_live(*e) ? e : nullptr;
 }
 
-void StoreImpl::erase_entry(const StoreEntry& e) {
+void StoreImpl::touch(StoreEntry& e) {
+    if (e.flags & kHot) return;
+    e.flags |= kHot;
+    e.seg->hot_bytes += e.len;
+}
+
+void StoreImpl::cool(StoreEntry& e) {
+    if (e.flags & kHot) e.seg->hot_bytes -= e.len;
+    e.flags &= uint8_t(~kHot);
+}
+
+void StoreImpl::erase_entry(StoreEntry& e) {
+    cool(e);
     payload_bytes -= e.len;
     Key key = e.key;  // the entry ends first
     index.erase(key);
@@ -64,6 +79,7 @@ void StoreImpl::erase_entry(const StoreEntry& e) {
 
 void StoreImpl::publish(StoreSegment& seg, const Record& r) {
     if (r.type == kDelete) {
+        ++seg.deletes;
         uint64_t& t = tombs[r.key];
         t = std::max(t, r.seq);
         if (StoreEntry* e = index.find(r.key); e && e->seq < r.seq) erase_entry(*e);
@@ -75,6 +91,7 @@ void StoreImpl::publish(StoreSegment& seg, const Record& r) {
     if (!fresh) {
         if (is_live(*e) && e->seq >= r.seq) return;
         payload_bytes -= e->len;
+        cool(*e);
     }
     *e = StoreEntry{r.key, &seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth, 0, 1};
     payload_bytes += r.len;
@@ -209,13 +226,14 @@ void StoreImpl::check() const {
     std::lock_guard lk(mu);
     uint64_t sum = 0, waiting = 0, recs = 0, journalled = 0;
     std::vector<std::array<uint64_t, 3>> extents;
-    std::unordered_map<const StoreSegment*, uint64_t> rank;
+    std::unordered_map<const StoreSegment*, uint64_t> rank, hot;
     for (auto& s : segments) {
         rank.emplace(s.get(), rank.size());
         must(s->state != SegState::kOpen || s.get() == open, "an OPEN segment is not the open one");
-        must(s->state != SegState::kClean || s.get() == clean,
-             "a CLEAN segment is not the clean one");
+        must(s->state != SegState::kClean || std::ranges::count(clean, s.get()) == 1,
+             "a CLEAN segment is not among the clean ones");
         must(s->records.size() <= s->reserved, "more records than were reserved");
+        must(!s->zeroing || s->state == SegState::kClean, "zeros are written to a used segment");
         must(s->journalled <= s->records.size(), "journal is ahead of the records");
         bool writing = s->state == SegState::kOpen || s->state == SegState::kFull;
         must(!writing || s->tail + footer_bytes(s->reserved) <= s->bytes,
@@ -224,12 +242,23 @@ void StoreImpl::check() const {
         journalled += s->journalled;
     }
     must(!open || (open->own && open->state == SegState::kOpen), "open segment's state");
-    must(!clean || (clean->own && clean->state == SegState::kClean), "clean segment's state");
+    for (size_t i = 0; i < clean.size(); ++i) {
+        must(clean[i]->blank_from <= clean[i]->bytes, "zeroed past the end");
+        must(clean[i]->own && clean[i]->state == SegState::kClean, "clean segment's state");
+        must(clean[i]->gen > (i      ? clean[i - 1]
+                              : open ? open
+                                     : clean[0])
+                                 ->gen ||
+                 (!i && !open),
+             "clean segments out of order");
+    }
+    must(!rescuing || rescuing->pins, "a segment that is rescued from is not pinned");
     index.check();
     index.each([&](const StoreEntry& e) {
         sum += e.len;
         auto r = rank.find(e.seg);
         must(r != rank.end(), "entry of an unknown segment");
+        if (e.flags & kHot) hot[e.seg] += e.len;
         must(e.len > 0 && e.off4k > 0, "entry without bytes");
         if (e.gen != e.seg->gen || e.seg->state == SegState::kRecycling) return;
         must(e.seg->state != SegState::kGone && e.seg->state != SegState::kClean,
@@ -240,6 +269,7 @@ void StoreImpl::check() const {
         extents.push_back({r->second, off, off + round_up(e.len)});
     });
     must(sum == payload_bytes, "payload bytes");
+    for (auto& s : segments) must(s->hot_bytes == hot[s.get()], "hot bytes");
     std::sort(extents.begin(), extents.end());
     for (size_t i = 1; i < extents.size(); ++i)
         must(extents[i][0] != extents[i - 1][0] || extents[i][1] >= extents[i - 1][2],
@@ -298,17 +328,22 @@ std::string SegmentStore::io_engine_note() const {
 }
 
 void SegmentStore::put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items,
-                       uint32_t ns) {
+                       uint32_t ns, int64_t deadline_ms) {
     use_arena(*s_->engine, arena);
-    s_->submit_put(job, std::move(arena), items, ns);
+    s_->submit_put(job, std::move(arena), items, ns, deadline_ms);
 }
-void SegmentStore::get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items) {
+void SegmentStore::get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items,
+                       int64_t deadline_ms) {
     use_arena(*s_->engine, arena);
-    s_->submit_get(job, std::move(arena), items);
+    s_->submit_get(job, std::move(arena), items, deadline_ms);
+}
+size_t SegmentStore::cancel(int64_t job) {
+    return s_->cancel(job);
 }
 
 std::vector<StoreDone> SegmentStore::poll() {
     std::lock_guard lk(s_->mu);
+    s_->expire();
     std::vector<StoreDone> out;
     for (auto& j : s_->finished) {
         out.push_back({j->id, j->kind, j->results, j->nbytes, j->ns});
@@ -319,12 +354,7 @@ std::vector<StoreDone> SegmentStore::poll() {
 }
 
 bool SegmentStore::wait(int64_t id, int timeout_ms) {
-    std::unique_lock lk(s_->mu);
-    auto it = s_->jobs.find(id);
-    if (it == s_->jobs.end()) return true;
-    StoreJobPtr job = it->second;
-    return s_->done_cv.wait_for(lk, std::chrono::milliseconds(timeout_ms),
-                                [&] { return job->done; });
+    return s_->wait(id, timeout_ms);
 }
 
 void SegmentStore::contains(std::span<const Key> keys, uint8_t* out) {
@@ -399,6 +429,12 @@ std::map<std::string, double> SegmentStore::stats() const {
             {"journal_bytes", double(n.journal_bytes)},
             {"sealed_segments", double(n.sealed_segments)},
             {"recycled_segments", double(n.recycled_segments)},
+            {"clean_segments", double(s_->clean.size())},
+            {"tidy_pending", double(s_->tidy_pending())},
+            {"segment_waits", double(n.segment_waits)},
+            {"zeroed_bytes", double(n.zeroed_bytes)},
+            {"reinserted_chunks", double(n.reinserted_chunks)},
+            {"reinserted_bytes", double(n.reinserted_bytes)},
             {"recovered_entries", double(n.recovered_entries)},
             {"recover_ms", s_->recover_ms},
             {"queued_bytes", double(s_->queued)},

@@ -1,9 +1,9 @@
 // Log-structured chunk store in one directory; format and protocol: docs/format.md.
 //
-// Thread rules: every method is safe from any thread. Submits (put*, get*), poll, contains, length,
-// longest_prefix, remove, stats and ls never do I/O and are O(items passed); the constructor, wait,
-// flush, verify and close block. Work runs on native threads; no failure of theirs is ever an
-// exception.
+// Thread rules: every method is safe from any thread. Submits (put*, get*), cancel, poll, contains,
+// length, longest_prefix, remove, stats and ls never do I/O and are O(items passed); the
+// constructor, wait, flush, verify and close block. Work runs on native threads; no failure of
+// theirs is ever an exception.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -78,9 +78,15 @@ class SegmentStore {
     std::string io_engine_note() const;  // why io_engine "auto" took threads; else empty
 
     // Throw std::invalid_argument on a job id in use or a closed store, OsError(EROFS) when read
-    // only. `arena` is null for plain buffers.
-    void put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items, uint32_t ns);
-    void get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items);
+    // only. `arena` is null for plain buffers. `deadline_ms` from now, 0 for none: what no engine
+    // thread has started by then ends kDropped, at the latest when poll or wait is called.
+    void put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items, uint32_t ns,
+             int64_t deadline_ms = 0);
+    void get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items,
+             int64_t deadline_ms = 0);
+    // Ends what of the job has not started (kDropped, no I/O); the number of its keys. The rest
+    // ends as it would; 0 for a job that is done or unknown.
+    size_t cancel(int64_t job);
     std::vector<StoreDone> poll();
     bool wait(int64_t job, int timeout_ms);
 

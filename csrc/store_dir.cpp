@@ -120,6 +120,10 @@ std::string journal_name(uint64_t epoch) {
     return "journal-" + std::to_string(epoch);
 }
 
+int sync_names(int dirfd) {
+    return ::fsync(dirfd) == 0 ? 0 : errno;
+}
+
 int64_t unix_ns() {
     timespec ts;
     ::clock_gettime(CLOCK_REALTIME, &ts);
@@ -187,8 +191,14 @@ void StoreDir::open_root(const StoreOptions& opt) {
         // umask never widens 0700; parents that are missing are ours alone too.
         for (size_t at = path_.find('/', 1);; at = path_.find('/', at + 1)) {
             std::string part = path_.substr(0, at);
-            if (::mkdir(part.c_str(), 0700) != 0 && errno != EEXIST)
+            if (::mkdir(part.c_str(), 0700) == 0) {
+                size_t up = part.rfind('/');
+                Fd parent(::open(up ? part.substr(0, up).c_str() : "/",
+                                 O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+                if (parent) sync_names(parent.get());  // best effort: it may not be ours
+            } else if (errno != EEXIST) {
                 refuse(errno, "cannot be created");
+            }
             if (at == path_.npos) break;
         }
     } else if (S_ISLNK(st.st_mode)) {
@@ -273,8 +283,9 @@ void StoreDir::size_up(const StoreOptions& opt) {
 void StoreDir::pick_writer() {
     for (uint32_t id = 0; id < kMaxWriters; ++id) {
         std::string name = "w" + std::to_string(id);
-        if (::mkdirat(root_.get(), name.c_str(), 0700) != 0 && errno != EEXIST)
-            refuse(errno, name + " cannot be created");
+        bool made = ::mkdirat(root_.get(), name.c_str(), 0700) == 0;
+        if (int err = made ? sync_names(root_.get()) : errno; err && err != EEXIST)
+            refuse(err, name + " cannot be created");
         Fd dir = open_writer(id);
         if (!dir) continue;
         Fd lock(::openat(dir.get(), "LOCK", O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK,
@@ -295,6 +306,10 @@ void StoreDir::pick_writer() {
         return;
     }
     refuse(EBUSY, "all " + std::to_string(kMaxWriters) + " writer directories are in use");
+}
+
+uint64_t StoreDir::segments_that_fit() const {
+    return (max_bytes_ - 8 * kBlock - 2 * journal_reserve(segment_bytes_)) / segment_bytes_;
 }
 
 std::string StoreDir::writer_path() const {
@@ -373,7 +388,9 @@ bool StoreDir::reclaim_dead(int64_t than_ns, uint32_t& writer, uint32_t& seg) co
     if (!found) return false;
     // Nobody can have become its writer meanwhile: that needs the path lock the caller holds.
     Fd dir = open_writer(writer);
-    return dir && ::unlinkat(dir.get(), segment_name(seg).c_str(), 0) == 0;
+    if (!dir || ::unlinkat(dir.get(), segment_name(seg).c_str(), 0) != 0) return false;
+    sync_names(dir.get());  // failing, a power cut brings it back: more bytes, no wrong ones
+    return true;
 }
 
 }  // namespace kvo::store

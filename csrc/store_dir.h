@@ -86,6 +86,7 @@ class StoreDir {
     const Uuid& uuid() const { return manifest_.uuid; }
     uint64_t max_bytes() const { return max_bytes_; }
     uint64_t segment_bytes() const { return segment_bytes_; }
+    uint64_t segments_that_fit() const;  // below max_bytes, if all is ours
 
     std::vector<uint32_t> writers() const;  // ids of all w<id> directories, sorted
     Fd open_writer(uint32_t id) const;      // checked: ours, 0700, no symlink
@@ -119,6 +120,8 @@ std::string segment_name(uint32_t id);
 std::string journal_name(uint64_t epoch);
 uint64_t auto_segment_bytes(uint64_t max_bytes);
 int64_t unix_ns();
+
+int sync_names(int dirfd);  // makes creations and removals in a directory durable; an errno
 
 // Shared with store_scan.cpp.
 void each_entry(int dirfd, const std::function<void(const std::string&)>& fn);

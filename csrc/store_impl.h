@@ -1,5 +1,7 @@
-// Internals of SegmentStore, shared by store.cpp (surface), store_jobs.cpp (puts and gets) and
-// store_keeper.cpp (segments, journals, recovery). One mutex, `mu`; nothing holds it across I/O.
+// Internals of SegmentStore, shared by store.cpp (surface), store_jobs.cpp (puts and gets),
+// store_keeper.cpp (journals, seals, segments ahead of need), store_segments.cpp (taking segments),
+// store_tidy.cpp (rescues, zeros), store_cancel.cpp and store_recover.cpp. One mutex, `mu`; nothing
+// holds it across I/O.
 //
 // A segment's life:  CLEAN -> OPEN -> FULL -> SEALED -> RECYCLING -> CLEAN
 //   CLEAN      header with a fresh generation is durable, journal made; nothing in it
@@ -13,6 +15,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -46,8 +49,17 @@ struct StoreSegment {
     int64_t mtime_ns = 0;                // other writers: to see changes cheaply
     bool sealed = false;                 // the footer is on disk
     bool empty = false;                  // nothing in it is worth keeping: recycled first
+    uint64_t blank_from = 0;             // CLEAN: never written from here on; 0: all of it was
+    bool zeroing = false;                // a write of zeros is under way
+    uint32_t deletes = 0;                // delete records in it
+    uint64_t hot_bytes = 0;              // payload of its entries that were read since written
+    uint64_t hot_left = 0;               // of these, what the last rescue left behind
     FilePtr file, header_file, journal;  // under files_mu
 };
+
+inline constexpr uint8_t kHot = 1;  // in StoreEntry::flags: read since it was written
+
+struct StoreGroup;
 
 struct StoreJob {
     int64_t id;
@@ -59,6 +71,9 @@ struct StoreJob {
     std::shared_ptr<Arena> arena;
     bool done = false;
     int64_t ns = 0;
+    Clock::time_point deadline = Clock::time_point::max();
+    bool given_up = false;                          // cancelled, or the deadline has passed
+    std::vector<std::weak_ptr<StoreGroup>> groups;  // that hold items of it
 };
 using StoreJobPtr = std::shared_ptr<StoreJob>;
 
@@ -71,20 +86,23 @@ struct StoreWork {
     uint64_t off = 0;
     uint64_t root = 0;
     bool usable = true;
+    bool ended = false;  // settled before its request started: its memory is not ours any more
 };
 
 struct StoreGroup {  // one request: adjacent extents of one segment
     StoreSegment* seg;
     uint32_t gen;
     uint64_t off, bytes;  // bytes: padded
-    bool bounce;
+    bool bounce = false;
     std::vector<StoreWork> items;
+    bool started = false;  // an engine thread prepares it: `ended` of its items stays as it is
 };
 
 struct StoreCounters {
     std::atomic<uint64_t> puts{0}, gets{0}, hits{0}, misses{0}, corrupt{0}, io_errors{0},
         no_space{0}, dropped{0}, bytes_written{0}, bytes_read{0}, recycled_segments{0},
-        recovered_entries{0}, journal_bytes{0}, sealed_segments{0};
+        recovered_entries{0}, journal_bytes{0}, sealed_segments{0}, reinserted_chunks{0},
+        reinserted_bytes{0}, segment_waits{0}, zeroed_bytes{0};
 };
 
 struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
@@ -96,8 +114,9 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     static bool is_live(const StoreEntry& e);  // mu held
     StoreEntry* find_live(const Key& key);     // mu held
     void submit_put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items,
-                    uint32_t ns);
-    void submit_get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items);
+                    uint32_t ns, int64_t deadline_ms);
+    void submit_get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items,
+                    int64_t deadline_ms);
     StoreJobPtr new_job(int64_t id, int kind, size_t n, std::shared_ptr<Arena> arena);
     void settle(const StoreJobPtr& job, uint32_t index, uint8_t result,
                 uint64_t nbytes);  // mu held
@@ -115,12 +134,25 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     void drop_entry(const Key& key, const StoreSegment* seg, uint32_t gen,
                     uint64_t off);  // mu held
 
+    // -- store_cancel.cpp, mu held unless said
+    static bool overdue(const StoreJob& job);
+    void set_deadline(const StoreJobPtr& job, int64_t deadline_ms);
+    void end_item(StoreWork& w, bool write);
+    void drop_put(StoreWork& w);
+    size_t give_up(const StoreJobPtr& job);       // number of items that ended
+    void expire();                                // jobs whose deadline has passed
+    bool start_group(StoreGroup& g, bool write);  // takes mu; false: nothing of it is left
+    size_t cancel(int64_t id);                    // takes mu
+    bool wait(int64_t id, int timeout_ms);        // takes mu
+
     // -- store.cpp, mu held unless said
     void publish(StoreSegment& seg, const Record& r);
     void unpublish(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
     uint64_t next_seq();
     void append_record(StoreSegment& seg, Record r);
-    void erase_entry(const StoreEntry& e);
+    void touch(StoreEntry& e);  // a get asked for it
+    void cool(StoreEntry& e);   // it goes, or gets another place
+    void erase_entry(StoreEntry& e);
     size_t remove(std::span<const Key> keys);
     void bury(const Key& key);  // tombstone
     VerifyReport verify(bool repair,
@@ -133,8 +165,10 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     // -- store_keeper.cpp
     void keeper();
     bool keeper_step(std::unique_lock<std::mutex>& lk);  // false: nothing to do now
+    size_t ahead_target();
     bool want_ahead();
-    void close_open();  // mu held
+    size_t unsealed() const;  // segments that are full
+    void close_open();        // mu held
     void recover();
     void seal_recovered(StoreSegment& seg);
     void load(uint32_t writer, WriterScan& scan, std::unique_lock<std::mutex>& lk);
@@ -147,15 +181,34 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     void seal(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
     int write_footer(StoreSegment& seg, const std::vector<Record>& recs, uint64_t off,
                      uint64_t trailer_off);
-    int take_segment(std::unique_lock<std::mutex>& lk);  // 0: `clean` is set; else an errno
+    // 0: one more is clean. EAGAIN: its hot chunks come first. Else another errno.
+    int take_segment(std::unique_lock<std::mutex>& lk);
     int make_room(std::unique_lock<std::mutex>& lk);
     int create_segment(std::unique_lock<std::mutex>& lk);
     int recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
     int make_clean(StoreSegment& seg, uint64_t gen);  // header + journal
     void remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
-    StoreSegment* oldest_own();
+    StoreSegment* next_victim();  // what to recycle next; null: nothing can be
     StoreSegment* sealable();
     void drain_keeper(std::unique_lock<std::mutex>& lk);
+    void sync_unsealed(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+
+    // -- store_tidy.cpp
+    void tidy();
+    bool tidy_pending();  // mu held, as the next two
+    void earn_rescue(uint64_t written);
+    StoreSegment* rescuable();  // whose hot chunks should be written again now
+    void rescue(StoreSegment& from, std::unique_lock<std::mutex>& lk);
+    bool rescue_one(StoreSegment& from, const Key& key, AlignedBuf& buf,
+                    std::unique_lock<std::mutex>& lk);  // false: no place to write to
+    bool rewrite(const Key& key, const StoreEntry& e, AlignedBuf& buf,
+                 std::unique_lock<std::mutex>& lk);
+    bool is_at(const Key& key, const StoreEntry& e);
+    StoreSegment* blank();  // a clean segment to be written over
+    void zero_piece(StoreSegment& seg, const AlignedBuf& zeros, std::unique_lock<std::mutex>& lk);
+    std::vector<Key> hot_keys(const StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+
+    // -- store_segments.cpp
     FilePtr file_of(StoreSegment& seg, int& err);
     uint64_t foreign_gen(StoreSegment& seg);  // 0: unreadable
     bool flush(int timeout_ms);
@@ -171,12 +224,16 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     StoreCounters n;
 
     mutable std::mutex mu;
-    std::condition_variable done_cv, keeper_cv, keeper_gone_cv;
+    std::condition_variable done_cv, keeper_cv, keeper_gone_cv, tidy_cv;
     KeyIndex index;
     std::unordered_map<Key, uint64_t, KeyHash> tombs;     // seq of the newest delete
     std::vector<std::unique_ptr<StoreSegment>> segments;  // never shrinks: pointers stay valid
-    StoreSegment *open = nullptr, *clean = nullptr;
-    uint64_t payload_bytes = 0;  // of all entries
+    StoreSegment* open = nullptr;
+    std::deque<StoreSegment*> clean;   // in order of generation, which is that of filling
+    StoreSegment* rescuing = nullptr;  // pinned; the tidy thread writes its hot chunks again
+    uint64_t rescue_credit = 0;        // bytes it may write
+    uint64_t reads_out = 0;            // requests at the engine
+    uint64_t payload_bytes = 0;        // of all entries
 
     std::unordered_map<int64_t, StoreJobPtr> jobs;
     std::vector<StoreJobPtr> finished;
@@ -187,6 +244,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     std::set<uint64_t> put_tickets;  // jobs not settled, in order of submission
     std::unordered_map<const StoreJob*, uint64_t> ticket_of;
     uint64_t last_ticket = 0;
+    std::multimap<Clock::time_point, std::weak_ptr<StoreJob>> deadlines;
     uint64_t queued = 0;  // payload bytes of puts not settled
     uint64_t records_added = 0, records_journalled = 0;
     bool need_segment = false, miss_hint = false, stop_keeper = false, keeper_alive = false;
@@ -194,12 +252,14 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     bool discard = false;  // queued work is given up; nothing more is sent to the engine
     bool killed = false;   // abandon(): nothing more is written at all
     bool released = false;
+    bool stop_tidy = false, tidy_alive = false;
+    bool tidy_waits = false;  // for the engine to be idle
     unsigned flush_waiters = 0;
     const StoreSegment* ahead_tried = nullptr;  // taking one ahead failed while this one was open
     Clock::time_point last_refresh{}, oldest_unwritten{};
     uint64_t last_gen = 0, last_seq = 0, last_id = 0, charged = 0;
     double recover_ms = 0;
-    std::thread keeper_thread;
+    std::thread keeper_thread, tidy_thread;
 
     std::mutex files_mu;
     std::deque<StoreSegment*> open_files;  // in order of opening

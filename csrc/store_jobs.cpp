@@ -65,9 +65,10 @@ void StoreImpl::settle(const StoreJobPtr& job, uint32_t i, uint8_t result, uint6
 // ---- put
 
 void StoreImpl::submit_put(int64_t id, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items,
-                           uint32_t ns) {
+                           uint32_t ns, int64_t deadline_ms) {
     std::lock_guard lk(mu);
     StoreJobPtr job = new_job(id, 0, items.size(), std::move(arena));
+    set_deadline(job, deadline_ms);
     n.puts += items.size();
     for (uint32_t i = 0; i < items.size(); ++i) {
         StoreItem& it = items[i];
@@ -97,6 +98,7 @@ void StoreImpl::submit_put(int64_t id, std::shared_ptr<Arena> arena, std::vector
 
 void StoreImpl::settle_put(StoreWork& w, uint8_t result, uint64_t nbytes) {
     queued -= w.it.nbytes;
+    if (!queued && tidy_waits) tidy_cv.notify_one();
     settle(w.job, w.index, result, nbytes);
     auto p = pending.find(w.it.key);
     auto waiters = std::move(p->second);
@@ -115,13 +117,16 @@ void StoreImpl::fail_queued_puts(uint8_t result) {
 // Makes `open` usable; else asks the keeper for a segment.
 bool StoreImpl::next_segment() {
     if (open) return true;
-    if (clean) {
-        open = clean;
-        clean = nullptr;
+    if (!clean.empty() && unsealed() < 2) {
+        if (clean.front()->zeroing) return false;  // a piece at most; place() comes after it
+        open = clean.front();
+        open->blank_from = 0;
+        clean.pop_front();
         open->state = SegState::kOpen;
         wake_keeper();
         return true;
     }
+    n.segment_waits += !need_segment;
     need_segment = true;
     wake_keeper();
     return false;
@@ -134,6 +139,7 @@ void StoreImpl::place_tombs() {
             continue;
         }
         ++open->reserved;
+        ++open->deletes;
         append_record(*open, tomb_queue.front());
         tomb_queue.pop_front();
         if (tomb_queue.empty()) done_cv.notify_all();
@@ -151,21 +157,31 @@ void StoreImpl::place() {
         g->gen = open->gen;
         g->off = open->tail;
         g->bytes = 0;
-        g->bounce = !put_queue.front().job->arena;
         while (!put_queue.empty() && g->items.size() < kMaxParts) {
             StoreWork& w = put_queue.front();
+            if (overdue(*w.job)) {
+                StoreWork late = std::move(w);
+                put_queue.pop_front();
+                drop_put(late);
+                continue;
+            }
+            if (g->items.empty()) g->bounce = !w.job->arena;
             uint64_t pad = round_up(w.it.nbytes);
             if (open->tail + pad + footer_bytes(open->reserved + 1) > open->bytes) break;
             if (g->bounce != !w.job->arena || (g->bytes && g->bytes + pad > limit)) break;
             w.off = open->tail;
             open->tail += pad;
+            // Halves and quarters are where the keeper has something to do ahead of need.
+            if (w.off * 4 / open->bytes != open->tail * 4 / open->bytes) wake_keeper();
             g->bytes += pad;
             ++open->reserved;
+            auto& known = w.job->groups;
+            if (g->items.empty() || g->items.back().job != w.job) known.push_back(g);
             g->items.push_back(std::move(w));
             put_queue.pop_front();
         }
         if (g->items.empty()) {
-            close_open();
+            if (!put_queue.empty()) close_open();
             continue;
         }
         ++g->seg->pins;
@@ -193,14 +209,28 @@ void StoreImpl::send(std::shared_ptr<StoreGroup> g, bool write) {
 
 int StoreImpl::prepare_put(StoreGroup& g, IoRequest& r) {
     int err = 0;
+    if (!start_group(g, true)) return ECANCELED;
     r.file = file_of(*g.seg, err);
     if (!r.file) return err;
     std::vector<uint64_t> leaves;
+    uint64_t ended = 0;  // their extents are written as well, with zeros
+    for (auto& w : g.items)
+        if (w.ended) ended = std::max(ended, w.it.nbytes);
     if (g.bounce) {
         r.bounce = engine->take_buffer(g.bytes);
         r.iov.push_back({r.bounce.data(), g.bytes});
+    } else if (ended) {
+        r.bounce = engine->take_buffer(ended);
+        std::memset(r.bounce.data(), 0, ended);
     }
     for (auto& w : g.items) {
+        if (w.ended) {
+            if (g.bounce)
+                std::memset(r.bounce.data() + (w.off - g.off), 0, round_up(w.it.nbytes));
+            else
+                r.iov.push_back({r.bounce.data(), w.it.nbytes});
+            continue;
+        }
         uint64_t seed = seed_of(w.it.key.b);
         size_t count = leaf_count(w.it.nbytes);
         if (!g.bounce) {
@@ -230,8 +260,12 @@ void StoreImpl::finish_put(StoreGroup& g, int err) {
         ++n.io_errors;
         if (open == &seg) close_open();  // abandoned: what it holds stays, nothing more goes in
     }
-    if (!err) n.bytes_written += g.bytes;
+    if (!err) {
+        n.bytes_written += g.bytes;
+        earn_rescue(g.bytes);
+    }
     for (auto& w : g.items) {
+        if (w.ended) continue;
         if (err || killed) {
             settle_put(w, err ? result_of(err) : uint8_t(kDropped), 0);
             continue;
@@ -260,12 +294,13 @@ void StoreImpl::finish_put(StoreGroup& g, int err) {
 
 // ---- get
 
-void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena,
-                           std::vector<StoreItem>& items) {
+void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena, std::vector<StoreItem>& items,
+                           int64_t deadline_ms) {
     std::vector<std::shared_ptr<StoreGroup>> groups;
     {
         std::lock_guard lk(mu);
         StoreJobPtr job = new_job(id, 1, items.size(), arena);
+        set_deadline(job, deadline_ms);
         n.gets += items.size();
         std::vector<std::pair<StoreEntry, StoreWork>> found;
         uint64_t total = 0;
@@ -278,6 +313,7 @@ void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena,
                 settle(job, i, kMiss, 0);
                 continue;
             }
+            touch(*e);
             StoreWork w{job, i, items[i], e->ns, e->off4k * kBlock, e->root};
             total += round_up(e->len);
             found.emplace_back(*e, std::move(w));
@@ -299,7 +335,9 @@ void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena,
                 g->off = w.off;
                 g->bytes = 0;
                 g->bounce = !arena;
+                job->groups.push_back(groups.back());
                 ++g->seg->pins;
+                ++reads_out;
             }
             g->bytes += pad;
             g->items.push_back(std::move(w));
@@ -310,6 +348,7 @@ void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena,
 
 int StoreImpl::prepare_get(StoreGroup& g, IoRequest& r) {
     int err = 0;
+    if (!start_group(g, false)) return ECANCELED;
     r.file = file_of(*g.seg, err);
     if (!r.file) return err;
     if (g.bounce) {
@@ -319,7 +358,8 @@ int StoreImpl::prepare_get(StoreGroup& g, IoRequest& r) {
     }
     uint64_t lost = 0;
     for (auto& w : g.items) {
-        w.usable = w.job->arena && w.job->arena->state_of(w.it.slot, w.it.generation) == kFilling;
+        w.usable = !w.ended && w.job->arena &&
+                   w.job->arena->state_of(w.it.slot, w.it.generation) == kFilling;
         if (!w.usable) lost = std::max(lost, w.it.nbytes);
     }
     // A slot that moved on is somebody else's memory: its extent is read past it.
@@ -348,6 +388,7 @@ void StoreImpl::finish_get(StoreGroup& g, IoRequest& r, int err, size_t done) {
     bool moved = !g.seg->own && err != ECANCELED && foreign_gen(*g.seg) != g.gen;
     for (size_t i = 0; i < g.items.size(); ++i) {
         StoreWork& w = g.items[i];
+        if (w.ended) continue;
         uint64_t end = w.off - g.off + w.it.nbytes;
         const uint8_t* data = g.bounce ? r.bounce.data() + (w.off - g.off) : w.it.data;
         uint8_t res = kOk;
@@ -370,11 +411,13 @@ void StoreImpl::finish_get(StoreGroup& g, IoRequest& r, int err, size_t done) {
     }
     std::lock_guard lk(mu);
     --g.seg->pins;
+    if (!--reads_out && tidy_waits) tidy_cv.notify_one();
     if (!g.seg->own || g.seg->state == SegState::kFull) wake_keeper();
     done_cv.notify_all();  // the keeper may wait for the pin
     bool io = false;
     for (size_t i = 0; i < g.items.size(); ++i) {
         StoreWork& w = g.items[i];
+        if (w.ended) continue;
         uint8_t res = results[i];
         io |= res == kIoError;
         // EIO may pass; bytes that are wrong, gone or cut off will not come back.

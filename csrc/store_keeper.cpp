@@ -11,6 +11,7 @@ namespace {
 
 constexpr auto kJournalEvery = std::chrono::milliseconds(10);
 constexpr auto kRefreshEvery = std::chrono::seconds(1);
+constexpr uint64_t kLargeStore = 8;  // segments
 
 }  // namespace
 
@@ -33,15 +34,25 @@ void StoreImpl::keeper() {
     keeper_gone_cv.notify_all();
 }
 
+// Clean segments to keep. A small store would lose a good part of itself to them, and a young one
+// may never need them.
+size_t StoreImpl::ahead_target() {
+    if (!open) return 0;
+    auto own = std::ranges::count_if(segments,
+                                     [](auto& s) { return s->own && s->state != SegState::kGone; });
+    bool large = dir.segments_that_fit() >= kLargeStore, late = open->tail > open->bytes / 4 * 3;
+    if (own < 4) return large && late;
+    return large ? 2 : late;
+}
+
 bool StoreImpl::want_ahead() {
-    if (!open || clean || discard || ahead_tried == open) return false;
-    size_t own = 0;
-    for (auto& s : segments) {
-        own += s->own && s->state != SegState::kGone;
-        if (s->own && s->state == SegState::kFull) return false;
-    }
-    // A small store would lose a good part of itself to the spare.
-    return own >= 4 && open->tail > open->bytes / 4 * 3;
+    return open && !discard && !rescuing && ahead_tried != open && clean.size() < ahead_target();
+}
+
+// There is room for two journals with records: the open segment's and that of one to be sealed.
+size_t StoreImpl::unsealed() const {
+    return size_t(std::ranges::count_if(
+        segments, [](auto& s) { return s->own && s->state == SegState::kFull; }));
 }
 
 bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
@@ -56,14 +67,13 @@ bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
         write_journals(lk);
         return true;
     }
-    size_t full = 0;
-    for (auto& s : segments) full += s->own && s->state == SegState::kFull;
-    if (need_segment && (open || clean)) {  // one taken ahead came first
+    bool room = need_segment && unsealed() < 2;
+    if (need_segment && (open || (room && !clean.empty()))) {  // one taken ahead came first
         need_segment = false;
         place();
         return true;
     }
-    if (need_segment && !discard && full < 2) {
+    if (room && !discard) {
         int err = take_segment(lk);
         need_segment = false;
         if (!err)
@@ -72,9 +82,15 @@ bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
             fail_queued_puts(err == ENOSPC || err == EDQUOT ? kNoSpace : kIoError);
         return true;
     }
+    if (StoreSegment* s = rescuable()) {
+        rescuing = s;
+        ++s->pins;
+        tidy_cv.notify_one();
+    }
     if (want_ahead()) {
-        ahead_tried = open;
-        take_segment(lk);  // failing, it is tried again when it is needed
+        const StoreSegment* now = open;
+        int err = take_segment(lk);
+        if (err && err != EAGAIN) ahead_tried = now;  // tried again when it is needed
         return true;
     }
     if (miss_hint && Clock::now() >= last_refresh + kRefreshEvery) {
@@ -89,6 +105,20 @@ bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
 void StoreImpl::drain_keeper(std::unique_lock<std::mutex>& lk) {
     while (StoreSegment* s = sealable()) seal(*s, lk);
     write_journals(lk);
+    // An orderly end outlasts a power cut: what no seal has flushed is flushed now.
+    for (size_t i = 0; i < segments.size(); ++i)
+        if (!segments[i]->records.empty()) sync_unsealed(*segments[i], lk);
+}
+
+void StoreImpl::sync_unsealed(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
+    FilePtr journal = seg.journal;
+    lk.unlock();
+    int err = 0;
+    FilePtr f = file_of(seg, err);
+    if (f) err = sync_data(*f);
+    if (!err && journal) err = sync_data(*journal);
+    lk.lock();
+    n.io_errors += err != 0;
 }
 
 void StoreImpl::close_open() {
@@ -225,9 +255,14 @@ bool StoreImpl::close(int timeout_ms, bool kill) {
                            [&] { return jobs.size() == finished.size() && tomb_queue.empty(); });
     discard = true;
     fail_queued_puts(kDropped);
+    stop_tidy = true;
+    tidy_cv.notify_all();
     lk.unlock();
     bool clean_stop = engine->stop(left());
     lk.lock();
+    // What it publishes must be there before the keeper's last look.
+    clean_stop &=
+        keeper_gone_cv.wait_for(lk, std::chrono::milliseconds(left()), [&] { return !tidy_alive; });
     stop_keeper = true;
     keeper_cv.notify_all();
     done_cv.notify_all();
@@ -243,10 +278,13 @@ bool StoreImpl::close(int timeout_ms, bool kill) {
     }
     done_cv.notify_all();
     lk.unlock();
-    if (clean_stop)
-        keeper_thread.join();
-    else
-        keeper_thread.detach();
+    for (auto* t : {&keeper_thread, &tidy_thread}) {
+        if (!t->joinable()) continue;
+        if (clean_stop)
+            t->join();
+        else
+            t->detach();
+    }
     if (clean_stop) release();
     return clean_stop;
 }

@@ -121,7 +121,7 @@ void StoreImpl::shrink(std::unique_lock<std::mutex>& lk) {
     PathLock path(dir.fd(), 2000);
     if (!path.held()) return;  // the bound is kept when a segment is taken
     while ((charged = dir.charged_bytes()) > dir.max_bytes()) {
-        StoreSegment* victim = oldest_own();
+        StoreSegment* victim = next_victim();
         uint32_t writer, id;
         if (dir.reclaim_dead(victim ? victim->mtime_ns : INT64_MAX, writer, id)) {
             if (StoreSegment* s = find_segment(writer, id)) remove_segment(*s, lk);

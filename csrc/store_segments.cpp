@@ -15,13 +15,25 @@ constexpr uint64_t kSlack = 4 * kBlock;  // the next two openers' directories an
 
 }  // namespace
 
-StoreSegment* StoreImpl::oldest_own() {
-    StoreSegment* best = nullptr;
+// Of the oldest tenth the one with the fewest bytes that were read. One with deletes goes only when
+// it is the oldest: it outlives what it hides.
+StoreSegment* StoreImpl::next_victim() {
+    auto older = [](const StoreSegment* a, const StoreSegment* b) { return a->gen < b->gen; };
+    std::vector<StoreSegment*> own;
+    StoreSegment* empty = nullptr;
     for (auto& s : segments) {
         if (!s->own || s->state != SegState::kSealed || s->pins) continue;
-        if (!best || std::pair(!s->empty, s->gen) < std::pair(!best->empty, best->gen))
-            best = s.get();
+        if (!s->empty)
+            own.push_back(s.get());
+        else if (!empty || older(s.get(), empty))
+            empty = s.get();
     }
+    if (empty || own.empty()) return empty;
+    size_t tenth = std::max<size_t>(1, own.size() / 10);
+    std::partial_sort(own.begin(), own.begin() + ptrdiff_t(tenth), own.end(), older);
+    StoreSegment* best = own[0];
+    for (size_t i = 1; i < tenth; ++i)
+        if (!own[i]->deletes && own[i]->hot_bytes < best->hot_bytes) best = own[i];
     return best;
 }
 
@@ -45,7 +57,9 @@ void StoreImpl::remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& 
     if (!seg.own) return;
     lk.unlock();
     ::unlinkat(dir.writer_fd(), segment_name(seg.id).c_str(), 0);
+    int err = sync_names(dir.writer_fd());  // else its bytes come back with a power cut
     lk.lock();
+    n.io_errors += err != 0;
 }
 
 // Takes a segment under the path lock: new while the sum stays below the bound, else our oldest.
@@ -54,7 +68,7 @@ int StoreImpl::take_segment(std::unique_lock<std::mutex>& lk) {
     PathLock path(dir.fd(), 2000);
     lk.lock();
     int err = path.held() ? make_room(lk) : EIO;
-    if (err && err != ENOSPC && err != EDQUOT) ++n.io_errors;
+    if (err && err != ENOSPC && err != EDQUOT && err != EAGAIN) ++n.io_errors;
     return err;
 }
 
@@ -69,7 +83,7 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
                                   [](auto& s) { return s->own && s->state != SegState::kGone; });
         uint64_t want =
             dir.segment_bytes() + kSlack + (first ? 2 * journal_reserve(dir.segment_bytes()) : 0);
-        StoreSegment* victim = oldest_own();
+        StoreSegment* victim = next_victim();
         if (victim && victim->empty && victim->bytes == dir.segment_bytes() &&
             charged <= dir.max_bytes())
             return recycle(*victim, lk);
@@ -95,6 +109,8 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
         } else if (victim->bytes != dir.segment_bytes() || charged > dir.max_bytes()) {
             remove_segment(*victim, lk);
             try_new = true;
+        } else if (!need_segment && rescuable()) {
+            return EAGAIN;
         } else {
             return recycle(*victim, lk);
         }
@@ -124,7 +140,7 @@ int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
             open_files.push_back(&seg);
         }
         if (!err) err = make_clean(seg, gen);
-        if (!err && (::fsync(f->fd()) != 0 || ::fsync(dir.writer_fd()) != 0)) err = errno;
+        if (!err && ::fsync(f->fd()) != 0) err = errno;
         if (err) ::unlinkat(dir.writer_fd(), name.c_str(), 0);
     }
     lk.lock();
@@ -134,9 +150,11 @@ int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
         return err;
     }
     charged += seg.bytes;
+    seg.blank_from = kBlock;
     seg.state = SegState::kClean;
-    clean = &seg;
+    clean.push_back(&seg);
     segments.push_back(std::move(owned));
+    tidy_cv.notify_one();
     return 0;
 }
 
@@ -154,6 +172,8 @@ int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     seg.reserved = 0;
     seg.journal_failed = false;
     seg.lost = false;
+    seg.deletes = 0;
+    seg.hot_left = 0;
     if (err) {  // the header may say either generation; nothing of it is in the index
         seg.state = SegState::kSealed;
         seg.empty = true;
@@ -161,13 +181,13 @@ int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     }
     seg.empty = false;
     seg.state = SegState::kClean;
-    clean = &seg;
+    clean.push_back(&seg);
     n.recycled_segments += had;
     return 0;
 }
 
-// Durable header of the new generation, then its journal. No lock held; nobody else uses the
-// segment.
+// Durable header of the new generation, then its journal and the names of both. No lock held;
+// nobody else uses the segment.
 int StoreImpl::make_clean(StoreSegment& seg, uint64_t gen) {
     int err = 0;
     FilePtr f = file_of(seg, err);
@@ -181,7 +201,7 @@ int StoreImpl::make_clean(StoreSegment& seg, uint64_t gen) {
     ::unlinkat(dir.writer_fd(), name.c_str(), 0);
     FilePtr j =
         open_file(dir.writer_fd(), name.c_str(), O_RDWR | O_CREAT | O_EXCL, opt.direct, err);
-    if (!j) return err;
+    if (!j || (err = sync_names(dir.writer_fd()))) return err;
     std::lock_guard fl(files_mu);
     seg.journal = j;
     seg.gen = uint32_t(gen);

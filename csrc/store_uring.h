@@ -7,6 +7,8 @@
 //   submit -> new -> [worker: prepare] -> ready -> [ring: transfer] -> done -> [worker: finish]
 //
 // A few more requests are prepared than the ring moves at once, so that it always has a next one.
+// Buffers are registered, files are not: reads of 4 KiB, 64 KiB and 1 MiB at depth 16 took the same
+// CPU time with and without, and a registered file lives on after it was closed.
 #pragma once
 #include "store_io.h"
 

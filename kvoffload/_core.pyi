@@ -251,6 +251,7 @@ class SegmentStore:
         nbytes: int,
         namespace: int,
         depths: npt.NDArray[np.uint32],
+        deadline_ms: int = 0,
     ) -> None:
         """Write READY slots (the caller keeps them leased until the job is done). The record's checksum is
         the root over the arena's leaf hashes. Dropped at once (result 5) when the queue is over queue_bytes."""
@@ -263,14 +264,26 @@ class SegmentStore:
         generations: npt.NDArray[np.uint64],
         offsets: npt.NDArray[np.uint64],
         nbytes: int,
+        deadline_ms: int = 0,
     ) -> None:
         """Read into FILLING slots: read, verify, write leaf hashes, ``fill_done``; else ``fail``. A corrupt
         entry is dropped from the index and counted."""
     # -- plain buffers (kvoffload.open_store)
-    def put(self, job: int, keys: bytes, buffers: Sequence[object], namespace: int = 0) -> None: ...
-    def get(self, job: int, keys: bytes, buffers: Sequence[object]) -> None:
+    def put(
+        self,
+        job: int,
+        keys: bytes,
+        buffers: Sequence[object],
+        namespace: int = 0,
+        deadline_ms: int = 0,
+    ) -> None: ...
+    def get(self, job: int, keys: bytes, buffers: Sequence[object], deadline_ms: int = 0) -> None:
         """Writable buffers of exactly the stored length, else result 1 for that key."""
-    # -- common
+    # -- common. ``deadline_ms`` (from the call; 0: none, at most a day): what no I/O thread has started by
+    # then ends as dropped (5), without I/O, slots FAILED, at the latest with the next poll or wait.
+    def cancel(self, job: int) -> int:
+        """End what of the job has not started, in the same way; returns the number of its keys. What has
+        started ends by itself, and the job with it. 0 when the job is done or unknown."""
     def poll(self) -> list[StoreDone]: ...
     def wait(self, job: int, timeout_ms: int) -> bool: ...
     def contains(self, keys: bytes) -> bytes:
@@ -286,7 +299,9 @@ class SegmentStore:
     def stats(self) -> dict[str, int | float]:
         """entries, bytes_used, bytes_max, segments, puts, gets, hits, misses, corrupt, io_errors, no_space,
         dropped, bytes_written, bytes_read, recycled_segments, recovered_entries, recover_ms, queued_bytes;
-        also payload_bytes, index_bytes (memory), segment_bytes, writers, journal_bytes, sealed_segments"""
+        also payload_bytes, index_bytes (memory), segment_bytes, writers, journal_bytes, sealed_segments,
+        clean_segments, segment_waits, zeroed_bytes, reinserted_chunks, reinserted_bytes, tidy_pending
+        (docs/format.md says what they are)"""
     def ls(self, limit: int = 0) -> list[tuple[bytes, int, int, int, int, int]]:
         """(key, namespace, depth, nbytes, segment, seq), newest first."""
     def verify(

@@ -127,8 +127,8 @@ class Store:
 
         OK means a later ``get`` finds it, and after at most 10 ms more (or ``flush``) also after a
         kill. Outcomes: OK, NO_SPACE, IO_ERROR, DROPPED (queue full, or no answer in time). A
-        writable buffer is copied first: after DROPPED it may still be written to disk, and must then
-        hold what its checksum was computed from.
+        writable buffer is copied first: after DROPPED it may still be written to disk, and must
+        then hold what its checksum was computed from.
         """
         keys, payloads = [], []
         for key, payload in items:
@@ -136,7 +136,11 @@ class Store:
             view = memoryview(payload)
             payloads.append(view if view.readonly else memoryview(bytes(view)))
         packed, space = b"".join(keys), namespace & 0xFFFFFFFF
-        return self.submit(len(keys), lambda native, job: native.put(job, packed, payloads, space))
+
+        def put(native: SegmentStore | StripedStore, job: int, late: int) -> None:
+            native.put(job, packed, payloads, space, late)
+
+        return self.submit(len(keys), put)
 
     def get(self, key: bytes) -> bytes | None:
         """The payload, verified; None when it is not held, damaged or not readable in time."""
@@ -150,7 +154,9 @@ class Store:
         # A miss goes down too: it is counted, and makes the store look for other writers' news.
         buffers = [bytearray(max(nbytes, 0)) for _, _, nbytes in held]
         packed = b"".join(keys)
-        results = self.submit(len(keys), lambda native, job: native.get(job, packed, buffers))
+        results = self.submit(
+            len(keys), lambda native, job, late: native.get(job, packed, buffers, late)
+        )
         for (i, _, _), buffer, result in zip(held, buffers, results, strict=True):
             if result is StoreResult.OK:
                 out[i] = bytes(buffer)
@@ -162,7 +168,7 @@ class Store:
         After DROPPED (no answer in time) the buffer may still be written to until ``close``.
         """
         packed = _checked(key)
-        return self.submit(1, lambda native, job: native.get(job, packed, [buffer]))[0]
+        return self.submit(1, lambda native, job, late: native.get(job, packed, [buffer], late))[0]
 
     def delete(self, *keys: bytes) -> int:
         """Forget keys, for good once flushed; returns how many were held."""
@@ -295,16 +301,19 @@ class Store:
         return native
 
     def submit(
-        self, n: int, send: Callable[[SegmentStore | StripedStore, int], None]
+        self, n: int, send: Callable[[SegmentStore | StripedStore, int, int], None]
     ) -> list[StoreResult]:
-        """Submit one job of ``n`` keys by ``send(native store, job)``, wait for it. For our own."""
+        """Submit one job of ``n`` keys by ``send(native store, job, deadline_ms)``, wait for it.
+
+        What the disk has not begun in ``timeout_s`` is not done later either. For our own.
+        """
         native = self._open()
         with self._lock:
             job, self._next_job = self._next_job, self._next_job + 1
             self._waiting.add(job)
         try:
             with _store_errors():
-                send(native, job)
+                send(native, job, min(max(1, int(self._timeout_s * 1000)), 86_400_000))
             done = self._await(native, job)
         finally:
             with self._lock:

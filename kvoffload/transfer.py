@@ -219,9 +219,9 @@ class _Slots:
         numbers = np.arange(count, dtype=np.uint32)
         offsets = np.arange(count, dtype=np.uint64) * np.uint64(stride)
 
-        def send(native: SegmentStore | StripedStore, job: int) -> None:
+        def send(native: SegmentStore | StripedStore, job: int, late: int) -> None:
             native.put_slots(
-                job, arena, keys, numbers, generations, offsets, nbytes, namespace, depths
+                job, arena, keys, numbers, generations, offsets, nbytes, namespace, depths, late
             )
 
         return store.submit(count, send)

@@ -22,7 +22,7 @@ from context import Context
 NAME = "recover"
 PAYLOAD = 4096
 BATCH = 2048
-_SPARE = 1.2  # of the bytes the chunks need: journals, footers, a segment in reserve
+_SPARE = 1.2  # of the bytes the chunks need: journals, footers, what lives left half full
 
 _FILL = """
 import os, sys
@@ -92,7 +92,8 @@ def run(context: Context, options: argparse.Namespace) -> Json:
     if options.quick:
         options.chunks, options.repeats = 20_000, 2
     chunks, path = options.chunks, context.scratch / "store"
-    bound = max(64 << 20, int(chunks * (PAYLOAD + 64) * _SPARE) + (600 << 20) * (chunks > 100_000))
+    reserve = (600 if chunks > 100_000 else 24) << 20  # segments the store keeps clean
+    bound = max(64 << 20, int(chunks * (PAYLOAD + 64) * _SPARE) + reserve)
     disk = os.statvfs(context.scratch)
     if disk.f_bavail * disk.f_frsize < bound * 1.1:
         return {"skipped": f"needs {bound >> 20} MiB of disk space"}

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -112,11 +113,11 @@ void basics(const fs::path& p) {
     SegmentStore s(options(p));
     s.check();
     MUST(get(s, 0, 60) == 59);
-    // Three times the bound goes through it.
-    for (uint64_t i = 60; i < 760; i += 20) put(s, i, i + 20);
+    // Five times the bound goes through it: what was read once may stay for two.
+    for (uint64_t i = 60; i < 1260; i += 20) put(s, i, i + 20);
     s.check();
     MUST(s.stats()["recycled_segments"] > 10);
-    MUST(get(s, 740, 760) == 20 && get(s, 0, 60) == 0);
+    MUST(get(s, 1240, 1260) == 20 && get(s, 0, 60) == 0);
 }
 
 void slots(const fs::path& p) {
@@ -188,6 +189,98 @@ void threads(const fs::path& p) {
     s.poll();
     get(s, 0, 120);
     s.check();
+}
+
+// Puts, gets and deletes of the same few keys while segments come and go.
+void life(const fs::path& p) {
+    for (uint64_t max : {2, 8}) {  // MiB: too small for clean segments ahead, and large enough
+        SegmentStore s(options(p / std::to_string(max), max << 20));
+        put(s, 0, 6);
+        std::atomic<bool> stop{false};
+        auto one = [&](int64_t job, uint64_t i, bool write) {
+            auto want = payload_of(i), data = want;
+            if (!write) std::fill(data.begin(), data.end(), 0);
+            StoreItem it{key_of(i), data.data(), data.size()};
+            write ? s.put(job, nullptr, {it}, 0) : s.get(job, nullptr, {it});
+            MUST(s.wait(job, 20000));
+            MUST(write || data == want || data == std::vector<uint8_t>(data.size(), 0));
+        };
+        std::vector<std::thread> ts;
+        ts.emplace_back([&] {
+            for (int64_t job = 1'000'000; !stop; ++job) one(job, uint64_t(job) % 6, false);
+        });
+        ts.emplace_back([&] {
+            for (int64_t job = 2'000'000; !stop; ++job) {
+                Key k = key_of(uint64_t(job) % 6);
+                if (job % 16 == 0) s.remove(std::span(&k, 1));
+                one(job, uint64_t(job) % 6, true);
+                s.check();
+            }
+        });
+        for (uint64_t i = 100; i < 700; ++i) {
+            one(int64_t(i), i, true);
+            if (i % 16 == 0) ::usleep(2000);
+        }
+        stop = true;
+        for (auto& t : ts) t.join();
+        auto n = s.stats();
+        MUST(n["corrupt"] == 0 && n["io_errors"] == 0 && n["recycled_segments"] > 20);
+        MUST(n["reinserted_chunks"] > 0 && 4 * n["reinserted_bytes"] <= n["bytes_written"]);
+        MUST((n["zeroed_bytes"] > 0) == (max == 8));
+        s.poll();
+        MUST(get(s, 699, 700) == 1);
+        s.check();
+    }
+}
+
+// What is cancelled before it started does not touch its memory, and what shares a request with it
+// goes on.
+void cancel(const fs::path& p) {
+    {
+        put(*std::make_unique<SegmentStore>(options(p)), 0, 60);
+    }
+    for (int round = 0; round < 6; ++round) {
+        SegmentStore s(options(p));
+        std::vector<std::vector<uint8_t>> mine(60);
+        s.inject("hang_read", 1);
+        for (uint64_t i = 0; i < 60; ++i) {  // more than an engine starts
+            mine[i] = std::vector<uint8_t>(payload_of(i).size());
+            s.get(int64_t(i), nullptr, {{key_of(i), mine[i].data(), mine[i].size()}});
+        }
+        std::vector<std::vector<uint8_t>> puts;  // they wait for a segment, then lie together
+        uint64_t base = 1000 + uint64_t(round) * 100;
+        for (uint64_t i = 0; i < 12; ++i) {
+            puts.push_back(payload_of(base + i));
+            s.put(int64_t(base + i), nullptr, {{key_of(base + i), puts[i].data(), puts[i].size()}},
+                  0);
+        }
+        ::usleep(round * 10000);
+        size_t gone = 0;
+        std::vector<std::thread> ts;
+        for (int t = 0; t < 2; ++t)
+            ts.emplace_back([&, t] {
+                for (uint64_t i = uint64_t(t); i < 60; i += 2) s.cancel(int64_t(i));
+            });
+        for (auto& t : ts) t.join();
+        for (uint64_t i = 0; i < 12; i += 3) gone += s.cancel(int64_t(base + i));
+        MUST(gone == 4);
+        for (auto& d : s.poll())
+            if (uint64_t(d.job) < 60)
+                std::vector<uint8_t>().swap(mine[size_t(d.job)]);
+            else
+                std::vector<uint8_t>().swap(puts[size_t(d.job) - base]);
+        s.check();
+        s.inject("hang_read", 0);
+        for (uint64_t i = 0; i < 60; ++i)
+            MUST(s.wait(int64_t(i), 20000) && (mine[i].empty() || mine[i] == payload_of(i)));
+        for (uint64_t i = 0; i < 12; ++i) {
+            MUST(s.wait(int64_t(base + i), 20000));
+            MUST((s.length(key_of(base + i)) > 0) == (i % 3 != 0));
+        }
+        s.poll();
+        MUST(get(s, base, base + 12) == 8 && s.stats()["corrupt"] == 0);
+        s.check();
+    }
 }
 
 void faults(const fs::path& p) {
@@ -297,6 +390,8 @@ int main(int argc, char** argv) {
         basics(here / "basics");
         slots(here / "slots");
         threads(here / "threads");
+        life(here / "life");
+        cancel(here / "cancel");
         faults(here / "faults");
         hostile(here, argc > 2 ? std::atoi(argv[2]) : 60);
         std::printf("test_store: %s ok\n", e.c_str());

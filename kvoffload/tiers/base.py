@@ -84,8 +84,12 @@ class ChunkStoreLike(Protocol):
         nbytes: int,
         namespace: int,
         depths: npt.NDArray[np.uint32],
+        deadline_ms: int = 0,
     ) -> None:
-        """Write READY slots; the caller keeps them as they are until the job is done."""
+        """Write READY slots; the caller keeps them as they are until the job is done.
+
+        ``deadline_ms`` from now, 0 for none: what has not started by then is DROPPED.
+        """
 
     def get_slots(
         self,
@@ -96,8 +100,15 @@ class ChunkStoreLike(Protocol):
         generations: npt.NDArray[np.uint64],
         offsets: npt.NDArray[np.uint64],
         nbytes: int,
+        deadline_ms: int = 0,
     ) -> None:
-        """Fill FILLING slots: verified -> READY, anything else -> FAILED."""
+        """Fill FILLING slots: verified -> READY, anything else -> FAILED.
+
+        ``deadline_ms`` as for ``put_slots``.
+        """
+
+    def cancel(self, job: int) -> int:
+        """DROP what of the job has not started; the number of keys. The rest ends by itself."""
 
     def poll(self) -> Sequence[StoreDoneLike]:
         """Each finished job exactly once."""

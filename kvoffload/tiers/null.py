@@ -44,6 +44,7 @@ class NullStore:
         nbytes: int,
         namespace: int,
         depths: npt.NDArray[np.uint32],
+        deadline_ms: int = 0,
     ) -> None:
         """Accept and forget."""
         count = len(keys) // _KEY_BYTES
@@ -60,6 +61,7 @@ class NullStore:
         generations: npt.NDArray[np.uint64],
         offsets: npt.NDArray[np.uint64],
         nbytes: int,
+        deadline_ms: int = 0,
     ) -> None:
         """Fail every slot: nothing is held."""
         for slot, generation in zip(slots, generations, strict=True):
@@ -68,6 +70,10 @@ class NullStore:
         with self._lock:
             self._gets += count
             self._done.append(NullDone(job, 1, bytes([StoreResult.MISS]) * count, 0, 0))
+
+    def cancel(self, job: int) -> int:
+        """Jobs are done when they are submitted."""
+        return 0
 
     def poll(self) -> Sequence[NullDone]:
         """Each finished job exactly once."""

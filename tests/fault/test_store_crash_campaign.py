@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kvoffload.store import open_store
 from tests.support.store_engines import ENGINES, skip_without
 from tests.support.store_format import forge_checksums, forget_generations
 
@@ -92,6 +93,39 @@ def test_a_store_without_both_serves_overwritten_chunks(
         return forge_checksums(forget_generations(image))
 
     assert campaign(crash, memory, 60, engine, both).tally.wrong > 0
+
+
+ORDERLY = """
+import os, sys
+from kvoffload.store import open_store
+with open_store(sys.argv[1], max_bytes=4 << 20, segment_bytes=256 << 10, io_engine=sys.argv[2]) as s:
+    for i in range(40):
+        assert s.put(i.to_bytes(16, "little"), i.to_bytes(4, "little") * 3000) == 0
+    s.delete(bytes(16))
+os._exit(0)
+"""
+
+
+def test_an_orderly_end_outlasts_a_power_cut(crash: Any, memory: Path, engine: str) -> None:
+    """Everything not flushed by the end of close() is lost; nothing that was put is."""
+    shim, path, log = crash.build_recorder(memory), memory / "s", memory / "trace"
+    path.mkdir(mode=0o700)
+    extra = {"LD_PRELOAD": str(shim), "KVO_TRACE": str(log), "KVO_TRACE_ROOT": str(path)}
+    extra["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    if engine == "uring":
+        extra["KVO_TRACE_RINGS"] = "1"
+    command = [sys.executable, "-c", ORDERLY, str(path), engine]
+    subprocess.run(command, check=True, env=os.environ | extra, timeout=60)
+    disk = crash.Disk()
+    for entry in crash.read_trace(log):
+        disk.apply(entry)
+    for seed in range(20):
+        cut = memory / f"cut{seed}"
+        crash.write_image(disk.cut(random.Random(seed), crash.Loss.ALL).image, cut)
+        with open_store(cut, io_engine="threads") as store:
+            assert store.get(bytes(16)) is None
+            for i in range(1, 40):
+                assert store.get(i.to_bytes(16, "little")) == i.to_bytes(4, "little") * 3000, i
 
 
 def test_a_phantom_is_caught(crash: Any, tmp_path: Path, engine: str) -> None:

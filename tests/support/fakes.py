@@ -184,6 +184,7 @@ class FakeStore(Faulty):
         nbytes: int,
         namespace: int,
         depths: npt.NDArray[np.uint32],
+        deadline_ms: int = 0,
     ) -> None:
         self._maybe("put_slots")
         assert 0 <= namespace < 1 << 64 and len(depths) == len(slots)
@@ -198,9 +199,22 @@ class FakeStore(Faulty):
         generations: npt.NDArray[np.uint64],
         offsets: npt.NDArray[np.uint64],
         nbytes: int,
+        deadline_ms: int = 0,
     ) -> None:
         self._maybe("get_slots")
         self._submit(job, 1, arena, keys, slots, generations, offsets, nbytes)
+
+    def cancel(self, job: int) -> int:
+        for queued in [q for q in self.queue if q.job == job]:
+            self.queue.remove(queued)
+            started = len(queued.results)
+            for at in range(started, len(queued.keys)):
+                if queued.kind == 1:
+                    queued.arena.fail(queued.slots[at], queued.generations[at])
+                queued.results.append(int(StoreResult.DROPPED))
+            self._finish(queued)
+            return len(queued.keys) - started
+        return 0
 
     def step(self, jobs: int = 1 << 30) -> int:
         """Run up to ``jobs`` queued jobs to their end; returns how many ran."""

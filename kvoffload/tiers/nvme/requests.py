@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,6 +40,18 @@ class Request(Protocol):
         """Payload bytes per position."""
 
 
+def until(deadline_ms: int) -> float | None:
+    """When ``deadline_ms`` from now is (time.monotonic()); None for 0, no deadline."""
+    if not 0 <= deadline_ms <= 86_400_000:
+        raise ValueError("deadline_ms must be 0 (none) to 86400000")
+    return time.monotonic() + deadline_ms / 1000 if deadline_ms else None
+
+
+def left_ms(until: float | None) -> int:
+    """What is left of a deadline, as the native store takes it."""
+    return 0 if until is None else max(1, int((until - time.monotonic()) * 1000))
+
+
 def pick_keys(keys: bytes, at: Places) -> bytes:
     """The 16-byte keys at these positions."""
     return bytes(np.frombuffer(keys, dtype="V16")[at].tobytes())
@@ -64,6 +77,7 @@ class SlotRequest:
     nbytes: int
     namespace: int = 0
     depths: npt.NDArray[np.uint32] | None = None
+    until: float | None = None  # deadline, time.monotonic()
 
     def __post_init__(self) -> None:
         n = count_keys(self.keys)
@@ -78,7 +92,16 @@ class SlotRequest:
         keys = pick_keys(self.keys, at)
         slots, generations, offsets = self.slots[at], self.generations[at], self.offsets[at]
         if self.kind == GET:
-            store.get_slots(job, self.arena, keys, slots, generations, offsets, self.nbytes)
+            store.get_slots(
+                job,
+                self.arena,
+                keys,
+                slots,
+                generations,
+                offsets,
+                self.nbytes,
+                left_ms(self.until),
+            )
             return
         depths = np.zeros(len(at), np.uint32) if self.depths is None else self.depths[at]
         store.put_slots(
@@ -91,6 +114,7 @@ class SlotRequest:
             self.nbytes,
             self.namespace,
             depths,
+            left_ms(self.until),
         )
 
     def give_up(self, at: Places) -> None:
@@ -112,6 +136,7 @@ class BufferRequest:
     keys: bytes
     buffers: Sequence[Any]
     namespace: int = 0
+    until: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.buffers) != count_keys(self.keys):
@@ -122,9 +147,9 @@ class BufferRequest:
         keys = pick_keys(self.keys, at)
         buffers = [self.buffers[i] for i in at.tolist()]
         if self.kind == GET:
-            store.get(job, keys, buffers)
+            store.get(job, keys, buffers, left_ms(self.until))
         else:
-            store.put(job, keys, buffers, self.namespace)
+            store.put(job, keys, buffers, self.namespace, left_ms(self.until))
 
     def give_up(self, at: Places) -> None:
         """See Request. A buffer that is not filled stays as it is."""

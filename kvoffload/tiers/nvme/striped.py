@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvoffload.tiers.nvme.drive import Drive, DriveLevel, on_each
-from kvoffload.tiers.nvme.requests import GET, PUT, BufferRequest, SlotRequest, count_keys
+from kvoffload.tiers.nvme.requests import GET, PUT, BufferRequest, SlotRequest, count_keys, until
 from kvoffload.tiers.nvme.striped_jobs import StripedJobs
 
 if TYPE_CHECKING:
@@ -52,12 +52,22 @@ class StripedStore(StripedJobs):
         nbytes: int,
         namespace: int,
         depths: npt.NDArray[np.uint32],
+        deadline_ms: int = 0,
     ) -> None:
         """See SegmentStore."""
         self.submit(
             job,
             SlotRequest(
-                PUT, arena, keys, slots, generations, offsets, nbytes, namespace, depths=depths
+                PUT,
+                arena,
+                keys,
+                slots,
+                generations,
+                offsets,
+                nbytes,
+                namespace,
+                depths,
+                until(deadline_ms),
             ),
         )
 
@@ -70,17 +80,27 @@ class StripedStore(StripedJobs):
         generations: npt.NDArray[np.uint64],
         offsets: npt.NDArray[np.uint64],
         nbytes: int,
+        deadline_ms: int = 0,
     ) -> None:
         """See SegmentStore."""
-        self.submit(job, SlotRequest(GET, arena, keys, slots, generations, offsets, nbytes))
+        late = until(deadline_ms)
+        request = SlotRequest(GET, arena, keys, slots, generations, offsets, nbytes, until=late)
+        self.submit(job, request)
 
-    def put(self, job: int, keys: bytes, buffers: Sequence[Any], namespace: int = 0) -> None:
+    def put(
+        self,
+        job: int,
+        keys: bytes,
+        buffers: Sequence[Any],
+        namespace: int = 0,
+        deadline_ms: int = 0,
+    ) -> None:
         """See SegmentStore."""
-        self.submit(job, BufferRequest(PUT, keys, buffers, namespace))
+        self.submit(job, BufferRequest(PUT, keys, buffers, namespace, until(deadline_ms)))
 
-    def get(self, job: int, keys: bytes, buffers: Sequence[Any]) -> None:
+    def get(self, job: int, keys: bytes, buffers: Sequence[Any], deadline_ms: int = 0) -> None:
         """See SegmentStore."""
-        self.submit(job, BufferRequest(GET, keys, buffers))
+        self.submit(job, BufferRequest(GET, keys, buffers, until=until(deadline_ms)))
 
     # -- what is there
 

@@ -97,6 +97,13 @@ class StripedJobs:
                 raise
             self._settle(new)
 
+    def cancel(self, job: int) -> int:
+        """See SegmentStore."""
+        with self._lock:
+            found = self._jobs.get(job)
+            parts = list(found.parts.items()) if found is not None else []
+            return sum(p.drive.store.cancel(inner) for inner, p in parts if p.drive.store)
+
     def _owners(self, keys: bytes) -> npt.NDArray[np.int64]:
         """Per key the number of the drive that holds it and can be read, -1 for none."""
         owner = np.full(count_keys(keys), -1, np.int64)
