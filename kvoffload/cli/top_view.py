@@ -1,0 +1,201 @@
+"""How a frame of ``kvoffload top`` looks: rich renderables that fit 80 columns.
+
+A number the server does not export is "-". Imported by the command only: rich is not light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kvoffload.cli.top_model import Frame, Saved, TierFrame
+from kvoffload.cli.top_samples import Flow, Spread, Times
+from kvoffload.cli.units import count, seconds, share, size
+
+_ALARM = "bold red"
+_TIMES = {
+    "load": "load",
+    "load_wait": "  wait for bytes",
+    "load_copy": "  copy",
+    "store": "store copy",
+    "scheduler_step": "scheduler step",
+}
+
+
+def screen(frame: Frame, title: str) -> RenderableType:
+    """The whole screen; ``title`` says which server and when."""
+    parts = (_title(frame, title), _traffic(frame), _held(frame), _work(frame), _reasons(frame))
+    spaced: list[RenderableType] = [parts[0]]
+    for part in parts[1:]:
+        spaced += [Text(), part]
+    return Group(*spaced)
+
+
+def _title(frame: Frame, title: str) -> Text:
+    text = Text.assemble(("kvoffload top", "bold"), f"  {title}")
+    if frame.engines > 1:
+        text.append(f"  {frame.engines} engines")
+    if frame.window_s is not None:
+        text.append(f"  now: {seconds(frame.window_s)}")
+    if frame.restarted:
+        text.append("  server restarted", style="yellow")
+    return text
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _traffic(frame: Frame) -> Table:
+    table = _table("tier", "hits now", "since start", "loading", "storing", "learned rate")
+    hbm = (frame.hbm_hit_rate_now, frame.hbm_hit_rate_total)
+    table.add_row("hbm", *(_maybe(share, rate) for rate in hbm), "", "", "")
+    for name, tier in _shown(frame):
+        table.add_row(
+            name,
+            _maybe(share, tier.hit_rate_now),
+            _maybe(share, tier.hit_rate_total),
+            _speed(tier.load_bytes),
+            _speed(tier.store_bytes),
+            _maybe(_per_s, tier.learned_bytes_per_s),
+        )
+    ours = (frame.hit_rate_now, frame.hit_rate_total)
+    table.add_row("all tiers", *(_maybe(share, rate) for rate in ours), "", "", "")
+    return table
+
+
+def _held(frame: Frame) -> Table:
+    table = _table("tier", "used", "size", "full", "pinned", "chunks", "in flight", "breaker")
+    for name, tier in _shown(frame):
+        full = None
+        if tier.used_bytes is not None and tier.size_bytes:
+            full = tier.used_bytes / tier.size_bytes
+        moving = " ".join(f"{_word(d)} {size(n)}" for d, n in tier.inflight_bytes.items() if n)
+        table.add_row(
+            name,
+            _maybe(size, tier.used_bytes),
+            "off" if name != "dram" and tier.size_bytes == 0 else _maybe(size, tier.size_bytes),
+            _maybe(share, full),
+            _maybe(size, tier.pinned_bytes),
+            _maybe(count, tier.chunks),
+            Text(moving) if moving else ("0 B" if tier.inflight_bytes else "-"),
+            Text(tier.breaker or "-", style=_ALARM if tier.breaker == "open" else ""),
+        )
+    return table
+
+
+def _shown(frame: Frame) -> list[tuple[str, TierFrame]]:
+    return [(n, t) for n, t in frame.tiers.items() if t.active or n != "remote"]
+
+
+def _work(frame: Frame) -> Table:
+    table = _table("", "now", "since start")
+    for label, flow in (
+        ("lookups", frame.lookups),
+        ("tokens looked up", frame.queried_tokens),
+        ("tokens worth loading", frame.offered_tokens),
+        ("tokens loaded", frame.loaded_tokens),
+    ):
+        now = flow.per_s if flow else None
+        table.add_row(label, _maybe(lambda n: f"{count(n)}/s", now), _total(flow))
+    for name, label in _TIMES.items():
+        times = frame.times.get(name)
+        if times is None:
+            table.add_row(f"{label} p50 / p99", "-", "-")
+        else:
+            row = (_spread(times, s) for s in (times.now, times.total))
+            table.add_row(f"{label} p50 / p99", *row)
+    table.add_row("time saved", *_saved(frame.saved))
+    failed = frame.failed_loads
+    style = _ALARM if failed and failed.added else ""
+    table.add_row("failed loads", Text(_added(failed), style=style), _total(failed))
+    return table
+
+
+def _saved(saved: Saved | None) -> tuple[Text, Text]:
+    values = (None, None) if saved is None else (saved.now_s, saved.total_s)
+    now, total = (
+        Text(
+            "-" if value is None else f"{'+' if value > 0 else ''}{seconds(value)}",
+            style=_ALARM if value is not None and value < 0 else "",
+        )
+        for value in values
+    )
+    if saved is not None and saved.source == "estimate":
+        total.append(" (estimate)")
+    return now, total
+
+
+def _spread(times: Times, spread: Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return " / ".join(
+        f">= {seconds(value)}" if value >= times.bound_s else seconds(value)
+        for value in (spread.p50_s, spread.p99_s)
+    )
+
+
+def _reasons(frame: Frame) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    requests = "  ".join(f"{_word(name)} {count(n)}" for name, n in frame.requests.items())
+    grid.add_row("requests", Text(requests or "-"))
+    rate = frame.prefill_tokens_per_s
+    grid.add_row("prefill", _maybe(lambda n: f"{count(n)} tokens/s", rate))
+    for label, flows in (
+        ("plans", frame.plans),
+        ("followers", frame.followers),
+        ("misses", frame.misses),
+        ("failures", frame.failures),
+    ):
+        bad = label == "failures" and any(flow.added for flow in flows.values())
+        grid.add_row(label, Text(_counts(flows), style=_ALARM if bad else ""))
+    grid.add_row("resets", _total(frame.resets))
+    moved = {name: flow for name, flow in frame.events.items() if flow.added}
+    known = frame.window_s is not None and bool(frame.events)
+    grid.add_row("events now", Text(_counts(moved) if moved else "none" if known else "-"))
+    return grid
+
+
+def _counts(flows: Mapping[str, Flow]) -> str:
+    """Totals by name, zeros left out, what the window added in brackets."""
+    if not flows:
+        return "-"
+    shown = [
+        f"{_word(name)} {count(flow.total)}" + (f" (+{count(flow.added)})" if flow.added else "")
+        for name, flow in flows.items()
+        if flow.total
+    ]
+    return "  ".join(shown) or "none"
+
+
+def _word(name: str) -> str:
+    """A label value from the server, without what a terminal would obey."""
+    return name if name.isprintable() else repr(name)
+
+
+def _maybe(show: Callable[[float], str], value: float | None) -> str:
+    return "-" if value is None else show(value)
+
+
+def _per_s(value: float) -> str:
+    return f"{size(value)}/s"
+
+
+def _speed(flow: Flow | None) -> str:
+    return _maybe(_per_s, flow.per_s if flow else None)
+
+
+def _total(flow: Flow | None) -> str:
+    return _maybe(count, flow.total if flow else None)
+
+
+def _added(flow: Flow | None) -> str:
+    return _maybe(count, flow.added if flow else None)
