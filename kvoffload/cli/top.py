@@ -117,13 +117,13 @@ _clock = time.monotonic
 _sleep = time.sleep
 
 
-@app.callback(invoke_without_command=True)
+@app.command()
 def top(
     url: Annotated[str, typer.Argument(help="The server's metrics.")] = DEFAULT_URL,
     interval: Annotated[
         float, typer.Option(min=0.1, max=3600, help="Seconds between samples; rates span them.")
     ] = 2.0,
-    once: Annotated[bool, typer.Option(help="One screen, then end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="One screen, then end.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout, then end.")
     ] = False,
@@ -173,7 +173,7 @@ def _console() -> Console:
 def _screen(shown: Frame, url: str) -> RenderableType:
     from kvoffload.cli.top_view import screen
 
-    return screen(shown, url)
+    return screen(shown, url, time.strftime("%H:%M:%S"))
 
 
 def _watch(url: str, interval: float) -> None:
@@ -189,8 +189,8 @@ def _watch(url: str, interval: float) -> None:
             except ScrapeError as error:
                 show.waiting(f"{error}; trying again every {interval:g} s")
             else:
-                # Across a gap the old sample still tells a restart from a pause.
-                show.frame(_screen(frame(before, sample), f"{url}  {time.strftime('%H:%M:%S')}"))
+                # Kept across a gap: the old sample tells a restart from a pause.
+                show.frame(_screen(frame(before, sample), url))
                 before = sample
             _sleep(max(0.0, interval - (_clock() - began)))
 

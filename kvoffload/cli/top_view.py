@@ -25,21 +25,24 @@ _TIMES = {
 }
 
 
-def screen(frame: Frame, title: str) -> RenderableType:
-    """The whole screen; ``title`` says which server and when."""
-    parts = (_title(frame, title), _traffic(frame), _held(frame), _work(frame), _reasons(frame))
-    spaced: list[RenderableType] = [parts[0]]
-    for part in parts[1:]:
+def screen(frame: Frame, url: str, clock: str = "") -> RenderableType:
+    """The whole screen of the server at ``url``; ``clock``: the time of day, if it matters."""
+    parts = (_traffic(frame), _held(frame), _work(frame), _reasons(frame))
+    spaced: list[RenderableType] = [_title(frame, url, clock)]
+    for part in parts:
         spaced += [Text(), part]
     return Group(*spaced)
 
 
-def _title(frame: Frame, title: str) -> Text:
-    text = Text.assemble(("kvoffload top", "bold"), f"  {title}")
+def _title(frame: Frame, url: str, clock: str) -> Text:
+    facts = [clock] if clock else []
     if frame.engines > 1:
-        text.append(f"  {frame.engines} engines")
-    if frame.window_s is not None:
-        text.append(f"  now: {seconds(frame.window_s)}")
+        facts.append(f"{frame.engines} engines")
+    if frame.window_s is None:
+        facts.append("first sample")
+    else:
+        facts.append(f"now: the last {seconds(frame.window_s)}")
+    text = Text.assemble(("kvoffload top", "bold"), f"  {url}\n", "  ".join(facts))
     if frame.restarted:
         text.append("  server restarted", style="yellow")
     return text
