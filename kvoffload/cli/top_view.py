@@ -16,6 +16,7 @@ from kvoffload.cli.top_samples import Flow, Spread, Times
 from kvoffload.cli.units import count, seconds, share, size
 
 _ALARM = "bold red"
+_SHOWN_EVENTS = ("lookup", "hit_tokens_", "load_chunks_", "load_bytes_", "follow")
 _TIMES = {
     "load": "load",
     "load_wait": "  wait for bytes",
@@ -161,10 +162,15 @@ def _reasons(frame: Frame) -> Table:
         bad = label == "failures" and any(flow.added for flow in flows.values())
         grid.add_row(label, Text(_counts(flows), style=_ALARM if bad else ""))
     grid.add_row("resets", _total(frame.resets))
-    moved = {name: flow for name, flow in frame.events.items() if flow.added}
+    moved = {n: f for n, f in frame.events.items() if f.added and not _said_elsewhere(n)}
     known = frame.window_s is not None and bool(frame.events)
     grid.add_row("events now", Text(_counts(moved) if moved else "none" if known else "-"))
     return grid
+
+
+def _said_elsewhere(event: str) -> bool:
+    """Whether other rows already show what this event of the Manager counts."""
+    return event.startswith(_SHOWN_EVENTS) or event.endswith("_bytes")
 
 
 def _counts(flows: Mapping[str, Flow]) -> str:
