@@ -6,7 +6,6 @@ finite, is None in the frame and never 0. Bytes, tokens and seconds as the names
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvoffload.cli.top_samples import Flow, Sample, Times, Window
@@ -29,7 +28,7 @@ class TierFrame:
     pinned_bytes: float | None
     chunks: float | None
     inflight_bytes: dict[str, float]  # by direction; empty: not exported
-    breaker: str | None  # closed, half-open, open; with several engines the worst
+    breakers: dict[str, str]  # by direction: closed, half-open, open; of several engines the worst
     learned_bytes_per_s: float | None  # mean of the engines that know it
 
     @property
@@ -42,15 +41,10 @@ class TierFrame:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """Prefill seconds saved by loads minus what the loads cost; negative where they lost.
-
-    ``source``: ``server`` (its own account of each load) or ``estimate`` (tokens loaded x seconds
-    per token at the present prefill rate - seconds of the loads).
-    """
+    """Prefill seconds that loads saved, less what they cost where they were the slower way."""
 
     total_s: float
     now_s: float | None
-    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +83,6 @@ def frame(before: Sample | None, after: Sample) -> Frame:
     hit = win.flow("kvoffload_hit_tokens_total")
     hbm_hit = win.flow("vllm:prefix_cache_hits_total")
     hbm_all = win.flow("vllm:prefix_cache_queries_total")
-    plans = win.by("kvoffload_plans_total", "decision")
-    events = win.by("kvoffload_events_total", "event")
     return Frame(
         window_s=win.seconds,
         restarted=win.restarted,
@@ -110,11 +102,11 @@ def frame(before: Sample | None, after: Sample) -> Frame:
         saved=_saved(win),
         prefill_tokens_per_s=_learned(win, "kvoffload_prefill_tokens_per_second"),
         requests=_requests(win),
-        plans=plans,
-        followers=_followers(plans, events),
+        plans=win.by("kvoffload_plans_total", "decision"),
+        followers=win.by("kvoffload_followers_total", "outcome"),
         misses=win.by("kvoffload_miss_requests_total", "reason"),
         failures=win.by("kvoffload_failures_total", "kind"),
-        events=events,
+        events=win.by("kvoffload_events_total", "event"),
     )
 
 
@@ -164,7 +156,7 @@ def _tier(win: Window, tier: str, queried: Flow | None) -> TierFrame:
         pinned_bytes=over_engines(win.levels(f"kvoffload_{tier}_pinned_bytes")),
         chunks=over_engines(win.levels("kvoffload_entries", tier=tier)),
         inflight_bytes=_inflight(win, tier),
-        breaker=_breaker(win.levels("kvoffload_breaker_open", tier=tier)),
+        breakers=_breakers(win, tier),
         learned_bytes_per_s=_learned(win, "kvoffload_tier_bytes_per_second", tier=tier),
     )
 
@@ -179,17 +171,18 @@ def _inflight(win: Window, tier: str) -> dict[str, float]:
     return dict(sorted(found.items()))
 
 
-def _breaker(levels: list[float]) -> str | None:
-    worst = _most(levels)
-    if worst is None:
-        return None
-    return "closed" if worst <= 0 else "open" if worst >= 1 else "half-open"
-
-
-def _followers(plans: Mapping[str, Flow], events: Mapping[str, Flow]) -> dict[str, Flow]:
-    """Requests that wait for a leader's prefix: the plan, and what the Manager counts of it."""
-    found = {"follow": plans["follow"]} if "follow" in plans else {}
-    return found | {name: flow for name, flow in events.items() if name.startswith("follow")}
+def _breakers(win: Window, tier: str) -> dict[str, str]:
+    """State by direction, over the engines the worst."""
+    worst: dict[str, float] = {}
+    for have, level in win.after.values.get("kvoffload_breaker_open", {}).items():
+        labels = dict(have)
+        if labels.get("tier") == tier:
+            way = labels.get("direction", "")
+            worst[way] = max(level, worst.get(way, 0.0))
+    return {
+        way: "closed" if level <= 0 else "open" if level >= 1 else "half-open"
+        for way, level in sorted(worst.items())
+    }
 
 
 def _requests(win: Window) -> dict[str, float]:
@@ -207,20 +200,8 @@ def _requests(win: Window) -> dict[str, float]:
 def _saved(win: Window) -> Saved | None:
     saved = win.flow("kvoffload_saved_seconds_total")
     cost = win.flow("kvoffload_cost_seconds_total")
-    if saved is not None and cost is not None:
-        now = None if saved.added is None else saved.added - (cost.added or 0.0)
-        return Saved(saved.total - cost.total, now, "server")
-    rates = win.after.values.get("kvoffload_prefill_tokens_per_second", {})
-    spent = win.per_engine("kvoffload_load_seconds_sum")
-    pairs = [
-        (tokens, spent[key], rates[key])
-        for key, tokens in win.per_engine("kvoffload_loaded_tokens_total").items()
-        if rates.get(key, 0.0) > 0 and key in spent
-    ]
-    if not pairs:
+    if saved is None or cost is None:
         return None
-    total = sum(tokens.total / rate - load.total for tokens, load, rate in pairs)
-    now = None
-    if win.seconds is not None:
-        now = sum((t.added or 0.0) / rate - (load.added or 0.0) for t, load, rate in pairs)
-    return Saved(total, now, "estimate")
+    known = saved.added is not None and cost.added is not None
+    now = (saved.added or 0.0) - (cost.added or 0.0) if known else None
+    return Saved(saved.total - cost.total, now)

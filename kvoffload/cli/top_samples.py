@@ -119,10 +119,6 @@ class Window:
             keys.setdefault(dict(have).get(label, ""), []).append(have)
         return {value: self._flow(name, keys[value]) for value in sorted(keys)}
 
-    def per_engine(self, name: str) -> dict[Labels, Flow]:
-        """A counter without labels of ours, per engine."""
-        return {key: self._flow(name, [key]) for key in self.after.values.get(name, {})}
-
     def _flow(self, name: str, keys: Iterable[Labels]) -> Flow:
         after, before = self.after.values[name], self._before.values.get(name, {})
         total = added = 0.0

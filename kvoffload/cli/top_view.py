@@ -16,7 +16,7 @@ from kvoffload.cli.top_samples import Flow, Spread, Times
 from kvoffload.cli.units import count, seconds, share, size
 
 _ALARM = "bold red"
-_SHOWN_EVENTS = ("lookup", "hit_tokens_", "load_chunks_", "load_bytes_", "follow")
+_SHOWN_EVENTS = ("lookup", "hit_tokens_", "load_chunks_", "load_bytes_", "planner_", "follow")
 _TIMES = {
     "load": "load",
     "load_wait": "  wait for bytes",
@@ -76,6 +76,8 @@ def _traffic(frame: Frame) -> Table:
 
 def _held(frame: Frame) -> Table:
     table = _table("tier", "used", "size", "full", "pinned", "chunks", "in flight", "breaker")
+    for column in table.columns[-2:]:
+        column.no_wrap = False
     for name, tier in _shown(frame):
         full = None
         if tier.used_bytes is not None and tier.size_bytes:
@@ -89,9 +91,18 @@ def _held(frame: Frame) -> Table:
             _maybe(size, tier.pinned_bytes),
             _maybe(count, tier.chunks),
             Text(moving) if moving else ("0 B" if tier.inflight_bytes else "-"),
-            Text(tier.breaker or "-", style=_ALARM if tier.breaker == "open" else ""),
+            _breakers(tier.breakers),
         )
     return table
+
+
+def _breakers(states: Mapping[str, str]) -> Text:
+    """One word where both directions agree, else what is not closed."""
+    words = sorted(set(states.values()))
+    if len(words) > 1:
+        words = [f"{_word(way)} {state}" for way, state in states.items() if state != "closed"]
+    style = _ALARM if "open" in states.values() else ""
+    return Text(", ".join(words) or "-", style=style)
 
 
 def _shown(frame: Frame) -> list[tuple[str, TierFrame]]:
@@ -131,8 +142,6 @@ def _saved(saved: Saved | None) -> tuple[Text, Text]:
         )
         for value in values
     )
-    if saved is not None and saved.source == "estimate":
-        total.append(" (estimate)")
     return now, total
 
 
