@@ -180,6 +180,7 @@ def _quantile(q: float, bounds: list[float], counts: list[float]) -> float:
         if count >= rank and count > below:
             if bound == math.inf:
                 return low
-            return low + (bound - low) * (rank - below) / (count - below)
+            # Rounding must not carry it into the next bucket.
+            return min(bound, low + (bound - low) * (rank - below) / (count - below))
         low, below = bound, count
     return low
