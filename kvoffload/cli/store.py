@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvoffload.cli.units import size
 from kvoffload.errors import OffloadError
 
 if TYPE_CHECKING:
@@ -79,14 +80,6 @@ def _open(paths: list[Path], *, read_only: bool = True) -> Store:
     return store
 
 
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} TiB"
-
-
 def _print_json(value: Any) -> None:
     json.dump(value, sys.stdout, indent=2)
     sys.stdout.write("\n")
@@ -106,13 +99,13 @@ def stats(paths: PathsArg, as_json: JsonOpt = False) -> None:
     table = Table("what", "value", title=store.path)
     for name in _SHOWN:
         value = numbers[name]
-        shown = _size(value) if name in _BYTES else f"{value:,.1f}".removesuffix(".0")
+        shown = size(value) if name in _BYTES else f"{value:,.1f}".removesuffix(".0")
         table.add_row(name, shown)
     Console().print(table)
     if len(drives) > 1:
         table = Table(Column("drive", overflow="fold"), "entries", "used", "of")
         for d in drives:
-            table.add_row(d.path, f"{d.entries:,}", _size(d.bytes_used), _size(d.bytes_max))
+            table.add_row(d.path, f"{d.entries:,}", size(d.bytes_used), size(d.bytes_max))
         Console().print(table)
 
 
@@ -146,7 +139,7 @@ def _print_chunks(chunks: list[Chunk], total: int) -> None:
             chunk.key.hex(),
             f"{chunk.namespace:08x}",
             str(chunk.depth),
-            _size(chunk.nbytes),
+            size(chunk.nbytes),
             str(chunk.segment),
             str(chunk.seq),
         )
@@ -173,7 +166,7 @@ def verify(
     else:
         rate = report.nbytes / max(report.seconds, 1e-9) / 1e9
         typer.echo(
-            f"{report.checked:,} chunks, {_size(report.nbytes)} in {report.seconds:.1f} s "
+            f"{report.checked:,} chunks, {size(report.nbytes)} in {report.seconds:.1f} s "
             f"({rate:.2f} GB/s): {report.bad} bad, {report.dropped} dropped"
         )
     if left:
@@ -255,7 +248,7 @@ def export_(
         _print_json({"file": str(file), **asdict(report)})
     else:
         typer.echo(
-            f"{report.chunks:,} chunks, {_size(report.nbytes)} in {report.seconds:.1f} s "
+            f"{report.chunks:,} chunks, {size(report.nbytes)} in {report.seconds:.1f} s "
             f"to {file}: {report.missing} not held, {report.lost} lost meanwhile"
         )
     if report.missing or report.lost:
@@ -273,7 +266,7 @@ def import_(paths: PathsArg, file: FileArg, as_json: JsonOpt = False) -> None:
         _print_json({"file": str(file), **asdict(report), "flushed": flushed})
     else:
         typer.echo(
-            f"{report.imported:,} of {report.chunks:,} chunks imported, {_size(report.nbytes)} in "
+            f"{report.imported:,} of {report.chunks:,} chunks imported, {size(report.nbytes)} in "
             f"{report.seconds:.1f} s: {report.held} held before, {report.bad} bad, "
             f"{report.refused} refused by the store"
         )
