@@ -218,6 +218,7 @@ struct PoolState {
     std::mutex mu;
     std::condition_variable work, gone;
     std::deque<std::unique_ptr<IoRequest>> reads, writes;
+    Turns turns;
     bool stopped = false;
     unsigned alive = 0;
     BufferPool buffers;
@@ -246,7 +247,8 @@ void worker(std::shared_ptr<PoolState> s, unsigned i) {
     for (;;) {
         s->work.wait(lk, [&] { return s->stopped || !s->reads.empty() || !s->writes.empty(); });
         if (s->stopped) break;
-        auto& q = s->reads.empty() ? s->writes : s->reads;
+        bool write = s->turns.write_next(!s->reads.empty(), !s->writes.empty());
+        auto& q = write ? s->writes : s->reads;
         auto r = std::move(q.front());
         q.pop_front();
         lk.unlock();

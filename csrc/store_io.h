@@ -117,6 +117,21 @@ struct EngineStats {
     uint64_t register_errors = 0;   // registrations the kernel refused (RLIMIT_MEMLOCK)
 };
 
+// Reads go before writes, but not for ever: a put waits for at most kReadsPerWrite of them.
+class Turns {
+  public:
+    // Which kind to take, of those there are (at least one).
+    bool write_next(bool reads, bool writes) {
+        bool write = writes && (!reads || in_row_ >= kReadsPerWrite);
+        in_row_ = write || !writes ? 0 : in_row_ + 1;
+        return write;
+    }
+
+  private:
+    static constexpr unsigned kReadsPerWrite = 8;
+    unsigned in_row_ = 0;  // reads taken while a write waited
+};
+
 // Runs requests, reads before writes. Engines: a pread/pwrite thread pool (store_io.cpp), io_uring
 // (store_uring.cpp).
 class IoEngine {

@@ -85,14 +85,16 @@ class Ring {
         std::vector<OpPtr> got;
         {
             std::lock_guard lk(q_.mu);
-            for (auto* from : {&q_.ready_reads, &q_.ready_writes}) {
-                bool write = from == &q_.ready_writes;
-                while (!from->empty() && q_.moving < kDepth && (!write || writes_ < kWriteDepth)) {
-                    got.push_back(std::move(from->front()));
-                    from->pop_front();
-                    ++q_.moving;
-                    writes_ += write;
-                }
+            for (;;) {
+                bool reads = !q_.ready_reads.empty();
+                bool writes = !q_.ready_writes.empty() && writes_ < kWriteDepth;
+                if ((!reads && !writes) || q_.moving >= kDepth) break;
+                bool write = turns_.write_next(reads, writes);
+                auto& from = write ? q_.ready_writes : q_.ready_reads;
+                got.push_back(std::move(from.front()));
+                from.pop_front();
+                ++q_.moving;
+                writes_ += write;
             }
             for (auto& r : q_.new_regions) regions_.add(r);
             q_.new_regions.clear();
@@ -289,6 +291,7 @@ class Ring {
     Regions regions_;
     std::vector<OpPtr> held_, completed_;
     bool wake_armed_ = false, vectored_ = false, handed_over_ = false;
+    Turns turns_;
     unsigned writes_ = 0;  // of q_.moving
 };
 

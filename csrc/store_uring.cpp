@@ -57,16 +57,19 @@ Step next_step(Queues& q, OpPtr& op) {
         op = std::move(d.front());
         d.pop_front();
     };
+    bool reads = !q.new_reads.empty() && q.may_start(false);
+    bool writes = !q.new_writes.empty() && q.may_start(true);
     bool write = false;
-    if (!q.new_reads.empty() && q.may_start(false)) {
-        pop(q.new_reads);
+    if (reads) {
+        write = q.turns.write_next(true, writes);
+        pop(write ? q.new_writes : q.new_reads);
     } else if (!q.done_reads.empty()) {
         pop(q.done_reads);
         return Step::kFinish;
     } else if (!q.done_writes.empty()) {
         pop(q.done_writes);
         return Step::kFinish;
-    } else if (!q.new_writes.empty() && q.may_start(true)) {
+    } else if (writes) {
         pop(q.new_writes);
         write = true;
     } else {

@@ -58,6 +58,7 @@ struct Queues {
     std::mutex mu;
     std::condition_variable work, gone;
     std::deque<OpPtr> new_reads, new_writes, ready_reads, ready_writes, done_reads, done_writes;
+    Turns turns;                           // of what is prepared
     unsigned in_io = 0, writes_in_io = 0;  // from prepare to the end of the transfer
     unsigned moving = 0;                   // of these, taken by the ring
     unsigned busy = 0;                     // from prepare to the end of finish

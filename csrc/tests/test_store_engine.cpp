@@ -144,6 +144,41 @@ void refused_direct(const std::string& kind, const std::string& dir) {
     }
 }
 
+// One worker held in a prepare: of many reads and a write that wait, the write is not the last.
+void write_gets_a_turn(const std::string& kind, const std::string& dir) {
+    auto e = make(kind, 1, std::make_shared<Faults>());
+    FilePtr f = pattern_file(dir + "/turns", 1 << 20);
+    constexpr int kAll = 30;
+    AlignedBuf b(kAll * 4096);
+    std::mutex mu;
+    std::vector<int> order;
+    Count entered(1), gate(1), left(kAll);
+    std::vector<Outcome> out(kAll);
+    for (int i = 0; i < kAll; ++i) {
+        auto r = request(f, i == 1, uint64_t(i) * 8192, {{b.data() + i * 4096, 4096}},
+                         out[size_t(i)], left);
+        r->prepare = [&, i, inner = r->prepare](IoRequest& q) {
+            {
+                std::lock_guard lk(mu);
+                order.push_back(i);
+            }
+            if (i == 0) {
+                entered.down();
+                gate.wait();
+            }
+            return inner(q);
+        };
+        e->submit(std::move(r));
+        if (i == 0) MUST(entered.wait());
+    }
+    gate.down();
+    MUST(left.wait());
+    auto at = std::find(order.begin(), order.end(), 1) - order.begin();
+    MUST(at > 4 && at < 12);
+    for (auto& o : out) MUST(o.err == 0);
+    MUST(e->stop(5000));
+}
+
 // One worker held in a prepare: what waits is then taken reads first, in order; stop() gives the
 // rest back.
 void order_and_cancel(const std::string& kind, const std::string& dir) {
@@ -369,6 +404,7 @@ void stress(const std::string& kind, const std::string& dir) {
 void test_engine(const std::string& kind, const std::string& dir) {
     pieces(kind, dir);
     refused_direct(kind, dir);
+    write_gets_a_turn(kind, dir);
     order_and_cancel(kind, dir);
     slow_finish(kind, dir);
     hung(kind, dir);
