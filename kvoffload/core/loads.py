@@ -35,6 +35,7 @@ class Attempt:
     opened: float
     deadline: float
     planned: Plan | None = None
+    alone: bool = False  # no other request was in the engine
     sent: bool = False
     failed: bool = False
     next_order: float = field(default=0.0)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from threading import Lock
 
 from kvoffload.core.alloc import SlotAllocator
@@ -152,8 +153,12 @@ class Manager:
             if not steps:
                 self._count_hit(Hit(start, 0, {}), start)
                 return Plan(start, Decision.MISS)
-            tiers = self.rates.tiers({Tier.NVME: self._loader.ahead(chain, start, held)})
+            ahead = self._loader.ahead(chain, start, held)
+            tiers = self.rates.tiers({Tier.NVME: ahead})
             made = plan(start, steps, tiers, self.rates.prefill.seconds, self._mode)
+            if ahead and Tier.NVME in tiers and made.load_s is not None:
+                queue_s = min(made.load_s, ahead / tiers[Tier.NVME].bytes_per_s)
+                made = replace(made, queue_s=queue_s)
             if made.end < held:
                 self.counters.planner_refused += 1
             if made.decision is Decision.REFUSED:

@@ -21,7 +21,7 @@ from kvoffload.tiers.base import ArenaLike, ChunkStoreLike, StoreDoneLike
 from kvoffload.types import ChunkKey, Tier
 
 _WAIT_MS = 50
-STALL_S = 2.0
+STALL_S = 1.0
 """Reads under way of which none makes progress for this long: the tier hangs. A disk that is only
 busy finishes something every few tens of milliseconds."""
 MAX_HUNG_JOBS = 8

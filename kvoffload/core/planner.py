@@ -47,6 +47,7 @@ class Plan:
     decision: Decision
     load_s: float | None = None  # expected, from allocation to answer
     recompute_s: float | None = None  # of what is loaded
+    queue_s: float = 0.0  # of load_s: what goes first
 
 
 PRIOR: Mapping[Tier, TierRate] = {
@@ -138,7 +139,8 @@ def _whole(
 DEADLINE_FLOOR_S = 0.25
 """The shortest deadline: a shared disk stalls for tens of milliseconds without being broken."""
 DEADLINE_LOADS = 4.0
-"""A load that takes this many times what was expected is not going to be the sooner one."""
+"""A load that takes this many times what was expected, beyond the queue before it, is not going to
+be the sooner one."""
 DEADLINE_RECOMPUTE = 0.05
 """Waiting this share of what recomputing takes costs no more than the promise allows."""
 
@@ -152,7 +154,7 @@ def deadline_s(planned: Plan, longest_s: float) -> float:
         return longest_s
     allowed = max(
         DEADLINE_FLOOR_S,
-        DEADLINE_LOADS * planned.load_s,
+        DEADLINE_LOADS * (planned.load_s - planned.queue_s) + planned.queue_s,
         DEADLINE_RECOMPUTE * (planned.recompute_s or 0.0),
     )
     return min(longest_s, allowed)

@@ -56,14 +56,16 @@ class Rates:
     """Fixed cost per load; subtracted from samples (down to a tenth) so that small loads do not
     make a tier look slow."""
     STEP_SHARE = 0.1
-    STEP_MAX_S = 1.0
+    STEP_MAX_S = 0.1
 
     def __init__(self) -> None:
         self._tiers: dict[Tier, Ewma] = {}
         self.prefill = PrefillModel()
         self.step_s = 0.0
         """What a load takes beyond its transfer: it starts after one forward of the engine and is
-        seen to be complete after another. A tenth of each load's error corrects it."""
+        seen to be complete after another. A tenth of the error of each load that was alone in the
+        engine corrects it: beside others a load waits for their steps, which computing would too,
+        and which refusing loads makes longer."""
 
     def observe(self, tier: Tier, nbytes: int, seconds: float) -> None:
         """A load moved ``nbytes`` out of ``tier`` in ``seconds``."""

@@ -226,6 +226,7 @@ def test_decisions_say_what_happened() -> None:
         (Plan(1, Decision.WHOLE, 0.1, 1.0), 0.4),
         (Plan(1, Decision.WHOLE, 0.001, 20.0), 1.0),
         (Plan(1, Decision.WHOLE, 100.0, 200.0), 5.0),
+        (Plan(1, Decision.WHOLE, 1.1, 1.0, queue_s=1.0), 1.4),
     ],
 )
 def test_deadlines_follow_the_plan(planned: Plan, want: float) -> None:

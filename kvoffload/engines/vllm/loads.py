@@ -95,6 +95,7 @@ class Loads:
             within / 1000.0,
             held.planned,
         )
+        attempt.alone = len(self._states) == 1
         self._leaders.add(attempt)
         state.provisional = None  # the attempt owns the lease, whatever breaks below
         copies = load_copies(self._layout, held.lease, tables, held.start, end)
@@ -220,7 +221,8 @@ class Loads:
             self._metrics.saved(recompute - seconds)
         planned = attempt.planned
         from_disk = attempt.lease.tokens_by_tier.get(Tier.NVME)  # its moods are not the engine's
-        if planned is not None and planned.load_s is not None and not from_disk:
+        alone = attempt.alone and len(self._states) == 1
+        if alone and planned is not None and planned.load_s is not None and not from_disk:
             self._manager.observe_load_time(seconds, planned.load_s)
 
     def take_report(self, report: WorkerReport) -> None:

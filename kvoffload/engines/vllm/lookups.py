@@ -7,6 +7,7 @@ kept: an offer as a provisional lease, a refusal until something it rests on may
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from kvoffload.core.follow import wait_for
@@ -73,7 +74,7 @@ class Lookups:
             self._metrics.miss("lease_refused")
             return 0
         if end < planned.end:
-            planned = Plan(end, Decision.PARTIAL, planned.load_s)
+            planned = replace(planned, end=end, decision=Decision.PARTIAL, recompute_s=None)
         state.provisional = ProvisionalLease(lease, start, end, now + LEASE_S, planned)
         self._leased[state.request_id] = state
         return end - start
@@ -94,7 +95,7 @@ class Lookups:
             if self._sliding:  # another boundary needs other blocks of the window
                 end = self._manager.lookup(chain, start, end).end
             end = max(end, start)
-            planned = Plan(end, planned.decision, planned.load_s, planned.recompute_s)
+            planned = replace(planned, end=end)
         if first:
             self._metrics.lookup(queried=max(0, limit - start), hit=max(0, end - start))
         if state.decision is not planned.decision:
