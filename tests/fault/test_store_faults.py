@@ -99,7 +99,19 @@ class TestInjected:
         with small(tmp_path / "s") as store:
             assert right_or_miss(store, range(25)) == 10
 
-    @pytest.mark.parametrize("what", ["read_eio", "write_eio", "enospc", "short_read"])
+    def test_flipped_bits_are_a_counted_miss(self, tmp_path: Path) -> None:
+        with small(tmp_path / "s") as store:
+            fill(store, 0, 5)
+            native_of(store).inject("flip_read", 1)
+            buffer = bytearray(len(payload_of(1)))
+            assert store.get_into(key_of(1), buffer) is StoreResult.CORRUPT
+            assert buffer == bytes(len(buffer))
+            native_of(store).inject("flip_read", 0)
+            assert store.stats()["corrupt"] == 1
+            assert key_of(1) not in store  # what lied once is not asked again
+            assert right_or_miss(store, range(5)) == 4
+
+    @pytest.mark.parametrize("what", ["read_eio", "write_eio", "enospc", "short_read", "flip_read"])
     def test_now_and_then(self, tmp_path: Path, what: str) -> None:
         """Every n-th transfer fails, journals, footers and headers included: nothing wrong, no end."""
         for every in (2, 3, 7):
@@ -114,7 +126,8 @@ class TestInjected:
                     }
                     store.check()
                     right_or_miss(store, range(max(0, i - 20), i + 10))
-                assert store.stats()["io_errors"] + store.stats()["no_space"] > 0
+                stats = store.stats()
+                assert stats["io_errors"] + stats["no_space"] + stats["corrupt"] > 0
                 native_of(store).inject(what, 0)
                 fill(store, 1000, 1010)
                 assert right_or_miss(store, range(1000, 1010)) == 10

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kvoffload.config import GIB, Config
@@ -157,12 +158,27 @@ def _open_store(config: Config) -> Any:
         return None
     try:
         free = _free_bytes(config.nvme_path)
-        return _core.SegmentStore(
+        store = _core.SegmentStore(
             config.nvme_path, config.nvme_bytes(free), io_engine=config.io_engine
         )
     except OSError as exc:
         logger.error("kvoffload: nvme_path is not used, DRAM only: %s", exc)
         return None
+    return _with_faults(store)
+
+
+def _with_faults(store: Any) -> Any:
+    """The store, or under ``$KVOFFLOAD_FAULT_FILE`` the store with faults on demand."""
+    control = os.environ.get("KVOFFLOAD_FAULT_FILE")
+    if not control:
+        return store
+    from kvoffload.tiers.faulty import FaultyStore
+
+    logger.warning(
+        "kvoffload: KVOFFLOAD_FAULT_FILE is set: the NVMe tier fails as %s says. Never serve so.",
+        control,
+    )
+    return FaultyStore(store, Path(control))
 
 
 def _free_bytes(path: str) -> int:
