@@ -321,8 +321,8 @@ class FaultyStore:
             if self._control is not None and time.monotonic() >= look_at:
                 look_at = time.monotonic() + _WATCH_S
                 order = self._control.changed()
-                if order is not None and order != self._order:
-                    self._switch(order)
+                if order is not None:
+                    self._switch(order)  # the same again: begins anew
                 said = self._say(said)
             with self._cond:
                 if self._closed:

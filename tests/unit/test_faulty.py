@@ -294,6 +294,10 @@ class TestControl:
         assert rig.answer(rig.get(0)[0]) == bytes([OK])
         eventually(lambda: status()["get_worked_s"] is not None)
         assert 0 <= status()["get_worked_s"] < 5 and status()["put_worked_s"] is None
+        since = status()["since"]
+        write('{"fault": "none"}')  # written again: the clock of "worked" starts anew
+        eventually(lambda: status()["since"] > since)
+        assert status()["get_worked_s"] is None
         rig.store.close()
 
     @pytest.mark.parametrize(
