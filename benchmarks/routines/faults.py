@@ -180,6 +180,7 @@ class Run:
                     raise RuntimeError(f"the tier is {under['fault']}, not {FAULTS[name]}")
                 recovered = self.recover(name, own)
                 alive = bool(own.ask({"op": "alive"})["alive"])
+                self.status()  # a moment: a read in flight would look hung when the engine goes on
             engine.pause()
         reads = (under["ok_gets"] - before["ok_gets"], under["bad_gets"] - before["bad_gets"])
         at = None if name == "healthy" else results[own]["wrote"]
