@@ -18,6 +18,18 @@ class Window:
     reads: tuple[int, int]  # chunks the tier read right and failed to read, fault on
     alive: bool
     recovered_s: float | None
+    metrics: Json  # what kvoffload counted in the window
+
+    def report(self) -> Json:
+        """This window by itself."""
+        cached = [r["cached"] or 0 for r in self.kvoffload if "error" not in r]
+        medians = {
+            key: round(quantile([r["ttft"] * 1e3 for r in answers if "error" not in r], 0.5), 1)
+            for key, answers in (("p50_ms", self.kvoffload), ("recompute_p50_ms", self.none))
+            if any("error" not in r for r in answers)
+        }
+        hits = {"cached_tokens_per_request": round(sum(cached) / max(1, len(cached)), 1)}
+        return medians | hits | {"recovered_s": self.recovered_s, "metrics": self.metrics}
 
 
 @dataclass
@@ -74,7 +86,7 @@ class Arm:
         """The contract's keys for one fault."""
         none, own = self.ttft("none"), self.ttft("kvoffload")
         errors = self.errors()
-        recovered = [w.recovered_s for w in self.windows]
+        recovered = [w.recovered_s for w in self.windows if w.recovered_s is not None]
         caught = self.in_flight()
         cached = [r["cached"] or 0 for w in self.windows for r in w.kvoffload if "error" not in r]
         out: Json = {"requests": sum(len(w.kvoffload) for w in self.windows)}
@@ -90,11 +102,14 @@ class Arm:
             "recompute_errors": sum("error" in r for w in self.windows for r in w.none),
             "wrong_outputs": self.wrong(tolerance),
             "engine_alive": all(w.alive for w in self.windows),
-            "recovered_s": None if None in recovered else round(max(recovered), 3),
-            "recovered_s_each": [None if s is None else round(s, 3) for s in recovered],
+            # The longest; None when it did not come back in one of the windows.
+            "recovered_s": round(max(recovered), 3)
+            if recovered and len(recovered) == len(self.windows)
+            else None,
             "cached_tokens_per_request": round(sum(cached) / max(1, len(cached)), 1),
             "chunks_read": sum(w.reads[0] for w in self.windows),
             "chunks_not_read": sum(w.reads[1] for w in self.windows),
+            "windows": [w.report() for w in self.windows],
         }
         return out
 

@@ -10,6 +10,7 @@ result is a line to ``out``, ``{"ready_s"}`` first. Times are seconds. Ops:
   ``define`` adds prompts. With ``limit_s`` a request that fails or takes longer is an ``error``
   of its own. ``write`` ``{"after", "files": {path: text}, "controls": {path: text}}``
   replaces files, and writes to kernel control files, when so many were sent.
+- ``metrics``: the counters whose name starts with ``prefix``, summed over their other labels.
 - ``alive``: whether the engine says that it is healthy.
 - ``reset``: drop the HBM prefix cache, leave the connector's tiers alone.
 - ``settle``: let background stores finish: until the process tree stopped writing to disk.
@@ -30,6 +31,7 @@ import psutil
 from common import add_times
 
 Json = dict[str, Any]
+LABELS = ("event", "kind", "reason", "source", "tier", "direction")
 QUIET_S = 1.0  # no disk writes for this long means that write-behind is done
 
 
@@ -161,6 +163,20 @@ class Life:
         for name, text in what["controls"].items():
             Path(name).write_text(text)
         return time.monotonic()
+
+    async def _metrics(self, op: Json) -> Json:
+        from prometheus_client import REGISTRY
+
+        out: Json = {}
+        for metric in REGISTRY.collect():
+            if metric.type != "counter" or not metric.name.startswith(op["prefix"]):
+                continue
+            for sample in metric.samples:
+                if sample.name.endswith("_total"):
+                    said = [sample.labels[k] for k in LABELS if k in sample.labels]
+                    name = ".".join([metric.name, *said])
+                    out[name] = out.get(name, 0) + sample.value
+        return out
 
     async def _alive(self, op: Json) -> Json:
         try:

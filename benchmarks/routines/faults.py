@@ -114,6 +114,7 @@ class Run:
                 "max_model_len": math.ceil(prompt / BLOCK) * BLOCK,
                 "max_num_batched_tokens": 2048,
                 "max_num_seqs": options.concurrency,
+                "disable_log_stats": False,  # of both; kvoffload's counters are asked for
                 "num_gpu_blocks_override": blocks,
             },
             hbm_gib=1,
@@ -164,18 +165,20 @@ class Run:
         results: dict[Live, Json] = {}
         before: Json = {}
         under: Json = {}
-        alive, recovered = True, None
+        alive, recovered, metrics = True, None, {}
         for engine in (first, own if first is none else none):
             engine.resume()
             engine.ask({"op": "reset"})
             if engine is none:
                 results[none] = self.load(none, prompts)
             else:
-                before = self.status()
+                before, counted = self.status(), self.metrics(own)
                 # The clients are out of step by then: some wait for a first token, some decode.
                 order = self.order(name, self.options.concurrency * 3 // 2)
                 results[own] = self.load(own, prompts, order)
-                under = self.status()
+                under, after = self.status(), self.metrics(own)
+                metrics = {k: v - counted.get(k, 0) for k, v in after.items()}
+                metrics = {k: v for k, v in metrics.items() if v}
                 if under["fault"] != FAULTS[name]:
                     raise RuntimeError(f"the tier is {under['fault']}, not {FAULTS[name]}")
                 recovered = self.recover(name, own)
@@ -185,21 +188,32 @@ class Run:
         reads = (under["ok_gets"] - before["ok_gets"], under["bad_gets"] - before["bad_gets"])
         at = None if name == "healthy" else results[own]["wrote"]
         answers = (results[none]["requests"], results[own]["requests"])
-        return Window(*answers, at, reads, alive, recovered)
+        return Window(*answers, at, reads, alive, recovered, metrics)
+
+    def metrics(self, own: Live) -> Json:
+        """kvoffload's counters; they travel with engine steps, so one is taken first."""
+        self.load(own, {"metrics": [3] * BLOCK})
+        return own.ask({"op": "metrics", "prefix": "kvoffload"})
 
     def recover(self, name: str, own: Live) -> float | None:
-        """End the fault and send requests until the tier works: seconds from the one to the other,
-        None when it did not in time."""
-        began = time.monotonic()
+        """End the fault and send requests until the tier is used again: seconds to the answer of
+        the first request with a hit, or where only writes failed, to the first that worked. None
+        when that did not come in time."""
+        began = ended = time.monotonic()
         if name == "healthy":
             return 0.0
         write: Json | None = self.order("healthy", 0)
         while time.monotonic() - began < self.options.recover_s:
-            self.load(own, self.prompts.take(self.options.concurrency), write)
+            made = self.load(own, self.prompts.take(self.options.concurrency), write)
+            ended = made["wrote"] if write is not None else ended
             write = None
-            said = self.status()["put_worked_s" if name in WRITES_FAIL else "get_worked_s"]
-            if said is not None:
-                return float(said)
+            said = self.status()
+            if name in WRITES_FAIL and said["put_worked_s"] is not None:
+                return float(said["put_worked_s"])
+            # HBM and DRAM do not hold these documents any more: a hit comes from the tier.
+            hits = [r for r in made["requests"] if "error" not in r and (r["cached"] or 0) >= BLOCK]
+            if name not in WRITES_FAIL and said["get_worked_s"] is not None and hits:
+                return float(min(r["sent"] + r["ttft"] for r in hits) - ended)
         return None
 
     # -- everything ------------------------------------------------------------------------

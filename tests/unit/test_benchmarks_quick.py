@@ -208,8 +208,8 @@ def test_a_fault_is_judged_beside_recomputing() -> None:
     own[3] = {"prompt": "r3", "error": "TimeoutError: "}
     own[4]["logprobs"] = [-1.2]
     own[5]["tokens"] = [2]
-    window = arms.Window(none, own, 1.05, (10, 3), True, 0.5)
-    late = arms.Window(none, own, 1.05, (0, 0), True, None)
+    window = arms.Window(none, own, 1.05, (10, 3), True, 0.5, {})
+    late = arms.Window(none, own, 1.05, (0, 0), True, None, {})
     made = arms.Arm([window]).report(0.05)
     assert made["p95_ttft_vs_recompute"] == pytest.approx(2.0, abs=0.01)
     assert made["p99_ttft_vs_recompute"] is None  # 199 answers are too few
