@@ -10,7 +10,7 @@ result is a line to ``out``, ``{"ready_s"}`` first. Times are seconds. Ops:
   ``define`` adds prompts. With ``limit_s`` a request that fails or takes longer is an ``error``
   of its own. ``write`` ``{"after", "files": {path: text}, "controls": {path: text}}``
   replaces files, and writes to kernel control files, when so many were sent.
-- ``metrics``: the counters whose name starts with ``prefix``, summed over their other labels.
+- ``metrics``: the counters whose name starts with ``prefix``, summed over engines.
 - ``alive``: whether the engine says that it is healthy.
 - ``reset``: drop the HBM prefix cache, leave the connector's tiers alone.
 - ``settle``: let background stores finish: until the process tree stopped writing to disk.
@@ -31,7 +31,7 @@ import psutil
 from common import add_times
 
 Json = dict[str, Any]
-LABELS = ("event", "kind", "reason", "source", "tier", "direction")
+WHOSE = ("engine", "model_name")  # labels that say which engine, not what
 QUIET_S = 1.0  # no disk writes for this long means that write-behind is done
 
 
@@ -173,7 +173,7 @@ class Life:
                 continue
             for sample in metric.samples:
                 if sample.name.endswith("_total"):
-                    said = [sample.labels[k] for k in LABELS if k in sample.labels]
+                    said = [v for k, v in sorted(sample.labels.items()) if k not in WHOSE]
                     name = ".".join([metric.name, *said])
                     out[name] = out.get(name, 0) + sample.value
         return out
