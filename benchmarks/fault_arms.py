@@ -7,6 +7,14 @@ from dataclasses import dataclass, field
 
 from common import Json, bootstrap_ratio, percentiles, quantile
 
+# Name in the result -> what the tier's status calls it.
+COUNTS = {
+    "read": "ok_gets",
+    "not_read": "bad_gets",
+    "written": "ok_puts",
+    "not_written": "bad_puts",
+}
+
 
 @dataclass
 class Window:
@@ -15,7 +23,7 @@ class Window:
     none: list[Json]
     kvoffload: list[Json]
     fault_at: float | None  # monotonic seconds
-    reads: tuple[int, int]  # chunks the tier read right and failed to read, fault on
+    chunks: Json  # by COUNTS, while the fault was on
     alive: bool
     recovered_s: float | None
     metrics: Json  # what kvoffload counted in the window
@@ -107,8 +115,7 @@ class Arm:
             if recovered and len(recovered) == len(self.windows)
             else None,
             "cached_tokens_per_request": round(sum(cached) / max(1, len(cached)), 1),
-            "chunks_read": sum(w.reads[0] for w in self.windows),
-            "chunks_not_read": sum(w.reads[1] for w in self.windows),
+            **{f"chunks_{k}": sum(w.chunks[k] for w in self.windows) for k in COUNTS},
             "windows": [w.report() for w in self.windows],
         }
         return out

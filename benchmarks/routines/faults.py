@@ -25,7 +25,7 @@ from pathlib import Path
 
 from common import DirectFile, Json, Skip, engine_lock
 from context import Context, portable, skip_reason
-from fault_arms import Arm, Window, delta, pairs_of
+from fault_arms import COUNTS, Arm, Window, delta, pairs_of
 from lives import LifeFailed, Live, live
 from loopdisk import STOPPED, LoopDisk, loop_disk
 
@@ -185,10 +185,10 @@ class Run:
                 alive = bool(own.ask({"op": "alive"})["alive"])
                 self.status()  # a moment: a read in flight would look hung when the engine goes on
             engine.pause()
-        reads = (under["ok_gets"] - before["ok_gets"], under["bad_gets"] - before["bad_gets"])
+        chunks = {name: under[k] - before[k] for name, k in COUNTS.items()}
         at = None if name == "healthy" else results[own]["wrote"]
         answers = (results[none]["requests"], results[own]["requests"])
-        return Window(*answers, at, reads, alive, recovered, metrics)
+        return Window(*answers, at, chunks, alive, recovered, metrics)
 
     def metrics(self, own: Live) -> Json:
         """kvoffload's counters; they travel with engine steps, so one is taken first."""
@@ -337,9 +337,12 @@ def table(result: Json) -> tuple[list[str], list[list[str]]]:
         counts = [str(f[k]) for k in ("errors", "wrong_outputs", "engine_alive")]
         hits = f"{f['cached_tokens_per_request']:.0f}"
         reads = f"{f['chunks_read']} / {f['chunks_not_read']}"
+        writes = f"{f['chunks_written']} / {f['chunks_not_written']}"
         caught = f"{f['in_flight']['n']}: {f['in_flight']['max_ms']:.0f}"
-        rows.append([name, str(f["requests"]), p95, p99, caught, *counts, back, hits, reads])
+        rows.append(
+            [name, str(f["requests"]), p95, p99, caught, *counts, back, hits, reads, writes]
+        )
     if "skipped" in result:
         rows.append(["skipped", result["skipped"][:100]])
     head = ["fault", "n", "p95 TTFT / recompute", "p99", "in flight: max ms", "errors", "wrong"]
-    return [*head, "alive", "back, s", "cached tok", "chunks read / not"], rows
+    return [*head, "alive", "back, s", "cached tok", "read / not", "written / not"], rows
