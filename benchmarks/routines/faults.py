@@ -281,13 +281,11 @@ class Run:
         with self.engines() as (none, own):
             self.context.progress("warming up")
             self.warm(none, own)
-            turn = 0
             for number in range(self.options.rounds):
-                for name in self.faults:
+                for place, name in enumerate(self.faults):
                     self.context.progress(f"round {number + 1} of {self.options.rounds}: {name}")
-                    made = self.window(name, none, own, (none, own)[turn % 2])
+                    made = self.window(name, none, own, (none, own)[(number + place) % 2])
                     self.arms[name].windows.append(made)
-                    turn += 1
 
     def report(self) -> Json:
         """Everything but the machine."""
