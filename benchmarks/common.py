@@ -161,6 +161,20 @@ def bootstrap(
     return quantile(samples, 0.025), quantile(samples, 0.975)
 
 
+def bootstrap_ratio(
+    above: Sequence[float], below: Sequence[float], q: float, rounds: int = 300, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of a ratio of quantiles; both sides are resampled."""
+    rng = random.Random(seed)
+
+    def once() -> float:
+        top = quantile(rng.choices(above, k=len(above)), q)
+        return top / quantile(rng.choices(below, k=len(below)), q)
+
+    samples = [once() for _ in range(rounds)]
+    return quantile(samples, 0.025), quantile(samples, 0.975)
+
+
 # -- space and page cache --------------------------------------------------------------------
 
 

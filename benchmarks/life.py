@@ -1,10 +1,17 @@
 """One engine life: a child process that runs vLLM's AsyncLLM and times requests at the client.
 
 ``python life.py PLAN OUT``: PLAN is JSON ``{"engine": {...}, "prompts": {id: [tokens]},
-"ops": [...]}``; OUT becomes JSON ``{"ready_s", "ops": [result per op]}``. Times are seconds. Ops:
+"ops": [...]}``; OUT becomes JSON ``{"ready_s", "ops": [result per op]}``. With ``"talk": [in,
+out]`` (descriptors) instead of ``ops``, ops come as JSON lines until the end of ``in``, and each
+result is a line to ``out``, ``{"ready_s"}`` first. Times are seconds. Ops:
 
 - ``generate``: ``prompts`` one after the other; per prompt TTFT, token times, tokens, logprobs.
 - ``load``: the same, ``concurrency`` at a time, plus wall time and CPU seconds of the process tree.
+  ``define`` adds prompts. With ``limit_s`` a request that fails or takes longer is an ``error``
+  of its own. ``write`` ``{"after", "files": {path: text}, "controls": {path: text}}``
+  replaces files, and writes to kernel control files, when so many were sent.
+- ``metrics``: the counters whose name starts with ``prefix``, summed over engines.
+- ``alive``: whether the engine says that it is healthy.
 - ``reset``: drop the HBM prefix cache, leave the connector's tiers alone.
 - ``settle``: let background stores finish: until the process tree stopped writing to disk.
 """
@@ -15,7 +22,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +31,7 @@ import psutil
 from common import add_times
 
 Json = dict[str, Any]
+WHOSE = ("engine", "model_name")  # labels that say which engine, not what
 QUIET_S = 1.0  # no disk writes for this long means that write-behind is done
 
 
@@ -66,6 +74,7 @@ class Life:
         self._prompts: dict[str, list[int]] = plan["prompts"]
         self._tree = Tree(plan.get("extra_pids", []))
         self._count = 0
+        self._done: list[Json] = []
 
     async def _stream(self, tokens: list[int], op: Json, name: str) -> AsyncIterator[Any]:
         from vllm import SamplingParams
@@ -88,7 +97,7 @@ class Life:
         logprobs: list[float] = []
         self._count += 1
         request = f"kvbench{self._count}"
-        cached, start = None, time.perf_counter()
+        cached, start, sent = None, time.perf_counter(), time.monotonic()
         async for out in self._stream(self._prompts[prompt], op, request):
             now = time.perf_counter() - start
             step = out.outputs[0]
@@ -101,6 +110,7 @@ class Life:
         return {
             "prompt": prompt,
             "request": request,
+            "sent": sent,
             "ttft": times[0],
             "times": times,
             "tokens": tokens,
@@ -116,17 +126,64 @@ class Life:
         return {"requests": results}
 
     async def _load(self, op: Json) -> Json:
+        self._prompts |= op.get("define", {})
         queue = list(reversed(op["prompts"]))
         results: list[Json] = []
+        one = self._tried if "limit_s" in op else self._one
+        wrote = None
 
         async def client() -> None:
+            nonlocal wrote
             while queue:
-                results.append(await self._one(queue.pop(), op))
+                if wrote is None and "write" in op:
+                    wrote = self._write(op["write"], len(op["prompts"]) - len(queue))
+                results.append(await one(queue.pop(), op))
 
         cpu, start = self._tree.cpu_s(), time.perf_counter()
         await asyncio.gather(*(client() for _ in range(op["concurrency"])))
         wall = time.perf_counter() - start
-        return {"requests": results, "wall_s": wall, "cpu_s": self._tree.cpu_s() - cpu}
+        cpu = self._tree.cpu_s() - cpu
+        return {"requests": results, "wall_s": wall, "cpu_s": cpu, "wrote": wrote}
+
+    async def _tried(self, prompt: str, op: Json) -> Json:
+        try:
+            async with asyncio.timeout(op["limit_s"]):
+                return await self._one(prompt, op)
+        except Exception as error:  # what a client would see; the driver counts it
+            return {"prompt": prompt, "error": f"{type(error).__name__}: {error}"[:300]}
+
+    def _write(self, what: Json, sent: int) -> float | None:
+        """When all was written (monotonic seconds), None while it is too early."""
+        if sent < what["after"]:
+            return None
+        for name, text in what["files"].items():
+            part = Path(name + ".part")
+            part.write_text(text)
+            part.replace(name)
+        for name, text in what["controls"].items():
+            Path(name).write_text(text)
+        return time.monotonic()
+
+    async def _metrics(self, op: Json) -> Json:
+        from prometheus_client import REGISTRY
+
+        out: Json = {}
+        for metric in REGISTRY.collect():
+            if metric.type != "counter" or not metric.name.startswith(op["prefix"]):
+                continue
+            for sample in metric.samples:
+                if sample.name.endswith("_total"):
+                    said = [v for k, v in sorted(sample.labels.items()) if k not in WHOSE]
+                    name = ".".join([metric.name, *said])
+                    out[name] = out.get(name, 0) + sample.value
+        return out
+
+    async def _alive(self, op: Json) -> Json:
+        try:
+            await self._engine.check_health()
+        except Exception as error:  # EngineDeadError; whatever it is, this engine is no more
+            return {"alive": False, "error": f"{type(error).__name__}: {error}"[:300]}
+        return {"alive": True}
 
     async def _reset(self, op: Json) -> Json:
         for _ in range(50):  # refused while finished requests still hold blocks
@@ -154,6 +211,22 @@ class Life:
         waited = time.perf_counter() - start
         return {"waited_s": waited, "written": seen, "complete": seen >= want}
 
+    async def _ops(self, ready: float) -> AsyncIterator[tuple[Json, Callable[[Json], None]]]:
+        """The ops with where each one's result goes."""
+        if "talk" not in self._plan:
+            for op in self._plan["ops"]:
+                yield op, self._done.append
+            return
+        source, sink = self._plan["talk"]
+        with open(source) as told, open(sink, "w", buffering=1) as out:
+
+            def answer(result: Json) -> None:
+                out.write(json.dumps(result) + "\n")
+
+            answer({"ready_s": ready})
+            while line := await asyncio.to_thread(told.readline):
+                yield json.loads(line), answer
+
     async def run(self) -> Json:
         """Start the engine, do all ops in order, shut it down."""
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -162,14 +235,13 @@ class Life:
         start = time.perf_counter()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._plan["engine"]))
         ready = time.perf_counter() - start
-        done: list[Json] = []
         try:
-            for op in self._plan["ops"]:
-                done.append(await getattr(self, "_" + op["op"])(op))
+            async for op, answer in self._ops(ready):
+                answer(await getattr(self, "_" + op["op"])(op))
         finally:
             start = time.perf_counter()
             self._engine.shutdown()
-        return {"ready_s": ready, "ops": done, "shutdown_s": time.perf_counter() - start}
+        return {"ready_s": ready, "ops": self._done, "shutdown_s": time.perf_counter() - start}
 
 
 def main() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import select
+import signal
 import subprocess
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from common import BENCH, Json, Skip, engine_lock, log_tail, stop_group
 from systems import Budget, running
 
@@ -138,6 +142,114 @@ def _child(place: Workplace, python: str, env: dict[str, str], plan: Json, here:
     return dict(json.loads(out.read_text()))
 
 
+class Live:
+    """An engine that is told one op at a time and can be stopped in between.
+
+    Two of them share a machine by turns: a paused one (SIGSTOP, its whole process group) takes no
+    CPU. One thread only.
+    """
+
+    def __init__(
+        self, place: Workplace, python: str, env: dict[str, str], plan: Json, here: Path
+    ) -> None:
+        self._log, self._limit_s, self._keep = here / "engine.log", place.timeout_s, place.keep_logs
+        (there, tell), (hear, back) = os.pipe(), os.pipe()
+        plan_file = here / "plan.json"
+        plan_file.write_text(json.dumps(plan | {"talk": [there, back]}))
+        with self._log.open("wb") as sink:
+            self._process = subprocess.Popen(
+                [python, str(BENCH / "life.py"), str(plan_file), str(here / "out.json")],
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+                pass_fds=(there, back),
+            )
+        os.close(there)
+        os.close(back)
+        self._tell, self._hear = os.fdopen(tell, "w", buffering=1), os.fdopen(hear, "rb")
+        try:
+            self.ready_s = float(self._answer()["ready_s"])
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def log(self) -> Path:
+        """The engine's log so far."""
+        return self._log
+
+    def pids(self) -> list[int]:
+        """All processes of the life."""
+        root = psutil.Process(self._process.pid)
+        return [root.pid, *(p.pid for p in root.children(recursive=True))]
+
+    def ask(self, op: Json) -> Json:
+        """Do an op and return its result. Raises LifeFailed when the engine process is gone."""
+        try:
+            self._tell.write(json.dumps(op) + "\n")
+        except BrokenPipeError:
+            raise LifeFailed(f"the life ended\n{log_tail(self._log)}") from None
+        return self._answer()
+
+    def _answer(self) -> Json:
+        if not select.select([self._hear], [], [], self._limit_s)[0]:
+            raise LifeFailed(f"no answer in {self._limit_s:.0f} s\n{log_tail(self._log)}")
+        line = self._hear.readline()
+        if not line:
+            raise LifeFailed(f"the life ended\n{log_tail(self._log)}")
+        return dict(json.loads(line))
+
+    def pause(self) -> None:
+        """Stop the process group where it stands; between two ops only."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        os.killpg(self._process.pid, signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Let it shut down, then end whatever is left of it. Idempotent."""
+        with contextlib.suppress(ProcessLookupError):
+            self.resume()
+        with contextlib.suppress(OSError):
+            self._tell.close()  # the end of its ops: it shuts its engine down
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        stop_group(self._process)
+        self._hear.close()
+        if self._keep is not None:
+            self._keep.mkdir(parents=True, exist_ok=True)
+            (self._keep / f"{self._log.parent.name}.log").write_bytes(self._log.read_bytes())
+
+
+@contextlib.contextmanager
+def live(
+    place: Workplace,
+    system: str,
+    prompts: dict[str, list[int]],
+    storage: Path | None,
+    extra: Json | None = None,
+    env: dict[str, str] | None = None,
+) -> Iterator[Live]:
+    """A ready ``Live`` of ``system``. ``extra`` is added to its connector's settings, ``env`` to
+    its environment. The caller holds the engine lock. Raises Skip or LifeFailed."""
+    here = place.scratch / f"{system}-{uuid.uuid4().hex[:8]}"
+    (here / "probe").mkdir(parents=True)
+    with running(system, storage, place.budget, here) as side:
+        engine: dict[str, Any] = ENGINE | {"model": str(place.model)} | place.engine
+        if side.transfer is not None:
+            side.transfer["kv_connector_extra_config"] |= extra or {}
+            engine["kv_transfer_config"] = side.transfer
+        around = base_env(place, here / "probe", side.env | (env or {}))
+        made = Live(place, side.python, around, {"engine": engine, "prompts": prompts}, here)
+        try:
+            place.same_cores(system, made.log)
+            yield made
+        finally:
+            made.stop()
+
+
 def run_life(
     place: Workplace,
     system: str,
@@ -172,4 +284,13 @@ def run_life(
     return result
 
 
-__all__ = ["LifeFailed", "LifeResult", "Skip", "Workplace", "read_probe", "run_life"]
+__all__ = [
+    "LifeFailed",
+    "LifeResult",
+    "Live",
+    "Skip",
+    "Workplace",
+    "live",
+    "read_probe",
+    "run_life",
+]

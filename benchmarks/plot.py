@@ -1,9 +1,9 @@
 """Plots a result file as SVG beside it: ``python benchmarks/plot.py FILE.json [--out DIR]``.
 
 ``ttft``: bars of median TTFT per prompt length, system and place, min and max as whiskers.
-``serve``: TTFT percentiles per workload and system. ``store``: GB/s of puts and restores, what a
-put waits for beside a load, and the disk's limit. ``replay``: hit rate over DRAM size, one line
-per policy; several files of one trace may be given. Standard library only.
+``serve``: TTFT percentiles per workload and system. ``faults``: the same per fault. ``store``: GB/s
+of puts and restores, what a put waits for beside a load, and the disk's limit. ``replay``: hit rate
+over DRAM size, one line per policy; several files of one trace may be given. Standard library only.
 """
 
 from __future__ import annotations
@@ -182,6 +182,23 @@ def plot_store(result: Json) -> dict[str, str]:
     return out
 
 
+def plot_faults(result: Json) -> dict[str, str]:
+    """TTFT per fault beside recomputing, one chart per percentile; whiskers are intervals."""
+    out = {}
+    sides = {"recompute_ttft_ms": "none", "ttft_ms": "kvoffload"}
+    for p in ("p50", "p95", "p99"):
+        groups: dict[str, dict[str, Json]] = defaultdict(dict)
+        for fault, figures in result["faults"].items():
+            for key, system in sides.items():
+                ttft = figures.get(key) or {}
+                if p in ttft:
+                    ends = {"min": ttft[f"{p}_lo"], "max": ttft[f"{p}_hi"]}
+                    groups[fault][system] = {"median": ttft[p]} | ends
+        if groups:
+            out[f"faults-{p}"] = _bars(f"TTFT {p} while the NVMe tier is ...", dict(groups))
+    return out
+
+
 def plot_replay(results: list[Json]) -> dict[str, str]:
     """Token hit rate over DRAM size."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -203,7 +220,7 @@ def plots(results: list[Json]) -> dict[str, str]:
     routine = results[0]["routine"]
     if routine == "replay":
         return plot_replay(results)
-    made = {"ttft": plot_ttft, "serve": plot_serve, "store": plot_store}
+    made = {"store": plot_store, "ttft": plot_ttft, "serve": plot_serve, "faults": plot_faults}
     if routine in made:
         return made[routine](results[0])
     raise ValueError(f"no plot for routine {routine!r}")

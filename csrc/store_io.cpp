@@ -26,7 +26,8 @@ void Faults::set(const std::string& what, int every) {
              {"enospc", &enospc},
              {"short_read", &short_read},
              {"slow_read_ms", &slow_read_ms},
-             {"hang_read", &hang_read}}) {
+             {"hang_read", &hang_read},
+             {"flip_read", &flip_read}}) {
         if (what == name) return knob->store(every);
     }
     throw std::invalid_argument("inject: unknown fault " + what);
@@ -132,7 +133,12 @@ size_t total_of(const iovec* iov, size_t n) {
 Fault read_fault(Faults& f) {
     uint64_t c = f.reads.fetch_add(1, std::memory_order_relaxed) + 1;
     return {hit(f.read_eio, c) ? EIO : 0, hit(f.short_read, c), f.slow_read_ms.load(),
-            f.hang_read.load() > 0};
+            f.hang_read.load() > 0, hit(f.flip_read, c)};
+}
+
+void flip_bits(const iovec* iov, size_t n) {
+    for (size_t i = 0; i < n; ++i)
+        if (iov[i].iov_len) static_cast<uint8_t*>(iov[i].iov_base)[iov[i].iov_len / 2] ^= 1;
 }
 
 int write_fault(Faults& f) {
@@ -152,6 +158,7 @@ int read_full(const File& f, const iovec* iov, size_t n, uint64_t off, Faults& f
     if (e == EINVAL && direct && const_cast<File&>(f).drop_direct())
         e = transfer(f, iov, n, off, total, done, ::preadv);
     if (fault.halve) done /= 2;
+    if (fault.flip && !e) flip_bits(iov, n);
     return e;
 }
 

@@ -18,7 +18,7 @@ namespace kvo::store {
 // Test hooks. "every n-th" counters; 0 is off. `hang_read` blocks reads until it is 0 again.
 struct Faults {
     std::atomic<int> read_eio{0}, write_eio{0}, enospc{0}, short_read{0}, slow_read_ms{0},
-        hang_read{0};
+        hang_read{0}, flip_read{0};
     std::atomic<uint64_t> reads{0}, writes{0};
     // Throws std::invalid_argument on an unknown name.
     void set(const std::string& what, int every);
@@ -87,7 +87,10 @@ struct Fault {
     bool halve = false;  // report half of what was read
     int slow_ms = 0;
     bool hang = false;  // until Faults::hang_read is 0 again
+    bool flip = false;  // one bit of every piece that was read
 };
+// What a disk that lies does: one bit of every piece is wrong.
+void flip_bits(const iovec* iov, size_t n);
 Fault read_fault(Faults& faults);
 int write_fault(Faults& faults);
 

@@ -268,6 +268,7 @@ class Ring {
     void complete(OpPtr op) {
         if (op->r->write && !op->err && op->done < op->total) op->err = EIO;
         if (op->fault.halve) op->done /= 2;
+        if (op->fault.flip && !op->err) flip_bits(op->r->iov.data(), op->r->iov.size());
         completed_.push_back(std::move(op));
     }
 

@@ -314,7 +314,7 @@ class SegmentStore:
         """Test hook: stop as a kill would; nothing is flushed, journalled or sealed."""
     def inject(self, what: str, every: int) -> None:
         """Test hook at the I/O seam: "read_eio", "write_eio", "enospc", "short_read", "slow_read_ms",
-        "hang_read" (until turned off with 0)."""
+        "hang_read" (until turned off with 0), "flip_read" (a bit of every piece of every n-th read)."""
     def check(self) -> None: ...
     def close(self, timeout_ms: int = 5000) -> None:
         """Flush (bounded), seal, unlock. Idempotent."""

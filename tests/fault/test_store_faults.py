@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +102,19 @@ class TestInjected:
         with small(tmp_path / "s") as store:
             assert right_or_miss(store, range(25)) == 10
 
-    @pytest.mark.parametrize("what", ["read_eio", "write_eio", "enospc", "short_read"])
+    def test_flipped_bits_are_a_counted_miss(self, tmp_path: Path) -> None:
+        with small(tmp_path / "s") as store:
+            fill(store, 0, 5)
+            native_of(store).inject("flip_read", 1)
+            buffer = bytearray(len(payload_of(1)))
+            assert store.get_into(key_of(1), buffer) is StoreResult.CORRUPT
+            assert buffer == bytes(len(buffer))
+            native_of(store).inject("flip_read", 0)
+            assert store.stats()["corrupt"] == 1
+            assert key_of(1) not in store  # what lied once is not asked again
+            assert right_or_miss(store, range(5)) == 4
+
+    @pytest.mark.parametrize("what", ["read_eio", "write_eio", "enospc", "short_read", "flip_read"])
     def test_now_and_then(self, tmp_path: Path, what: str) -> None:
         """Every n-th transfer fails, journals, footers and headers included: nothing wrong, no end."""
         for every in (2, 3, 7):
@@ -114,7 +129,8 @@ class TestInjected:
                     }
                     store.check()
                     right_or_miss(store, range(max(0, i - 20), i + 10))
-                assert store.stats()["io_errors"] + store.stats()["no_space"] > 0
+                stats = store.stats()
+                assert stats["io_errors"] + stats["no_space"] + stats["corrupt"] > 0
                 native_of(store).inject(what, 0)
                 fill(store, 1000, 1010)
                 assert right_or_miss(store, range(1000, 1010)) == 10
@@ -352,3 +368,60 @@ class TestFullDisk:
                 hog.write(bytes(4096))
         with pytest.raises(StoreError, match=str(tiny_disk)):
             small(tiny_disk / "s")
+
+
+@pytest.fixture
+def own_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A disk below the process that can be throttled to nothing; this process is in its group."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    common, loopdisk = importlib.import_module("common"), importlib.import_module("loopdisk")
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(loopdisk.loop_disk(tmp_path, 128 * MIB))
+        except common.Skip as reason:
+            pytest.skip(str(reason))
+        disk.join([os.getpid()])
+        stack.callback(disk.limit, 0)
+        yield disk
+
+
+class TestBelowTheProcess:
+    """Real I/O that does not come back: the kernel holds it, nothing of ours does."""
+
+    def test_a_disk_that_hangs_and_comes_back(self, own_disk: Any) -> None:
+        store = small(own_disk.path / "s")
+        fill(store, 0, 8)
+        assert store.flush() and right_or_miss(store, range(8)) == 8
+        native = native_of(store)
+        own_disk.limit(1)
+        buffers = [bytearray(len(payload_of(i))) for i in range(4)]
+        native.get(10**6, b"".join(map(key_of, range(4))), buffers)
+        native.put(10**6 + 1, key_of(20), [payload_of(20)])
+        began = time.monotonic()
+        assert not native.wait(10**6, 300) and not native.wait(10**6 + 1, 300)
+        assert not store.flush(0.2)
+        assert time.monotonic() - began < 3 and not native.poll()
+        assert key_of(1) in store  # membership never waits for the disk
+        store.check()
+        own_disk.limit(0)
+        assert native.wait(10**6, 5000) and native.wait(10**6 + 1, 5000)
+        done = {d.job: d.results for d in native.poll()}
+        assert done == {10**6: bytes(4), 10**6 + 1: bytes(1)}
+        assert [bytes(b) for b in buffers] == [payload_of(i) for i in range(4)]
+        assert right_or_miss(store, range(8)) == 8 and store.get(key_of(20)) == payload_of(20)
+        store.check()
+        store.close()
+
+    def test_a_store_on_a_hung_disk_can_be_closed(self, own_disk: Any) -> None:
+        store = small(own_disk.path / "s")
+        fill(store, 0, 8)
+        assert store.flush()
+        own_disk.limit(1)
+        buffer = bytearray(len(payload_of(0)))
+        native_of(store).get(10**6, key_of(0), [buffer])
+        began = time.monotonic()
+        store.close(timeout_s=0.3)
+        assert time.monotonic() - began < 5
+        own_disk.limit(0)
+        with small(own_disk.path / "s") as again:
+            assert right_or_miss(again, range(8)) == 8

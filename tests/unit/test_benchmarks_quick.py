@@ -207,6 +207,100 @@ def test_plot_of_a_ttft_result() -> None:
         plot.plots([{"routine": "crash"}])
 
 
+def answer(name: str, ttft: float, sent: float = 0.0, logprob: float = -1.0) -> dict[str, Any]:
+    return {
+        "prompt": name,
+        "sent": sent,
+        "ttft": ttft,
+        "tokens": [1],
+        "logprobs": [logprob],
+        "cached": 128,
+    }
+
+
+@pytest.mark.usefixtures("bench_modules")
+def test_a_fault_is_judged_beside_recomputing() -> None:
+    faults, plot = importlib.import_module("routines.faults"), importlib.import_module("plot")
+    arms = importlib.import_module("fault_arms")
+    names = [f"r{i}" for i in range(200)]
+    none = [answer(n, 1.0 + i / 1000) for i, n in enumerate(names)]
+    own = [answer(n, 2.0 + i / 500, sent=i / 10) for i, n in enumerate(names)]
+    own[3] = {"prompt": "r3", "error": "TimeoutError: "}
+    own[4]["logprobs"] = [-1.2]
+    own[5]["tokens"] = [2]
+    chunks = {"read": 10, "not_read": 3, "written": 0, "not_written": 0}
+    window = arms.Window(none, own, 1.05, chunks, True, 0.5, {})
+    late = arms.Window(none, own, 1.05, chunks, True, None, {})
+    made = arms.Arm([window]).report(0.05)
+    assert made["p95_ttft_vs_recompute"] == pytest.approx(2.0, abs=0.01)
+    assert made["p99_ttft_vs_recompute"] is None  # 199 answers are too few
+    both = arms.Arm([window, late]).report(0.05)
+    low, high = both["p99_ttft_vs_recompute_lo"], both["p99_ttft_vs_recompute_hi"]
+    assert low <= both["p99_ttft_vs_recompute"] <= high and low < 2.0 < high + 0.01
+    assert (made["errors"], made["wrong_outputs"], made["chunks_not_read"]) == (1, 2, 3)
+    assert arms.Arm([window]).report(0.5)["wrong_outputs"] == 1  # tokens differ all the same
+    # Sent at 0.0 to 1.0 and without a token at 1.05; r3 failed.
+    assert made["in_flight"] == {"n": 10, "max_ms": 2020.0}
+    assert made["recovered_s"] == 0.5 and both["recovered_s"] is None
+    result = {"routine": "faults", "faults": {"slow": both}}
+    rows = faults.table(result)[1]
+    assert len(rows[0]) == len(faults.table(result)[0]) and "never" in rows[0]
+    assert sorted(plot.plots([result])) == ["faults-p50", "faults-p95", "faults-p99"]
+
+
+@pytest.mark.usefixtures("bench_modules")
+def test_a_life_is_told_and_paused_and_its_end_is_noticed(tmp_path: Path) -> None:
+    """The conversation itself, with a child that is no engine."""
+    lives, systems = importlib.import_module("lives"), importlib.import_module("systems")
+    child = tmp_path / "python"
+    child.write_text(
+        f"""#!{sys.executable}
+import json, sys
+source, sink = json.load(open(sys.argv[2]))["talk"]
+out = open(sink, "w", buffering=1)
+out.write('{{"ready_s": 1.5}}' + chr(10))
+for line in open(source):
+    op = json.loads(line)
+    if op["op"] == "die":
+        print("ValueError: told to")
+        sys.exit(3)
+    out.write(line)
+"""
+    )
+    child.chmod(0o755)
+    place = lives.Workplace(tmp_path, tmp_path, {}, systems.Budget(), timeout_s=2.0)
+    life = lives.Live(place, str(child), dict(os.environ), {}, tmp_path)
+    assert life.ready_s == 1.5 and life.ask({"op": "x"}) == {"op": "x"}
+    life.pause()
+    with pytest.raises(lives.LifeFailed, match="no answer"):
+        life.ask({"op": "y"})
+    life.resume()
+    assert life.ask({"op": "z"}) == {"op": "y"}
+    with pytest.raises(lives.LifeFailed, match="told to"):
+        for _ in range(3):
+            life.ask({"op": "die"})
+    life.pause()
+    life.stop()
+    life.stop()
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_faults_of_the_tier_cost_no_output(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    lock = ["--lock", os.environ["KVBENCH_LOCK"]] if "KVBENCH_LOCK" in os.environ else []
+    result = bench("faults", "--dir", str(tmp_path), *lock, timeout=550)
+    assert list(result["faults"]) == ["slow", "killed"], result.get("skipped")
+    for figures in result["faults"].values():
+        assert (figures["errors"], figures["wrong_outputs"]) == (0, 0)
+        assert figures["engine_alive"] and figures["requests"] == 24
+        assert figures["p95_ttft_vs_recompute_lo"] <= figures["p95_ttft_vs_recompute_hi"]
+    # The faults were there, and so was the tier before them.
+    killed = result["faults"]["killed"]
+    assert killed["chunks_not_read"] + killed["chunks_not_written"] > 0
+    assert not list(tmp_path.iterdir()), "the temp dir was left behind"
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 def test_ttft_native_reloads_what_none_recomputes(tmp_path: Path) -> None:

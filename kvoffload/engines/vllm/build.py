@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kvoffload.config import GIB, Config
@@ -171,7 +173,21 @@ def _open_store(config: Config) -> Any:
         return None
     for error in _unopened(store):
         logger.warning("kvoffload: nvme_path goes on without a drive: %s", error)
-    return store
+    return _with_faults(store)
+
+
+def _with_faults(store: Any) -> Any:
+    """The store, or under ``$KVOFFLOAD_FAULT_FILE`` the store with faults on demand."""
+    control = os.environ.get("KVOFFLOAD_FAULT_FILE")
+    if not control:
+        return store
+    from kvoffload.tiers.faulty import FaultyStore
+
+    logger.warning(
+        "kvoffload: KVOFFLOAD_FAULT_FILE is set: the NVMe tier fails as %s says. Never serve so.",
+        control,
+    )
+    return FaultyStore(store, Path(control))
 
 
 def _unopened(store: Any) -> list[str]:
