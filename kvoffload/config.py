@@ -115,10 +115,11 @@ def _unavailable(key: str, value: Any) -> Any:
     raise _fail(key, value, "not available in this version; leave it out")
 
 
-def _zero(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != 0:
-        raise _fail(key, value, "not available in this version; only 0 is accepted")
-    return 0
+def _share(key: str, value: Any) -> float:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    if not ok:
+        raise _fail(key, value, "give a share of the hits from 0 (off) to 1, such as 0.001")
+    return float(value)
 
 
 def _text(key: str, value: Any) -> str:
@@ -140,7 +141,7 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "load": _one_of(get_args(LoadMode)),
     "load_deadline_ms": _whole(10, 600_000, "milliseconds"),
     "policy": _one_of(get_args(PolicyName)),
-    "verify_sample": _zero,
+    "verify_sample": _share,
     "config_file": _text,
 }
 _NONE_MEANS_DEFAULT = frozenset(
@@ -179,7 +180,7 @@ class Config:
     load: LoadMode = "auto"
     load_deadline_ms: int | None = None
     policy: PolicyName = "lru"
-    verify_sample: int = 0
+    verify_sample: float = 0.0
     config_file: str | None = None
 
     def __post_init__(self) -> None:

@@ -49,9 +49,9 @@ class Metric:
 
 
 _TIERS = tuple((t.value,) for t in Tier)
-_MISSES = ("no_hit", "namespace_unknown", "lease_refused")
+_MISSES = ("no_hit", "namespace_unknown", "lease_refused", "verify_sample")
 _DECISIONS = tuple(d.value for d in Decision)
-_FAILURES = tuple((f.value,) for f in LoadFailure)
+_FAILURES = (*((f.value,) for f in LoadFailure), ("verify",))
 _MOVES = tuple((t.value, d) for t in Tier for d in ("load", "store"))
 
 
@@ -106,7 +106,7 @@ METRICS: dict[str, Metric] = {
         ),
         _counter(
             "kvoffload_failures_total",
-            "Failures by kind: unusable chunks, hooks that raised, tiers that failed.",
+            "Failures by kind: unusable or wrong (verify) chunks, hooks that raised, failed tiers.",
             "kind",
             series=_FAILURES,
         ),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from kvoffload.core.lease import Leases, Prefetches
 from kvoffload.core.nvme import NvmeTier
 from kvoffload.core.pool import Pool
+from kvoffload.core.shadow import Shadow
 from kvoffload.core.stats import Occupancy
 from kvoffload.types import SlotState
 
@@ -18,6 +19,7 @@ class Parts(NamedTuple):
     nvme: NvmeTier | None
     leases: Leases
     prefetches: Prefetches
+    shadow: Shadow
     data_bytes: int
 
 
@@ -53,6 +55,7 @@ def check(parts: Parts) -> None:
     pool, nvme = parts.pool, parts.nvme
     pool.check()
     parts.prefetches.check()
+    parts.shadow.check()
     pins: dict[int, int] = {}
     for entries in parts.leases:
         for e in entries:

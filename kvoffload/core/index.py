@@ -46,6 +46,7 @@ class Entry:
     hold_until: float = 0.0  # no reuse before this clock value (a late writer may exist)
     attempts: int = 0  # failed write-behind attempts
     owner: str | None = None  # prefetched for this owner and not used yet
+    twin: bool = False  # made to be compared (core/shadow.py): no hit, never written to NVMe
 
     def chunk_id(self) -> ChunkId:
         """What this entry holds."""

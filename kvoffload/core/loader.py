@@ -100,7 +100,16 @@ class Loader:
     def acquire(self, owner: str, chain: Chain, start: int, end: int, now: float) -> Lease | None:
         """See Manager.acquire."""
         wanted = self._wanted(chain, start, end)
-        got = self._gather(chain, wanted, now) if wanted is not None else None
+        if wanted is None:
+            self._counters.lease_lost += 1
+            return None
+        entries = self.hold(chain, wanted, now)
+        return self._lease(owner, entries, start, end) if entries is not None else None
+
+    def hold(self, chain: Chain, wanted: Sequence[Place], now: float) -> list[Entry] | None:
+        """Pin all of these chunks, reading up what is on NVMe; None, and nothing pinned, when one
+        has gone or there is no room."""
+        got = self._gather(chain, wanted, now)
         if got is None:
             self._counters.lease_lost += 1
             return None
@@ -111,7 +120,7 @@ class Loader:
         if fresh is None:
             self.unpin(pinned, now)
             return None
-        return self._lease(owner, pinned + fresh, start, end)
+        return pinned + fresh
 
     def _read_up(self, chain: Chain, missing: Sequence[Place], now: float) -> list[Entry] | None:
         """Pinned slots with their reads under way, for all or for none."""

@@ -39,6 +39,7 @@ from kvoffload.core.planner import LoadMode, Plan, Step, explore, load_mode, pla
 from kvoffload.core.pool import Pool, slot_classes
 from kvoffload.core.prefill import PrefillWork
 from kvoffload.core.rates import Rates
+from kvoffload.core.shadow import Check, Shadow
 from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
 from kvoffload.core.writebehind import budget
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
@@ -53,7 +54,7 @@ from kvoffload.types import (
     Tier,
 )
 
-__all__ = ["Hit", "Lease", "LeaseItem", "Manager", "StoreItem", "slots_needed"]
+__all__ = ["Check", "Hit", "Lease", "LeaseItem", "Manager", "StoreItem", "slots_needed"]
 
 _SETTLED_KEPT = 65536
 _PREFILL_SHOWN = 1024  # tokens of the prompt whose prefill rate is exported
@@ -123,6 +124,7 @@ class Manager:
                 store, arena, self._pool, self.counters, guard, bucket, self._observe_read
             )
         self._loader = Loader(layout, self._pool, self._nvme, self._prefetches, self.counters)
+        self._shadow = Shadow(layout, self._pool, self._loader, self.counters, arena.data_bytes)
 
     def _on_drop(self, entry: Entry) -> None:
         self._prefetches.settle(entry)
@@ -137,7 +139,7 @@ class Manager:
         Held means READY in DRAM, being read from NVMe, or on NVMe. Nothing is pinned.
         """
         with self._lock:
-            if self._closed:
+            if self._closed or not self._serving:
                 return self._count_hit(Hit(start, 0, {}), start)
             search, end = self._loader.search(chain, start, limit, self._clock())
             return self._count_hit(search.hit(start, end), start)
@@ -145,7 +147,7 @@ class Manager:
     def plan(self, chain: Chain, start: int, limit: int) -> Plan:
         """``lookup``, cut back to what is worth loading by the live rates and the load mode."""
         with self._lock:
-            if self._closed:
+            if self._closed or not self._serving:
                 return Plan(start, Decision.MISS)
             now = self._clock()
             search, held = self._loader.search(chain, start, limit, now)
@@ -343,6 +345,66 @@ class Manager:
             self._settled.clear()
             return out
 
+    # -- the shadow check (see core/shadow.py)
+
+    def sample(self, owner: str, chain: Chain, start: int, end: int, stamp: int = 0) -> int:
+        """Pin some chunks of the hit [start, end) to be compared with what ``owner`` computes.
+
+        Returns their number, 0 when there is no room for samples. ``stamp`` comes back in the
+        checks. Bounded: 8 chunks, 60 s, an eighth of the arena for all samples.
+        """
+        with self._lock:
+            if self._closed or not self._serving:
+                return 0
+            return self._shadow.begin(owner, chain, start, end, stamp, self._clock())
+
+    def computes_from(self, owner: str, start: int) -> None:
+        """``owner`` found [0, start) in HBM after all: its sample shrinks to what it computes."""
+        with self._lock:
+            self._shadow.computes_from(owner, start, self._clock())
+
+    def begin_twins(self, owner: str, end: int) -> list[StoreItem]:
+        """As ``begin_store``: slots for the sampled chunks that end in [0, ``end``]."""
+        with self._lock:
+            if self._closed or not self._serving:
+                return []
+            return self._shadow.begin_twins(owner, end, self._clock())
+
+    def sample_over(self, owner: str) -> None:
+        """``owner`` computes no more."""
+        with self._lock:
+            self._shadow.request_over(owner, self._clock())
+
+    def verify_due(self) -> Check | None:
+        """Two slots to be compared now; they stay as they are until ``verified``."""
+        with self._lock:
+            return None if self._closed else self._shadow.due(self._clock())
+
+    def verified(self, check: Check, same: bool | None) -> bool:
+        """The comparison's answer, None for none. False when it came too late to count."""
+        with self._lock:
+            return self._shadow.settle(check.id, same, self._clock())
+
+    def quarantine(self, tier: Tier) -> None:
+        """``tier`` gave wrong bytes: for the life of this Manager nothing is taken from it or given
+        to it, and what came from it is dropped; loads under way fail and are recomputed.
+
+        All ways lead through DRAM: without it no tier is used. Idempotent.
+        """
+        with self._lock:
+            now = self._clock()
+            if self._nvme is not None:
+                self._nvme.enabled = False
+            if tier is Tier.DRAM:
+                self._serving = False
+                self._shadow.clear(now)
+            for entry in sorted(self._pool.index, key=lambda e: -e.chunk):
+                if tier is not Tier.DRAM and entry.source is not tier:
+                    continue
+                if entry.state is SlotState.READY or entry.source is not Tier.DRAM:
+                    self._pool.fail(entry)  # else its workers' answer tells when they are done
+                self._pool.drop(entry, now)
+
     # -- progress
 
     def _collect(self, now: float) -> None:
@@ -350,6 +412,8 @@ class Manager:
         # state.
         done = self._nvme.poll() if self._nvme is not None else ()
         for entry in self._pool.settle(now):
+            if entry.twin:
+                continue
             if entry.source is Tier.DRAM:
                 self.counters.stored += 1
                 self.counters.stored_bytes += entry.nbytes
@@ -407,6 +471,7 @@ class Manager:
             now = self._clock()
             self.counters.resets += 1
             self._settled.clear()
+            self._shadow.clear(now)
             for entry in sorted(self._pool.index, key=lambda e: -e.chunk):
                 self._pool.drop(entry, now)
 
@@ -482,5 +547,10 @@ class Manager:
 
     def _parts(self) -> Parts:
         return Parts(
-            self._pool, self._nvme, self._loader.leases, self._prefetches, self._data_bytes
+            self._pool,
+            self._nvme,
+            self._loader.leases,
+            self._prefetches,
+            self._shadow,
+            self._data_bytes,
         )

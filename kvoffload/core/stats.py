@@ -58,6 +58,10 @@ class Counters:
     nvme_probes: int = 0  # reads made only to see whether a tier works again
     tier_errors: int = 0  # exceptions from the arena or the store
     resets: int = 0
+    verify_sampled: int = 0  # chunks that the shadow check set out to compare, and how that ended
+    verify_ok: int = 0
+    verify_mismatch: int = 0
+    verify_given_up: int = 0
 
     def copy(self) -> Counters:
         """A snapshot."""

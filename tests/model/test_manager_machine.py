@@ -363,6 +363,7 @@ class ManagerMachine(RuleBasedStateMachine):
             self.arena.worker_store(out.item, tuple(range(self.LAYOUT.world_size)))
         for lease_id in self.leases:
             self.manager.release(lease_id)
+        self.manager.drop_nvme()  # else a probe of the tier may hold a slot at the end
         self.manager.reset()
         self.store.step()
         self.manager.tick(False)

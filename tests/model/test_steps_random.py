@@ -49,6 +49,7 @@ def engines(draw: st.DrawFn) -> Options:
         pickled=ranks > 1 or draw(st.booleans()),
         drives=draw(st.sampled_from([1, 2, 3])),
         follow=draw(st.booleans()),
+        verify=draw(st.sampled_from([0.0, 0.5])),
         seed=draw(st.integers(0, 1000)),
     )
 

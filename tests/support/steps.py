@@ -27,12 +27,13 @@ from kvoffload.copy.base import LOAD, STORE
 from kvoffload.copy.cpu import CpuCopyEngine
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Lease, Manager, slots_needed
+from kvoffload.core.pages import PageFormat, ValueType
 from kvoffload.engines.vllm import worker as worker_module
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.worker import WorkerHalf
 from kvoffload.tiers.nvme import StripedStore
 from kvoffload.tiers.nvme.drive import Drive
-from kvoffload.types import GroupLayout
+from kvoffload.types import GroupKind, GroupLayout
 from tests.support.steps_blocks import (
     BlockPool,
     GroupSpec,
@@ -96,13 +97,14 @@ class MiniEngine:
         )
         self.namespaces = FakeNamespaces()  # the same in every engine: a restart finds its chunks
         self.scheduler_half = SchedulerHalf(
-            Config(load_deadline_ms=o.deadline_ms),
+            Config(load_deadline_ms=o.deadline_ms, verify_sample=o.verify),
             self.layout,
             self.manager,
             self.arena,
             self.namespaces,
             eagle=o.eagle,
             follow=o.follow and o.caching,
+            formats=self._formats(),
             clock=self.clock,
         )
         self.known: dict[str, Known] = {}
@@ -134,6 +136,20 @@ class MiniEngine:
         self._number = 0
         for _ in range(4):  # an idle engine steps until its workers have attached
             self.step()
+
+    def _formats(self) -> dict[int, PageFormat]:
+        o = self.options
+        return {
+            g.group: PageFormat(ValueType(o.values), g.block_bytes // o.layers)
+            for g in self.layout.groups
+            if g.kind is GroupKind.FULL
+        }
+
+    def _tick(self) -> None:
+        """What the tick thread does."""
+        while self.scheduler_half.compare_sample():
+            pass
+        self.manager.tick(False)
 
     def _rank(self, rank: int) -> Rank:
         o = self.options
@@ -267,7 +283,7 @@ class MiniEngine:
                 self.clock.now += 0.05
             else:  # copies run at low priority on real threads: a loaded machine takes its time
                 time.sleep(0.005)
-            self.manager.tick(False)
+            self._tick()
             if not self.manager.store_inflight():
                 return
         raise AssertionError("stores do not settle")
@@ -428,7 +444,7 @@ class MiniEngine:
     def _rest(self) -> Any:
         """Occupancy once the chunk store's reads have come back (real time, 2 s at most)."""
         for _ in range(200):
-            self.manager.tick(False)
+            self._tick()
             use = self.manager.occupancy()
             if not use.slots_quarantined:
                 break

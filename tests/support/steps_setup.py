@@ -80,6 +80,8 @@ class Options:
     pickled: bool = True
     deadline_ms: int = 5000
     follow: bool = False  # requests may wait for another one's load of the same prefix
+    verify: float = 0.0  # share of hits that are computed and compared
+    values: str = "bfloat16"  # what the bytes are then taken for
     seed: int = 0
 
 

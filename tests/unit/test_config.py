@@ -44,7 +44,7 @@ def test_good_values_are_typed_exactly(tmp_path: Path) -> None:
             "load": "never",
             "load_deadline_ms": 10,
             "policy": "fifo",
-            "verify_sample": 0.0,
+            "verify_sample": 0.001,
             "server_autostart": False,
             "remote": None,
         }
@@ -53,7 +53,7 @@ def test_good_values_are_typed_exactly(tmp_path: Path) -> None:
     assert config.nvme_path == (str(tmp_path),)
     assert config.nvme_bytes() == GIB // 2
     assert config.nvme_write_bytes_per_s(0) == pytest.approx(1e12 / 86400)
-    assert type(config.verify_sample) is int
+    assert config.verify_sample == 0.001
 
 
 def test_defaults_that_depend_on_the_path() -> None:
@@ -87,8 +87,11 @@ def test_bad_whole_numbers(key: str, value: object) -> None:
         ("server", "unix:///x", "not available in this version"),
         ("server_autostart", True, "not available in this version"),
         ("server_autostart", 0, "not available in this version"),
-        ("verify_sample", 0.1, "only 0"),
-        ("verify_sample", False, "only 0"),
+        ("verify_sample", 1.5, "a share of the hits from 0 (off) to 1"),
+        ("verify_sample", -0.1, "a share of the hits"),
+        ("verify_sample", math.nan, "a share of the hits"),
+        ("verify_sample", True, "a share of the hits"),
+        ("verify_sample", "0.1", "a share of the hits"),
         ("nvme_path", "relative", "absolute"),
         ("nvme_path", "", "absolute"),
         ("nvme_path", 3, "absolute"),

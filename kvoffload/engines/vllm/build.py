@@ -47,7 +47,7 @@ def engine_layout(vllm_config: Any, kv_cache_config: Any, config: Config) -> Cac
 
 
 class Ticker:
-    """Runs ``tick`` every 50 ms while the engine takes no steps (write-behind, expiry)."""
+    """Every 50 ms: the shadow check, and ``tick`` while the engine takes no steps."""
 
     def __init__(self, half: SchedulerHalf) -> None:
         self._half = half
@@ -57,10 +57,10 @@ class Ticker:
 
     def _run(self) -> None:
         while not self._stop.wait(TICK_S):
-            if self._half.stepped_within(TICK_S):
-                continue
             try:
-                self._half.manager.tick(busy=False)
+                self._half.compare_sample()
+                if not self._half.stepped_within(TICK_S):
+                    self._half.manager.tick(busy=False)
             except Exception as exc:  # a tick that fails costs write-behind, never the engine
                 self._half.guard.record("tick", exc)
 
@@ -148,10 +148,24 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         eagle=compat.drops_last_block(vllm_config),
         follow=bool(vllm_config.cache_config.enable_prefix_caching),
         fail_by_blocks=compat.is_reduced(compat.vllm_version()),
+        formats=_comparable(config, kv_cache_config, layout) if refused is None else {},
     )
     half.metrics.failure("drive_open", len(_unopened(store)))
     _announce(config, layout, arena, store)
     return SchedulerSide(half, Ticker(half), arena, store, namespaces)
+
+
+def _comparable(
+    config: Config, kv_cache_config: Any, layout: CacheLayout
+) -> dict[int, geometry.PageFormat]:
+    """Page formats for the shadow check; none where it is off, or cannot be (said once)."""
+    if not config.verify_sample:
+        return {}
+    formats = geometry.page_formats(kv_cache_config, layout)
+    if isinstance(formats, str):
+        logger.warning("kvoffload: verify_sample has no effect: %s cannot be compared.", formats)
+        return {}
+    return formats
 
 
 def _bound(store: Any) -> int:

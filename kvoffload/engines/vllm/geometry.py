@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvoffload.core.layout import Run, TensorSpec, block_runs, choose_blocks_per_chunk
+from kvoffload.core.pages import PageFormat, ValueType
 from kvoffload.engines.vllm import compat
 from kvoffload.types import CacheLayout, GroupKind, GroupLayout
 
@@ -140,6 +141,25 @@ def why_not_served(kv_cache_config: Any) -> str | None:
         if facts.kind is GroupKind.NONE:
             return facts.name
     return compat.why_not_served(kv_cache_config)
+
+
+def page_formats(kv_cache_config: Any, layout: CacheLayout) -> dict[int, PageFormat] | str:
+    """What the pages of the full-attention groups hold, or the first reason why that cannot be
+    compared by value."""
+    out: dict[int, PageFormat] = {}
+    for g, group in zip(layout.groups, kv_cache_config.kv_cache_groups, strict=True):
+        if g.kind is not GroupKind.FULL:
+            continue
+        specs = _leaf_specs(group.kv_cache_spec)
+        dtypes = {str(getattr(s, "dtype", None)).removeprefix("torch.") for s in specs}
+        packed = any(getattr(s, "kv_quant_mode", 0) for s in specs)
+        if packed or len(dtypes) != 1 or not dtypes <= {v.value for v in ValueType}:
+            return f"KV of type {'+'.join(sorted(dtypes))}{' (quantised)' if packed else ''}"
+        values = ValueType(dtypes.pop())
+        pages = max(1, len(group.layer_names))
+        whole = g.block_bytes % (pages * values.nbytes) == 0
+        out[g.group] = PageFormat(values, g.block_bytes // pages if whole else g.block_bytes)
+    return out if out else "no full-attention KV group"
 
 
 def tensor_spec(tensor: Any) -> TensorSpec:

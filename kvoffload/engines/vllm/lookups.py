@@ -17,6 +17,7 @@ from kvoffload.core.manager import Lease, Manager
 from kvoffload.core.planner import Plan
 from kvoffload.engines.vllm.loads import Loads
 from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, Refusal, RequestState
+from kvoffload.engines.vllm.shadow import ShadowCheck
 from kvoffload.metrics import Recorder
 from kvoffload.types import CacheLayout, Decision, GroupKind
 
@@ -39,6 +40,7 @@ class Lookups:
         *,
         eagle: bool,
         follow: bool,
+        shadow: ShadowCheck | None = None,
     ) -> None:
         self._layout = layout
         self._manager = manager
@@ -47,12 +49,16 @@ class Lookups:
         self._clock = clock
         self._eagle = eagle
         self._follow = follow
+        self._shadow = shadow
         self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
         self._primary = primary(layout)
         self._leased: dict[str, RequestState] = {}  # those with a provisional lease
 
     def offer(self, state: RequestState, chain: Chain, start: int) -> int | None:
         """Tokens beyond ``start`` to be loaded, 0 for none, None to be asked again."""
+        if state.sampled:
+            self._manager.computes_from(state.request_id, start)
+            return 0
         now = self._clock()
         held = state.provisional
         if held is not None and held.start == start:
@@ -68,6 +74,8 @@ class Lookups:
             return None
         if planned.end <= start:
             state.refusal = Refusal(start, self._manager.changes(), now + REFUSAL_S)
+            return 0
+        if self._shadow is not None and self._shadow.picks(state, chain, start, planned.end):
             return 0
         lease, end = self._lease(state, chain, start, planned.end)
         if lease is None:

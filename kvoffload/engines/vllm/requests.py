@@ -54,6 +54,7 @@ class RequestState:
     decision: Decision | None = None  # as last counted
     refusal: Refusal | None = None
     waiting: Waiting | None = None  # for another request's load
+    sampled: bool | None = None  # computed to be compared with what is held; None: not drawn yet
     follows: bool = True  # may (still) wait for another request's load
     tainted: bool = False  # its KV was (partly) computed before the last reset: never store it
     unsupported: bool = False  # resumable sessions rewrite their tokens: no load, no store

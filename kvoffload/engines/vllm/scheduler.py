@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from kvoffload.config import Config
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Manager
+from kvoffload.core.pages import PageFormat
 from kvoffload.core.prefill import PrefillWork
 from kvoffload.engines.vllm.attach import AttachWatch
 from kvoffload.engines.vllm.guard import HookGuard, guarded
@@ -23,6 +24,7 @@ from kvoffload.engines.vllm.lookups import Lookups
 from kvoffload.engines.vllm.meta import ArenaAddress, StepOrders, WorkerReport
 from kvoffload.engines.vllm.orders import Fence
 from kvoffload.engines.vllm.requests import RequestState
+from kvoffload.engines.vllm.shadow import ShadowCheck
 from kvoffload.engines.vllm.stores import StorePlanner
 from kvoffload.engines.vllm.telemetry import StepClock, report_levels
 from kvoffload.metrics import Payload, Recorder, is_empty
@@ -59,6 +61,7 @@ class SchedulerHalf:
     """One per engine. ``serve`` False: the engine's KV cannot be served; every lookup is a miss.
 
     ``follow``: HBM's prefix cache is on, so that a request may wait for another one's load.
+    ``formats``: pages that the shadow check can compare, by KV group; without any it is off.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class SchedulerHalf:
         eagle: bool = False,
         fail_by_blocks: bool = False,
         follow: bool = False,
+        formats: Mapping[int, PageFormat] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.guard = HookGuard("scheduler")
@@ -96,8 +100,18 @@ class SchedulerHalf:
             clock,
             fail_by_blocks,
         )
+        self._shadow: ShadowCheck | None = None
+        if config.verify_sample and formats:
+            self._shadow = ShadowCheck(config.verify_sample, formats, manager, arena, self.metrics)
         self._lookups = Lookups(
-            layout, manager, self.metrics, self._loads, clock, eagle=eagle, follow=follow
+            layout,
+            manager,
+            self.metrics,
+            self._loads,
+            clock,
+            eagle=eagle,
+            follow=follow,
+            shadow=self._shadow,
         )
         self._fence = Fence(arena, layout)
         self._stores = StorePlanner(layout, manager, self._fence, self.guard, eagle=eagle)
@@ -267,6 +281,10 @@ class SchedulerHalf:
         """Whether a step was built in the last ``seconds`` (any thread)."""
         return self._clock() - self._last_step < seconds
 
+    def compare_sample(self) -> bool:
+        """One chunk of the shadow check, if one is due (tick thread). True: there may be more."""
+        return self._shadow is not None and self._shadow.compare()
+
     def _address(self) -> ArenaAddress | None:
         return None if self._attach.done() else ArenaAddress(self.arena.path, self.arena.inode)
 
@@ -307,6 +325,8 @@ class SchedulerHalf:
         state = self._states.pop(str(request.request_id), None)
         if state is not None:
             self._lookups.drop(state)
+            if state.sampled:
+                self.manager.sample_over(state.request_id)
         self.manager.cancel_prefetch(str(request.request_id))
         self._loads.forget(str(request.request_id))
 

@@ -75,7 +75,7 @@ class StorePlanner:
         tables = block_state.get_block_ids(state.request_id) if block_state is not None else None
         if chain is None or tables is None:
             return None
-        order = self._order(chain, tables, 0 if state.again else state.stored, end)
+        order = self._order(state, chain, tables, end)
         state.stored = end
         state.again = max(0, state.again - 1)
         return order
@@ -90,13 +90,17 @@ class StorePlanner:
             end -= self._layout.align_tokens
         return max(end, 0)
 
-    def _order(self, chain: Chain, tables: Any, start: int, end: int) -> StoreOrder | None:
+    def _order(self, state: RequestState, chain: Chain, tables: Any, end: int) -> StoreOrder | None:
+        start = 0 if state.again else state.stored
+
         def present(group: int, chunk: int) -> bool:
             n = self._blocks_per_chunk[group]
             ids = tables[group][chunk * n : (chunk + 1) * n]
             return len(ids) == n and all(b > 0 for b in ids)
 
         items = self._manager.begin_store(chain, start, end, present)
+        if state.sampled:
+            items += self._manager.begin_twins(state.request_id, end)
         if not items:
             return None
         try:
