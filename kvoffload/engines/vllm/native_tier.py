@@ -27,7 +27,8 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from kvoffload.config import GIB
-from kvoffload.core.stats import Breaker, Counters
+from kvoffload.core.breaker import Breaker
+from kvoffload.core.stats import Counters
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.namespace import NamespaceSource, canonical_json
 from kvoffload.engines.vllm.native_settings import (
