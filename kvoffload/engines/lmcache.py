@@ -24,11 +24,11 @@ from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInter
 from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase
 from lmcache.v1.platform import create_event_notifier
 
-from kvoffload.config import GIB, Config
+from kvoffload.config import Config
 from kvoffload.engines.lmcache_names import Names, layout_of
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.errors import ConfigError
-from kvoffload.tiers.nvme import open_segment_store
+from kvoffload.tiers.nvme import open_drives
 from kvoffload.types import StoreResult
 
 if TYPE_CHECKING:
@@ -108,10 +108,9 @@ class KVOffloadL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         super().__init__(max_capacity_bytes=0)  # the store bounds itself
         self.guard = HookGuard("lmcache")
         self.names = Names(config.namespace)
-        gib = config.config.nvme_gib
-        self._store = open_segment_store(
-            config.config.nvme_path or "",
-            max_bytes=int(gib * GIB) if gib is not None else None,
+        self._store = open_drives(
+            config.config.nvme_path or (),
+            max_bytes=config.config.nvme_bytes(),
             io_engine=config.config.io_engine,
         )
         self._efds = [create_event_notifier() for _ in range(3)]  # store, lookup, load

@@ -442,11 +442,12 @@ class MiniEngine:
         self.manager.check()
 
     def _rest(self) -> Any:
-        """Occupancy once the chunk store's reads have come back (real time, 2 s at most)."""
+        """Occupancy once the chunk store's jobs have come back (real time, 2 s at most): a slot
+        that is read into or written from cannot be evicted."""
         for _ in range(200):
             self._tick()
             use = self.manager.occupancy()
-            if not use.slots_quarantined:
+            if not use.slots_quarantined and not use.nvme_inflight_write_bytes:
                 break
             time.sleep(0.01)
         return use

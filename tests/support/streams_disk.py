@@ -41,6 +41,10 @@ class Disk:
         self._open += 1
         self._jobs.append((self._world.release(), kind, job, (items, n)))
 
+    def check(self) -> None:
+        """Raise AssertionError where a job was answered that was never submitted."""
+        assert self._open >= 0, "more answers than jobs"
+
     def _work(self) -> None:
         while True:
             self._world.pause(lambda: bool(self._jobs) or self._closed)

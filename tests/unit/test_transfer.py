@@ -55,7 +55,7 @@ def put_deep(store: Store, ids: range, namespace: int) -> None:
     keys = b"".join(key_of(i) for i in ids)
     results = store.submit(
         n,
-        lambda native, job: native.put_slots(
+        lambda native, job, late: native.put_slots(
             job, arena, keys, numbers, generations, offsets, DEEP, namespace, numbers
         ),
     )

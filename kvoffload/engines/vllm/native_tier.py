@@ -38,7 +38,7 @@ from kvoffload.engines.vllm.native_settings import (
     watch_weights,
 )
 from kvoffload.errors import StoreError
-from kvoffload.tiers.nvme import SegmentStore, open_segment_store
+from kvoffload.tiers.nvme import SegmentStore, StripedStore, open_drives
 from kvoffload.types import StoreResult
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ class KVOffloadTier(SecondaryTierManager):
     def _path(self) -> str:
         return self._store.path if self._store is not None else "(closed)"
 
-    def _usable(self) -> SegmentStore | None:
+    def _usable(self) -> SegmentStore | StripedStore | None:
         usable = not self._late and self._breaker.closed(time.monotonic())
         return self._store if usable else None
 
@@ -312,12 +312,10 @@ class KVOffloadTier(SecondaryTierManager):
             self._breaker.success()
 
 
-def _open(config: Any) -> SegmentStore | None:
+def _open(config: Any) -> SegmentStore | StripedStore | None:
     try:
-        store = open_segment_store(
-            config.nvme_path,
-            max_bytes=int(config.nvme_gib * GIB) if config.nvme_gib is not None else None,
-            io_engine=config.io_engine,
+        store = open_drives(
+            config.nvme_path or (), max_bytes=config.nvme_bytes(), io_engine=config.io_engine
         )
     except StoreError as exc:
         logger.error("kvoffload: nvme_path is not used, the tier holds nothing: %s", exc)
