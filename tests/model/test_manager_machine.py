@@ -347,7 +347,7 @@ class ManagerMachine(RuleBasedStateMachine):
         after = self.manager.counters.as_dict()
         assert all(after[n] >= v for n, v in self.counts.items()), "counters only grow"
         # Parents may also go because their read or store failed; that is no eviction.
-        causes = ("store_timeout", "tier_errors")
+        causes = ("store_timeout", "tier_errors", "nvme_stalled")
         if all(after[n] == self.counts[n] for n in causes):
             excused = self.failed | self.store.bad_reads
             for child, parent in self.links.items():
