@@ -7,9 +7,12 @@ from typing import NamedTuple
 from kvoffload.core.lease import Leases, Prefetches
 from kvoffload.core.nvme import NvmeTier
 from kvoffload.core.pool import Pool
+from kvoffload.core.rates import Rates
 from kvoffload.core.shadow import Shadow
-from kvoffload.core.stats import Occupancy
+from kvoffload.core.stats import Levels, Occupancy
 from kvoffload.types import SlotState
+
+_PREFILL_SHOWN = 1024  # tokens of the prompt whose prefill rate is exported
 
 
 class Parts(NamedTuple):
@@ -50,6 +53,28 @@ def occupancy(parts: Parts, nvme_bytes: int) -> Occupancy:
     )
 
 
+def levels(parts: Parts, rates: Rates, now: float) -> Levels:
+    """The part of it that is known without looking at every entry. O(1)."""
+    pool, nvme = parts.pool, parts.nvme
+    stats = nvme.stats() if nvme is not None else {}
+    seconds = rates.prefill.seconds(0, _PREFILL_SHOWN)
+    return Levels(
+        bytes_used=pool.held_bytes,
+        bytes_pinned=pool.index.pinned_bytes,
+        bytes_total=parts.data_bytes,
+        slots_used=pool.held_slots,
+        nvme_entries=int(stats.get("entries", 0)),
+        nvme_bytes=int(stats.get("bytes_used", 0)),
+        nvme_max=int(stats.get("bytes_max", 0)),
+        reading_bytes=nvme.reads.inflight_bytes() if nvme else 0,
+        writing_bytes=nvme.writes.inflight_bytes if nvme else 0,
+        read_breaker=nvme.breaker.state(now).level if nvme else 0.0,
+        write_breaker=nvme.write_breaker.state(now).level if nvme else 0.0,
+        bytes_per_s={t: r.bytes_per_s for t, r in rates.tiers().items()},
+        prefill_tokens_per_s=_PREFILL_SHOWN / seconds if seconds else 0.0,
+    )
+
+
 def check(parts: Parts) -> None:
     """Raise AssertionError naming the first broken invariant."""
     pool, nvme = parts.pool, parts.nvme
@@ -63,6 +88,8 @@ def check(parts: Parts) -> None:
     io: dict[int, int] = {}
     if nvme is not None:
         nvme.writes.check()
+        nvme.breaker.check()
+        nvme.write_breaker.check()
         for e in nvme.io_entries():
             io[id(e)] = io.get(id(e), 0) + 1
     used = 0

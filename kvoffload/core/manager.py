@@ -23,11 +23,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from threading import Lock
 
 from kvoffload.core.alloc import SlotAllocator
-from kvoffload.core.audit import Parts, check, occupancy
+from kvoffload.core.audit import Parts, check, levels, occupancy
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Entry
 from kvoffload.core.layout import check_layout
@@ -35,12 +34,13 @@ from kvoffload.core.lease import Lease, LeaseItem, Prefetches, StoreItem
 from kvoffload.core.loader import Loader
 from kvoffload.core.lookup import Hit
 from kvoffload.core.nvme import NvmeTier
-from kvoffload.core.planner import LoadMode, Plan, Step, explore, load_mode, plan
+from kvoffload.core.planner import Plan, load_mode
 from kvoffload.core.pool import Pool, slot_classes
 from kvoffload.core.prefill import PrefillWork
 from kvoffload.core.rates import Rates
 from kvoffload.core.shadow import Check, Shadow
 from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
+from kvoffload.core.weigh import Weigher
 from kvoffload.core.writebehind import budget
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import (
@@ -57,15 +57,6 @@ from kvoffload.types import (
 __all__ = ["Check", "Hit", "Lease", "LeaseItem", "Manager", "StoreItem", "slots_needed"]
 
 _SETTLED_KEPT = 65536
-_PREFILL_SHOWN = 1024  # tokens of the prompt whose prefill rate is exported
-_EXPLORER = ""  # no request: owner of reads that only serve to learn
-EXPLORE_EVERY = 64
-"""Of one in so many refused hits in DRAM the head is loaded all the same, so that a bad estimate is
-unlearned: only loads tell what loads cost."""
-EXPLORE_S = 1.0
-EXPLORE_BYTES = 4 << 20
-"""A refused hit on NVMe sets this much of it moving to DRAM, at most once a second: nobody waits,
-and the estimate follows the disk."""
 
 
 def slots_needed(layout: CacheLayout, data_bytes: int) -> int:
@@ -104,10 +95,8 @@ class Manager:
         self.rates = Rates()
         self._layout = layout
         self._clock = clock
-        self._mode = load_mode(load)
         self._lock = Lock()
         self._closed = False
-        self._explored = float("-inf")
         self._nvme_bytes = nvme_bytes
         self._data_bytes = arena.data_bytes
         # A group that cannot be served means that no boundary can be: nothing is stored either.
@@ -124,6 +113,9 @@ class Manager:
                 store, arena, self._pool, self.counters, guard, bucket, self._observe_read
             )
         self._loader = Loader(layout, self._pool, self._nvme, self._prefetches, self.counters)
+        self._weigher = Weigher(
+            self._loader, self._prefetches, self.rates, self.counters, load_mode(load)
+        )
         self._shadow = Shadow(layout, self._pool, self._loader, self.counters, arena.data_bytes)
 
     def _on_drop(self, entry: Entry) -> None:
@@ -149,37 +141,9 @@ class Manager:
         with self._lock:
             if self._closed or not self._serving:
                 return Plan(start, Decision.MISS)
-            now = self._clock()
-            search, held = self._loader.search(chain, start, limit, now)
-            steps = search.steps(start, held)
-            if not steps:
-                self._count_hit(Hit(start, 0, {}), start)
-                return Plan(start, Decision.MISS)
-            ahead = self._loader.ahead(chain, start, held)
-            tiers = self.rates.tiers({Tier.NVME: ahead})
-            made = plan(start, steps, tiers, self.rates.prefill.seconds, self._mode)
-            if ahead and Tier.NVME in tiers and made.load_s is not None:
-                queue_s = min(made.load_s, ahead / tiers[Tier.NVME].bytes_per_s)
-                made = replace(made, queue_s=queue_s)
-            if made.end < held:
-                self.counters.planner_refused += 1
-            if made.decision is Decision.REFUSED:
-                made = self._explore(chain, start, steps, made, now)
-            self._count_hit(search.hit(start, made.end), start)
+            made, hit = self._weigher.plan(chain, start, limit, self._clock())
+            self._count_hit(hit, start)
             return made
-
-    def _explore(
-        self, chain: Chain, start: int, steps: Sequence[Step], refused: Plan, now: float
-    ) -> Plan:
-        """Keep learning what the refused hit would cost, at nobody's expense where possible."""
-        if steps[-1].nbytes.get(Tier.NVME):
-            if now - self._explored >= EXPLORE_S:
-                self._explored = now
-                self._loader.prefetch(_EXPLORER, chain, start, steps[-1].end, now, EXPLORE_BYTES)
-                self._prefetches.cancel(_EXPLORER)
-        elif self.counters.planner_refused % EXPLORE_EVERY == 0:
-            return explore(start, steps, self.rates.tiers(), self.rates.prefill.seconds)
-        return refused
 
     def _count_hit(self, hit: Hit, start: int) -> Hit:
         c = self.counters
@@ -226,10 +190,7 @@ class Manager:
             if self._closed or not self._serving:
                 return 0
             now = self._clock()
-            search, end = self._loader.search(chain, start, limit, now)
-            if self._mode is LoadMode.AUTO:
-                tiers, prefill = self.rates.tiers(), self.rates.prefill.seconds
-                end = plan(start, search.steps(start, end), tiers, prefill).end
+            end = self._weigher.worth_prefetching(chain, start, limit, now)
             return self._loader.prefetch(owner, chain, start, end, now) if end > start else 0
 
     def cancel_prefetch(self, owner: str) -> int:
@@ -515,24 +476,7 @@ class Manager:
     def levels(self) -> Levels:
         """Occupancy for metrics. O(1)."""
         with self._lock:
-            nvme, now = self._nvme, self._clock()
-            stats = nvme.stats() if nvme is not None else {}
-            thousand = self.rates.prefill.seconds(0, _PREFILL_SHOWN)
-            return Levels(
-                bytes_used=self._pool.held_bytes,
-                bytes_pinned=self._pool.index.pinned_bytes,
-                bytes_total=self._data_bytes,
-                slots_used=self._pool.held_slots,
-                nvme_entries=int(stats.get("entries", 0)),
-                nvme_bytes=int(stats.get("bytes_used", 0)),
-                nvme_max=int(stats.get("bytes_max", 0)),
-                reading_bytes=nvme.reads.inflight_bytes() if nvme else 0,
-                writing_bytes=nvme.writes.inflight_bytes if nvme else 0,
-                read_breaker=nvme.breaker.state(now).level if nvme else 0.0,
-                write_breaker=nvme.write_breaker.state(now).level if nvme else 0.0,
-                bytes_per_s={t: r.bytes_per_s for t, r in self.rates.tiers().items()},
-                prefill_tokens_per_s=_PREFILL_SHOWN / thousand if thousand else 0.0,
-            )
+            return levels(self._parts(), self.rates, self._clock())
 
     def occupancy(self) -> Occupancy:
         """What is held now. O(everything held)."""

@@ -21,8 +21,6 @@ class Counters:
     hit_tokens_dram: int = 0  # tokens that lookups offered
     hit_tokens_nvme: int = 0
     planner_refused: int = 0  # plans that load less than what is held
-    followed: int = 0  # requests that waited for another one's load and then hit HBM
-    follow_gave_up: int = 0  # ... that stopped waiting and loaded, or recomputed, themselves
     leases: int = 0
     lease_lost: int = 0  # a chunk had gone since the lookup
     lease_no_room: int = 0

@@ -11,10 +11,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvoffload.core.manager import EXPLORE_BYTES, EXPLORE_EVERY, EXPLORE_S
 from kvoffload.core.planner import Plan, Step, explore, load_seconds, plan
 from kvoffload.core.prefill import PrefillWork
 from kvoffload.core.rates import Rates, TierRate
+from kvoffload.core.weigh import EXPLORE_BYTES, EXPLORE_EVERY, EXPLORE_S
 from kvoffload.types import Decision, Tier
 
 CHUNK = 128  # tokens

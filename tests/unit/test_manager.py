@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from kvoffload.core import manager as manager_module
+from kvoffload.core import weigh
 from kvoffload.core.breaker import COOL_S
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.lookup import span
@@ -577,7 +577,7 @@ def test_stores_may_push_prefetched_chunks_out() -> None:
 
 
 def test_plan_refuses_what_costs_more_than_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_module, "EXPLORE_BYTES", 2 * UNIT)
+    monkeypatch.setattr(weigh, "EXPLORE_BYTES", 2 * UNIT)
     rig = make()
     rig.to_nvme("abcd")
     chain = rig.chain("abcd")

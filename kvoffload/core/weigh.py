@@ -1,0 +1,82 @@
+"""Load or recompute, for one lookup: the pure planner over what is held, queued and learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.lease import Prefetches
+from kvoffload.core.loader import Loader
+from kvoffload.core.lookup import Hit
+from kvoffload.core.planner import LoadMode, Plan, Step, explore, plan
+from kvoffload.core.rates import Rates
+from kvoffload.core.stats import Counters
+from kvoffload.types import Decision, Tier
+
+EXPLORE_EVERY = 64
+"""Of one in so many refused hits in DRAM the head is loaded all the same, so that a bad estimate is
+unlearned: only loads tell what loads cost."""
+EXPLORE_S = 1.0
+EXPLORE_BYTES = 4 << 20
+"""A refused hit on NVMe sets this much of it moving to DRAM, at most once a second: nobody waits,
+and the estimate follows the disk."""
+_EXPLORER = ""  # no request: owner of reads that only serve to learn
+
+
+class Weigher:
+    """Not thread safe: the Manager's lock guards it."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        prefetches: Prefetches,
+        rates: Rates,
+        counters: Counters,
+        mode: LoadMode,
+    ) -> None:
+        self._loader = loader
+        self._prefetches = prefetches
+        self._rates = rates
+        self._counters = counters
+        self._mode = mode
+        self._explored = float("-inf")
+
+    def plan(self, chain: Chain, start: int, limit: int, now: float) -> tuple[Plan, Hit]:
+        """See Manager.plan; also the hit as far as it is to be loaded."""
+        search, held = self._loader.search(chain, start, limit, now)
+        steps = search.steps(start, held)
+        if not steps:
+            return Plan(start, Decision.MISS), Hit(start, 0, {})
+        ahead = self._loader.ahead(chain, start, held)
+        tiers = self._rates.tiers({Tier.NVME: ahead})
+        made = plan(start, steps, tiers, self._rates.prefill.seconds, self._mode)
+        if ahead and Tier.NVME in tiers and made.load_s is not None:
+            queue_s = min(made.load_s, ahead / tiers[Tier.NVME].bytes_per_s)
+            made = replace(made, queue_s=queue_s)
+        if made.end < held:
+            self._counters.planner_refused += 1
+        if made.decision is Decision.REFUSED:
+            made = self._explore(chain, start, steps, made, now)
+        return made, search.hit(start, made.end)
+
+    def _explore(
+        self, chain: Chain, start: int, steps: Sequence[Step], refused: Plan, now: float
+    ) -> Plan:
+        """Keep learning what the refused hit would cost, at nobody's expense where possible."""
+        if steps[-1].nbytes.get(Tier.NVME):
+            if now - self._explored >= EXPLORE_S:
+                self._explored = now
+                self._loader.prefetch(_EXPLORER, chain, start, steps[-1].end, now, EXPLORE_BYTES)
+                self._prefetches.cancel(_EXPLORER)
+        elif self._counters.planner_refused % EXPLORE_EVERY == 0:
+            return explore(start, steps, self._rates.tiers(), self._rates.prefill.seconds)
+        return refused
+
+    def worth_prefetching(self, chain: Chain, start: int, limit: int, now: float) -> int:
+        """The boundary up to which a later load will pay, whatever the queue is now."""
+        search, end = self._loader.search(chain, start, limit, now)
+        if self._mode is LoadMode.AUTO:
+            tiers, prefill = self._rates.tiers(), self._rates.prefill.seconds
+            end = plan(start, search.steps(start, end), tiers, prefill).end
+        return end
