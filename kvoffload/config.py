@@ -142,6 +142,7 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "load_deadline_ms": _whole(10, 600_000, "milliseconds"),
     "policy": _one_of(get_args(PolicyName)),
     "verify_sample": _share,
+    "why_requests": _whole(0, 100_000, "requests, 0 for none,"),
     "config_file": _text,
 }
 _NONE_MEANS_DEFAULT = frozenset(
@@ -181,6 +182,7 @@ class Config:
     load_deadline_ms: int | None = None
     policy: PolicyName = "lru"
     verify_sample: float = 0.0
+    why_requests: int = 1000
     config_file: str | None = None
 
     def __post_init__(self) -> None:

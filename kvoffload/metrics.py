@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from kvoffload.types import Decision, LoadFailure, Tier
+from kvoffload.types import Decision, LoadFailure, MissCause, Tier
 
 Payload = dict[str, dict[str, Any]]
 
@@ -89,6 +89,12 @@ METRICS: dict[str, Metric] = {
             "Lookups that load nothing, by reason.",
             "reason",
             series=((m,) for m in _MISSES),
+        ),
+        _counter(
+            "kvoffload_miss_cause_total",
+            "Requests that computed tokens which a tier might have held, by cause (docs/why.md).",
+            "cause",
+            series=((c.value,) for c in MissCause),
         ),
         _counter(
             "kvoffload_loaded_tokens_total",
@@ -294,6 +300,10 @@ class Recorder:
     def miss(self, reason: str) -> None:
         """A lookup that loads nothing."""
         self.inc("kvoffload_miss_requests_total", 1, reason)
+
+    def miss_cause(self, cause: MissCause) -> None:
+        """A request computed tokens that a tier might have held."""
+        self.inc("kvoffload_miss_cause_total", 1, cause.value)
 
     def hit(self, tokens_by_tier: Mapping[Tier, int]) -> None:
         """A load was ordered: tokens by the tier they come from."""

@@ -116,6 +116,29 @@ class SlotRef:
     offset: int  # bytes from the start of the arena's data area
 
 
+class MissCause(str, Enum):
+    """Why a request computed tokens that a tier might have held; docs/why.md has a line on each."""
+
+    NEVER_STORED = "never_stored"
+    EVICTED = "evicted"
+    RATE_LIMITED = "rate_limited"  # evicted before the write budget let it go to NVMe
+    NVME_DROPPED = "nvme_dropped"  # was on NVMe, whose space was needed
+    STORE_SKIPPED = "store_skipped"  # no slot, or its store failed
+    STORING = "storing"  # another request's store of it was still under way
+    RESET = "reset"
+    NAMESPACE = "namespace"
+    SALT = "salt"
+    ADAPTER = "adapter"
+    BELOW_FLOOR = "below_floor"  # less than a chunk
+    REFUSED = "refused"
+    NO_ROOM = "no_room"  # held, but no slots to bring it up
+    TIMED_OUT = "timed_out"
+    LOAD_FAILED = "load_failed"
+    TIER_OFF = "tier_off"
+    NOT_READY = "not_ready"
+    NOT_ASKED = "not_asked"
+
+
 class Decision(str, Enum):
     """What becomes of a request's hit."""
 

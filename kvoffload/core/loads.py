@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from kvoffload.core.manager import Lease
 from kvoffload.core.planner import Plan
+from kvoffload.types import LoadFailure
 
 RESEND_S = 1.0
 
@@ -38,6 +39,7 @@ class Attempt:
     alone: bool = False  # no other request was in the engine
     sent: bool = False
     failed: bool = False
+    reason: LoadFailure | None = None  # the first that a rank gave
     next_order: float = field(default=0.0)
 
 

@@ -41,6 +41,7 @@ from kvoffload.core.rates import Rates
 from kvoffload.core.shadow import Check, Shadow
 from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
 from kvoffload.core.weigh import Weigher
+from kvoffload.core.why import GONE_BY_FAILURE, Gone, KeyMemory, Trace, fate, trace
 from kvoffload.core.writebehind import budget
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import (
@@ -104,6 +105,8 @@ class Manager:
         guard = Guard(self.counters)
         self._pool = Pool(layout, arena, policy, self.counters, guard, writer_masks)
         self._pool.on_drop = self._on_drop
+        self._pool.note = self._note
+        self._memory = KeyMemory()
         self._prefetches = Prefetches(arena.data_bytes // 4)
         self._settled: deque[ChunkKey] = deque(maxlen=_SETTLED_KEPT)
         self._nvme: NvmeTier | None = None
@@ -122,6 +125,10 @@ class Manager:
         self._prefetches.settle(entry)
         if self._nvme is not None:
             self._nvme.writes.forget(entry)
+
+    def _note(self, entry: Entry, gone: Gone) -> None:
+        if not entry.twin:
+            self._memory.note(entry.key, fate(entry, gone, self._nvme), self._clock())
 
     # -- finding
 
@@ -153,6 +160,18 @@ class Manager:
         c.hit_tokens_dram += hit.by_tier.get(Tier.DRAM, 0)
         c.hit_tokens_nvme += hit.by_tier.get(Tier.NVME, 0)
         return hit
+
+    def trace(self, keys: Sequence[ChunkKey]) -> Trace:
+        """What became of the first of ``keys`` (where a lookup ended) that is not held."""
+        with self._lock:
+            if self._closed or not self._serving:
+                return Trace(off=True)
+            return trace(keys, self._pool, self._nvme, self._memory, self._clock())
+
+    def on_nvme(self, keys: Sequence[ChunkKey]) -> Sequence[int]:
+        """Per key whether a request could load it from NVMe now."""
+        with self._lock:
+            return self._nvme.held(keys, self._clock()) if self._nvme else bytes(len(keys))
 
     def changes(self) -> int:
         """Grows when what is held in DRAM changes: an answer to ``plan`` may then differ."""
@@ -224,7 +243,7 @@ class Manager:
                 # A store's slot is left alone: its workers' answer tells when they are done with
                 # it.
                 self._pool.fail(entry)
-            self._pool.drop(entry, now)
+            self._pool.drop(entry, now, GONE_BY_FAILURE.get(reason, Gone.READ_FAILED))
             return True
 
     # -- storing
@@ -272,6 +291,8 @@ class Manager:
             entry = self._pool.take(chain, group, i, Tier.DRAM, now)
             if entry is None:
                 self.counters.store_skipped_full += len(absent) - len(out)
+                for left in absent[len(out) :]:
+                    self._memory.note(keys[left], Gone.NO_ROOM, now)
                 break
             out.append(StoreItem(group, i, entry.key, entry.ref))
         return out
@@ -364,7 +385,7 @@ class Manager:
                     continue
                 if entry.state is SlotState.READY or entry.source is not Tier.DRAM:
                     self._pool.fail(entry)  # else its workers' answer tells when they are done
-                self._pool.drop(entry, now)
+                self._pool.drop(entry, now, Gone.QUARANTINED)
 
     # -- progress
 
@@ -434,7 +455,7 @@ class Manager:
             self._settled.clear()
             self._shadow.clear(now)
             for entry in sorted(self._pool.index, key=lambda e: -e.chunk):
-                self._pool.drop(entry, now)
+                self._pool.drop(entry, now, Gone.RESET)
 
     def drop_nvme(self) -> None:
         """Keys turned out to be this process's own: neither read nor write the chunk store."""

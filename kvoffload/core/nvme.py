@@ -10,6 +10,7 @@ from kvoffload.core.index import Entry
 from kvoffload.core.pool import Pool
 from kvoffload.core.reads import Reads
 from kvoffload.core.stats import Counters, Guard
+from kvoffload.core.why import Gone
 from kvoffload.core.writebehind import (
     INFLIGHT_BUSY_BYTES,
     INFLIGHT_BYTES,
@@ -73,6 +74,14 @@ class NvmeTier:
             self.breaker.failure(now)
             return bytes(len(keys))
 
+    def holds(self, key: ChunkKey) -> bool:
+        """Whether the store says that it has ``key``, in use or not."""
+        try:
+            return bool(self._store.contains(key)[0])
+        except Exception as error:
+            self._guard.failed("store.contains", error)
+            return False
+
     def poll(self) -> Sequence[StoreDoneLike]:
         """Jobs that have returned; hand them to ``finish`` after reading the slot table again."""
         try:
@@ -114,7 +123,8 @@ class NvmeTier:
         for entry in sorted(hung, key=lambda e: -e.chunk):
             self.reads.last_failed = entry.chunk_id()
             self._pool.fail(entry)
-            self._pool.drop(entry, now)  # its slot is out of use until the read returns
+            # Its slot is out of use until the read returns.
+            self._pool.drop(entry, now, Gone.STALLED)
 
     def _probe(self, now: float) -> None:
         """Read the chunk that failed last: nobody waits for it. Without one a request probes."""

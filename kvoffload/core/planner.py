@@ -48,6 +48,7 @@ class Plan:
     load_s: float | None = None  # expected, from allocation to answer
     recompute_s: float | None = None  # of what is loaded
     queue_s: float = 0.0  # of load_s: what goes first
+    held: int = 0  # the end of what could be loaded; 0 where nothing can
 
 
 PRIOR: Mapping[Tier, TierRate] = {
@@ -94,20 +95,21 @@ def plan(
     While the prefill rate is not known, up to LEARN_BYTES are loaded.
     """
     if not steps or mode is LoadMode.NEVER:
-        return Plan(start, Decision.FORCED)
+        return Plan(start, Decision.FORCED, held=steps[-1].end if steps else 0)
     last = steps[-1]
     if mode is LoadMode.ALWAYS:
-        return _whole(start, last, tiers, prefill, Decision.FORCED)
+        return _whole(start, last, last.end, tiers, prefill, Decision.FORCED)
     if prefill(start, last.end) is None:
-        return _whole(start, _head(steps, LEARN_BYTES), tiers, prefill, Decision.UNKNOWN)
-    best, gain = Plan(start, Decision.REFUSED), 0.0
+        head = _head(steps, LEARN_BYTES)
+        return _whole(start, head, last.end, tiers, prefill, Decision.UNKNOWN)
+    best, gain = Plan(start, Decision.REFUSED, held=last.end), 0.0
     for step in steps:
         recompute = prefill(start, step.end) or 0.0
         load = load_seconds(step.nbytes, tiers)
         saved = recompute - load
         if saved > 0 and saved >= gain:
             decision = Decision.WHOLE if step is last else Decision.PARTIAL
-            best, gain = Plan(step.end, decision, load, recompute), saved
+            best, gain = Plan(step.end, decision, load, recompute, held=last.end), saved
     return best
 
 
@@ -115,7 +117,8 @@ def explore(
     start: int, steps: Sequence[Step], tiers: Mapping[Tier, TierRate], prefill: Prefill
 ) -> Plan:
     """Load the head of a refused hit all the same."""
-    return _whole(start, _head(steps, EXPLORE_BYTES), tiers, prefill, Decision.EXPLORE)
+    head = _head(steps, EXPLORE_BYTES)
+    return _whole(start, head, steps[-1].end, tiers, prefill, Decision.EXPLORE)
 
 
 def _head(steps: Sequence[Step], nbytes: int) -> Step:
@@ -127,13 +130,14 @@ def _head(steps: Sequence[Step], nbytes: int) -> Step:
 def _whole(
     start: int,
     step: Step,
+    held: int,
     tiers: Mapping[Tier, TierRate],
     prefill: Prefill,
     decision: Decision,
 ) -> Plan:
     known = all(t in tiers for t, n in step.nbytes.items() if n) and Tier.DRAM in tiers
     load = load_seconds(step.nbytes, tiers) if known else None
-    return Plan(step.end, decision, load, prefill(start, step.end))
+    return Plan(step.end, decision, load, prefill(start, step.end), held=held)
 
 
 DEADLINE_FLOOR_S = 0.25

@@ -13,6 +13,7 @@ from kvoffload.core.index import ChunkId, Entry, Index
 from kvoffload.core.layout import writer_mask
 from kvoffload.core.policy import make_policy
 from kvoffload.core.stats import Counters, Guard
+from kvoffload.core.why import FAILED_FILL, Gone
 from kvoffload.errors import ConfigError
 from kvoffload.tiers.base import ArenaLike
 from kvoffload.types import LEAF_BYTES, CacheLayout, GroupKind, SlotRef, SlotState, Tier
@@ -60,6 +61,7 @@ class Pool:
         self.index = Index([make_policy(policy, ticks) for _ in sizes])
         self.limbo: dict[int, Entry] = {}  # quarantine: dropped entries whose slot is still in use
         self.on_drop: Callable[[Entry], None] = lambda entry: None
+        self.note: Callable[[Entry, Gone], None] = lambda entry, gone: None
         self.held_bytes = 0  # of resident and quarantined slots
         self.held_slots = 0
         self.changes = 0  # chunks that came or went
@@ -166,14 +168,15 @@ class Pool:
         self._counters.evicted += 1
         self._counters.evicted_bytes += entry.nbytes
         self._counters.evicted_unwritten += entry.dirty
-        self.drop(entry, 0.0)
+        self.drop(entry, 0.0, Gone.EVICTED)
 
     # -- giving slots back
 
-    def drop(self, entry: Entry, now: float) -> None:
+    def drop(self, entry: Entry, now: float, gone: Gone = Gone.GIVEN_UP) -> None:
         """Take ``entry`` out of the index; its slot is free at once or when nothing uses it."""
         if entry.dropped:
             return
+        self.note(entry, gone)
         self.on_drop(entry)
         self.changes += 1
         entry.dirty = False
@@ -258,7 +261,7 @@ class Pool:
         late = now - entry.started > STORE_TIMEOUT_S
         if late and entry.source is Tier.DRAM and not entry.dropped:
             self._counters.store_timeout += 1
-            self.drop(entry, now)
+            self.drop(entry, now, Gone.TIMED_OUT)
 
     def _failed(self, entry: Entry, state: int, now: float) -> None:
         entry.state = SlotState.FAILED
@@ -268,7 +271,7 @@ class Pool:
             if several and state == SlotState.FAILED and not entry.hold_until:
                 entry.hold_until = now + STORE_TIMEOUT_S
                 self._held.append(entry)
-        self.drop(entry, now)
+        self.drop(entry, now, FAILED_FILL[entry.source])
 
     def spoil(self, slot: int, generation: int, now: float) -> bool:
         """Give up a store whose copy may still be running: the slot is not reused for a while.
@@ -293,7 +296,7 @@ class Pool:
             if entry.state is not SlotState.FAILED:
                 self.fail(entry)
             entry.state = SlotState.FAILED
-            self.drop(entry, now)
+            self.drop(entry, now, Gone.READ_FAILED)
         self.index.refresh(entry)
         self.reap(entry, now)
 

@@ -11,6 +11,7 @@ from kvoffload.core.breaker import Breaker
 from kvoffload.core.index import ChunkId, Entry
 from kvoffload.core.pool import Pool
 from kvoffload.core.stats import Counters, Guard
+from kvoffload.core.why import Gone
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import StoreResult
 
@@ -97,8 +98,10 @@ class Reads:
                 self._breaker.success()
             elif result == StoreResult.CORRUPT:
                 self._counters.nvme_corrupt += 1
+                self._pool.note(entry, Gone.BAD_BYTES)
             elif result == StoreResult.MISS:
                 self._counters.nvme_miss += 1
+                self._pool.note(entry, Gone.WRITTEN)
             else:
                 self._counters.nvme_io_errors += 1
                 self.last_failed = entry.chunk_id()

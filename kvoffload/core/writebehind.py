@@ -79,6 +79,7 @@ class WriteBehind:
         self._queue: dict[ChunkKey, Entry] = {}
         self.inflight: dict[int, list[Entry]] = {}
         self.inflight_bytes = 0
+        self.limited = False  # the write budget, not the disk, holds the queue back
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -127,7 +128,8 @@ class WriteBehind:
             alone = not batch and not self.inflight_bytes
             if not alone and size > min(room, max(JOB_BYTES, entry.nbytes)):
                 break
-            if not self._bucket.take(entry.nbytes, now):
+            self.limited = not self._bucket.take(entry.nbytes, now)
+            if self.limited:
                 break
             batch.append(entry)
         for entry in batch:

@@ -190,6 +190,7 @@ class MiniEngine:
         rid = f"r{self._number}"
         chain = TokenChain(prompt, salt, self.layout.hash_tokens)
         request = MiniRequest(rid, chain, len(prompt), max_tokens, skip)
+        request.cache_salt = salt.decode() or None
         self.known[rid] = Known(request, salt)
         self.scheduler.add(request)
         return request

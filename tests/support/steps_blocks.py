@@ -85,6 +85,7 @@ class MiniRequest:
     max_tokens: int
     skip_reading_prefix_cache: bool = False
     resumable: bool = False
+    cache_salt: str | None = None
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
@@ -100,6 +101,10 @@ class MiniRequest:
     @property
     def block_hashes(self) -> list[bytes]:
         return self.chain.block_hashes
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.chain.tokens[: self.num_prompt_tokens]
 
     @property
     def num_tokens(self) -> int:

@@ -39,6 +39,9 @@ class FakeNamespaces:
     def namespace(self) -> bytes | None:
         return self._name() if self.known else None
 
+    def fields(self) -> dict[str, str]:
+        return {"epoch": str(self.epoch or "")}
+
     def adapter(self, request: Any) -> bytes | None:
         return b""
 

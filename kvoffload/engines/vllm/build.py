@@ -59,6 +59,7 @@ class Ticker:
         while not self._stop.wait(TICK_S):
             try:
                 self._half.compare_sample()
+                self._half.why.work(time.monotonic())
                 if not self._half.stepped_within(TICK_S):
                     self._half.manager.tick(busy=False)
             except Exception as exc:  # a tick that fails costs write-behind, never the engine
@@ -99,6 +100,7 @@ class SchedulerSide:
         began = time.monotonic()
         self.ticker.stop()
         try:
+            self.half.why.close()
             self.half.shutdown(flush_s)
             if self.store is not None:
                 self.store.close(1000)
@@ -151,8 +153,24 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         formats=_comparable(config, kv_cache_config, layout) if refused is None else {},
     )
     half.metrics.failure("drive_open", len(_unopened(store)))
+    half.why.write_to(*_for_why(vllm_config, config, arena, store))
     _announce(config, layout, arena, store)
     return SchedulerSide(half, Ticker(half), arena, store, namespaces)
+
+
+def _for_why(
+    vllm_config: Any, config: Config, arena: Any, store: Any
+) -> tuple[list[Path], dict[str, Any]]:
+    """The chunk store's directories, and what ``kvoffload why`` says of the engine."""
+    roots = [Path(p) for p in config.nvme_path or ()] if store is not None else []
+    head = {
+        "model": str(getattr(vllm_config.model_config, "model", "")),
+        "dram_gib": round(arena.data_bytes / GIB, 3),
+        "nvme_gib": round(_bound(store) / GIB, 3) if store is not None else 0,
+        "policy": config.policy,
+        "load": config.load,
+    }
+    return roots, head
 
 
 def _comparable(

@@ -19,6 +19,7 @@ from kvoffload.engines.vllm.meta import FailOrder, LoadOrder, WorkerReport
 from kvoffload.engines.vllm.orders import BlockTables, load_copies
 from kvoffload.engines.vllm.requests import ProvisionalLease, RequestState
 from kvoffload.engines.vllm.stores import AGAIN
+from kvoffload.engines.vllm.why import WhyMiss
 from kvoffload.metrics import Recorder
 from kvoffload.types import CacheLayout, ChunkKey, LoadFailure, SlotRef, Tier
 
@@ -45,6 +46,8 @@ class Loads:
         deadline_ms: int | None,
         clock: Callable[[], float],
         fail_by_blocks: bool = False,
+        *,
+        why: WhyMiss,
     ) -> None:
         self._layout = layout
         self._manager = manager
@@ -55,6 +58,7 @@ class Loads:
         self._leaders = Leaders()
         self._clock = clock
         self._fail_by_blocks = fail_by_blocks
+        self._why = why
         self._table = LoadTable()
         self._blocks: dict[int, list[int]] = {}  # that an attempt was to fill
         self._unsent: list[LoadOrder] = []
@@ -202,15 +206,18 @@ class Loads:
         if attempt.request_id not in self._states:
             self._table.forget(attempt.request_id)  # aborted while loading: no ban to keep
         self._manager.release(attempt.lease.id)
+        state = self._states.get(attempt.request_id)
+        seconds = self._clock() - attempt.opened
         if attempt.failed:
             # Take in what else of this load is bad, so that the recomputed chunks are stored anew.
             self._manager.poll()
-            state = self._states.get(attempt.request_id)
             if state is not None:
                 state.again = AGAIN
+                self._why.failed(state, attempt.start, attempt.reason, seconds)
             self._metrics.load_failed_request()
         else:
-            seconds = self._clock() - attempt.opened
+            if state is not None:
+                self._why.loaded(state, state.hit_sources or {})
             self._metrics.load_done(seconds, attempt.end - attempt.start)
             self._learn(attempt, seconds)
 
@@ -237,6 +244,7 @@ class Loads:
             attempt = self._table.find(attempt_id)
             if attempt is not None:
                 attempt.failed = True
+                attempt.reason = attempt.reason or reason
             if reason not in _BAD_BYTES and attempt_id not in blamed:
                 self._metrics.failure(reason.value)
         for bad in report.bad:

@@ -18,6 +18,7 @@ from kvoffload.core.planner import Plan
 from kvoffload.engines.vllm.loads import Loads
 from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, Refusal, RequestState
 from kvoffload.engines.vllm.shadow import ShadowCheck
+from kvoffload.engines.vllm.why import WhyMiss
 from kvoffload.metrics import Recorder
 from kvoffload.types import CacheLayout, Decision, GroupKind
 
@@ -41,6 +42,7 @@ class Lookups:
         eagle: bool,
         follow: bool,
         shadow: ShadowCheck | None = None,
+        why: WhyMiss,
     ) -> None:
         self._layout = layout
         self._manager = manager
@@ -50,6 +52,7 @@ class Lookups:
         self._eagle = eagle
         self._follow = follow
         self._shadow = shadow
+        self._why = why
         self._sliding = any(g.kind is GroupKind.SLIDING for g in layout.groups)
         self._primary = primary(layout)
         self._leased: dict[str, RequestState] = {}  # those with a provisional lease
@@ -76,12 +79,15 @@ class Lookups:
             state.refusal = Refusal(start, self._manager.changes(), now + REFUSAL_S)
             return 0
         if self._shadow is not None and self._shadow.picks(state, chain, start, planned.end):
+            self._why.sampled(state, start)
             return 0
         lease, end = self._lease(state, chain, start, planned.end)
         if lease is None:
             self._metrics.miss("lease_refused")
+            self._why.no_room(state, start)
             return 0
         if end < planned.end:
+            self._why.no_room(state, end)
             planned = replace(planned, end=end, decision=Decision.PARTIAL, recompute_s=None)
         state.provisional = ProvisionalLease(lease, start, end, now + LEASE_S, planned)
         self._leased[state.request_id] = state
@@ -95,6 +101,7 @@ class Lookups:
         first = not state.looked_up
         state.looked_up = True
         planned = self._manager.plan(chain, start, limit)
+        self._why.looked_up(state, chain, start, limit, planned)
         end = planned.end
         if self._eagle and end > start:
             # The drafter needs the hidden states of the last block: vLLM recomputes it on a local

@@ -220,6 +220,20 @@ def _speculative(spec: Any) -> Any:
     }
 
 
+def field_digests(facts: Mapping[str, Any], weights_digest: bytes, epoch: bytes) -> dict[str, str]:
+    """8 hex digits for each named part of a namespace, the HF configuration's keys one by one.
+
+    Equal namespaces have equal digests, and different ones differ in at least one (up to chance).
+    """
+    named = {k: canonical_json(v) for k, v in facts.items() if k != "hf_config"}
+    for key, value in (facts.get("hf_config") or {}).get("map", ()):
+        named[f"hf_config.{json.loads(key)}"] = canonical_json(value)
+    named["weights"] = weights_digest.hex()
+    out = {k: hashlib.sha256(v.encode()).hexdigest()[:8] for k, v in named.items()}
+    out["epoch"] = "" if epoch == _ZERO_EPOCH else epoch.hex()[:8]
+    return out
+
+
 def namespace_bytes(facts: Mapping[str, Any], weights_digest: bytes, epoch: bytes) -> bytes:
     """16 bytes: facts, 32 bytes of weights, 16 bytes of epoch (zeros until the first reset)."""
     sha = hashlib.sha256(b"kvoffload namespace 1\0")
@@ -324,6 +338,12 @@ class NamespaceSource:
             if self._digest is not None:
                 self._namespace = namespace_bytes(self._facts, self._digest, self._epoch)
         return self._namespace
+
+    def fields(self) -> dict[str, str]:
+        """The current namespace's ``field_digests``; empty while it is not known."""
+        if self._namespace is None or self._facts is None or self._digest is None:
+            return {}
+        return field_digests(self._facts, self._digest, self._epoch)
 
     def adapter(self, request: Any) -> bytes | None:
         """Digest of the request's adapter: b"" without one, None while not known."""

@@ -9,6 +9,7 @@ from kvoffload.core.follow import Waiting
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Lease
 from kvoffload.core.planner import Plan
+from kvoffload.core.why import Asked
 from kvoffload.types import Decision, Tier
 
 LEASE_S = 5.0
@@ -56,6 +57,7 @@ class RequestState:
     waiting: Waiting | None = None  # for another request's load
     sampled: bool | None = None  # computed to be compared with what is held; None: not drawn yet
     follows: bool = True  # may (still) wait for another request's load
+    why: Asked | None = None  # what `kvoffload why` will say of it
     tainted: bool = False  # its KV was (partly) computed before the last reset: never store it
     unsupported: bool = False  # resumable sessions rewrite their tokens: no load, no store
 

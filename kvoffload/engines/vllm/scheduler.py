@@ -27,8 +27,9 @@ from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.engines.vllm.shadow import ShadowCheck
 from kvoffload.engines.vllm.stores import StorePlanner
 from kvoffload.engines.vllm.telemetry import StepClock, report_levels
+from kvoffload.engines.vllm.why import WhyMiss
 from kvoffload.metrics import Payload, Recorder, is_empty
-from kvoffload.types import CacheLayout, Tier
+from kvoffload.types import CacheLayout, MissCause, Tier
 
 logger = logging.getLogger("vllm.kvoffload")
 
@@ -52,6 +53,9 @@ class Namespaces(Protocol):
 
     def on_first_request(self) -> None:
         """Compute the hash canary (vLLM's hash seed is initialised by now)."""
+
+    def fields(self) -> dict[str, str]:
+        """Digests of what the namespace is made of, by name."""
 
     def new_epoch(self) -> None:
         """Hide everything stored so far behind a random epoch."""
@@ -90,6 +94,7 @@ class SchedulerHalf:
         self._eagle = eagle
         self._clock = clock
         self._states: dict[str, RequestState] = {}
+        self.why = WhyMiss(config.why_requests, layout, manager, namespaces, self.metrics, clock)
         self._loads = Loads(
             layout,
             manager,
@@ -99,6 +104,7 @@ class SchedulerHalf:
             config.load_deadline_ms,
             clock,
             fail_by_blocks,
+            why=self.why,
         )
         self._shadow: ShadowCheck | None = None
         if config.verify_sample and formats:
@@ -112,6 +118,7 @@ class SchedulerHalf:
             eagle=eagle,
             follow=follow,
             shadow=self._shadow,
+            why=self.why,
         )
         self._fence = Fence(arena, layout)
         self._stores = StorePlanner(layout, manager, self._fence, self.guard, eagle=eagle)
@@ -171,16 +178,20 @@ class SchedulerHalf:
         """
         state = self._state(request)
         if not self._ready() or self._loads.is_banned(state.request_id):
-            return 0, False
+            why = "workers are attaching" if self._serve else "this model cannot be served"
+            return self.why.skipped(state, num_computed, MissCause.NOT_READY, why)
         if self._skips_cache(request) or state.tainted:
-            return 0, False
+            cause = MissCause.RESET if state.tainted else MissCause.NOT_ASKED
+            return self.why.skipped(state, num_computed, cause, "")
         chain = self._chain(state)
         if chain is None:
             self.metrics.miss("namespace_unknown")
-            return 0, False
+            if state.unsupported:
+                return self.why.skipped(state, num_computed, MissCause.NOT_ASKED, "streaming input")
+            return self.why.skipped(state, num_computed, MissCause.NOT_READY, "being digested")
         if num_computed > 0 and self._hbm_stale():
             state.tainted = True  # its HBM hit may hold KV of the old weights
-            return 0, False
+            return self.why.skipped(state, num_computed, MissCause.RESET, "")
         offered = self._lookups.offer(state, chain, num_computed)
         return (None, False) if offered is None else (offered, offered > 0)
 
@@ -210,6 +221,7 @@ class SchedulerHalf:
             self._fence.note(block_ids)
             if not self._loads.outstanding(state.request_id):
                 self._lookups.drop(state)
+                self.why.settled(state)
             return
         if held is None:
             raise RuntimeError(f"load of {num_external} tokens without a lease")
@@ -391,6 +403,7 @@ class SchedulerHalf:
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         self._loads.check()
+        self.why.check()
         self.manager.check()
 
     # ---------------------------------------------------------------- small helpers
