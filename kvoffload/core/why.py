@@ -28,6 +28,7 @@ Details = dict[str, "str | int | float | list[str]"]
 """What a person needs beside the cause. Never tokens, texts, whole keys or salts."""
 
 GENERATION = 32768
+_ID_CHARS = 128  # clients choose request ids
 
 
 class Gone(IntEnum):
@@ -218,7 +219,7 @@ class Report:
         """What is kept of ``asked``."""
         missed = asked.missed()
         return cls(
-            asked.request_id,
+            asked.request_id[:_ID_CHARS],
             asked.wall,
             asked.prompt,
             asked.hbm,

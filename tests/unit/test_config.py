@@ -45,6 +45,7 @@ def test_good_values_are_typed_exactly(tmp_path: Path) -> None:
             "load_deadline_ms": 10,
             "policy": "fifo",
             "verify_sample": 0.001,
+            "why_requests": 0,
             "server_autostart": False,
             "remote": None,
         }
@@ -53,7 +54,7 @@ def test_good_values_are_typed_exactly(tmp_path: Path) -> None:
     assert config.nvme_path == (str(tmp_path),)
     assert config.nvme_bytes() == GIB // 2
     assert config.nvme_write_bytes_per_s(0) == pytest.approx(1e12 / 86400)
-    assert config.verify_sample == 0.001
+    assert config.verify_sample == 0.001 and config.why_requests == 0
 
 
 def test_defaults_that_depend_on_the_path() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,7 @@ class KnownSpaces:
         """``space`` stores to NVMe from now on. Raises OSError."""
         if not self._roots:
             return
-        now = time.time()
-        self._known[space.namespace] = Space.of_json({**space.as_json(), "used": now})
+        self._known[space.namespace] = replace(space, used=time.time())
         latest = sorted(self._known.values(), key=lambda s: s.used)[-MAX_KNOWN:]
         self._known = {s.namespace: s for s in latest}
         known = [s.as_json() for s in latest]

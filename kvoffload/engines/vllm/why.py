@@ -249,7 +249,8 @@ class WhyMiss:
 
     def _open(self, folder: Path) -> None:
         self._known = KnownSpaces(self._layout, self._roots)
-        path = folder / f"{os.getpid()}.jsonl"
+        # Containers that share a home have the same process ids.
+        path = folder / f"{os.getpid()}-{os.urandom(3).hex()}.jsonl"
         self._file = LineFile(path, self._keep, self._head, self._lines)
 
     def _flush(self) -> None:
