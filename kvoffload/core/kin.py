@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 GENERATION = 4096
@@ -20,6 +20,18 @@ class Variant:
     salt: str
     adapter: str
     space: int  # a number for the namespace
+
+    def nearest(self, others: Sequence[Variant]) -> Variant:
+        """The one of ``others`` that differs in the least, the newest of those."""
+
+        def differences(other: Variant) -> int:
+            return (
+                (self.salt != other.salt)
+                + (self.adapter != other.adapter)
+                + (self.space != other.space)
+            )
+
+        return min(reversed(others), key=differences)
 
 
 class Kin:

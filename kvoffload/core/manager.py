@@ -41,7 +41,7 @@ from kvoffload.core.rates import Rates
 from kvoffload.core.shadow import Check, Shadow
 from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
 from kvoffload.core.weigh import Weigher
-from kvoffload.core.why import GONE_BY_FAILURE, Gone, KeyMemory, Trace, fate, trace
+from kvoffload.core.why import GONE_BY_FAILURE, OFF, Gone, KeyMemory, Trace, fate, trace
 from kvoffload.core.writebehind import budget
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import (
@@ -165,8 +165,8 @@ class Manager:
         """What became of the first of ``keys`` (where a lookup ended) that is not held."""
         with self._lock:
             if self._closed or not self._serving:
-                return Trace(off=True)
-            return trace(keys, self._pool, self._nvme, self._memory, self._clock())
+                return OFF
+            return trace(keys, self._pool, self._nvme, self._memory, self._clock)
 
     def on_nvme(self, keys: Sequence[ChunkKey]) -> Sequence[int]:
         """Per key whether a request could load it from NVMe now."""

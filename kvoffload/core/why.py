@@ -11,8 +11,8 @@ is known then is not known any more once the request itself has stored the chunk
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -108,12 +108,17 @@ class KeyMemory:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What was known of a chunk that a lookup missed. ``at``: when, in seconds of the clock."""
+    """What was known of a chunk that a lookup missed. ``ago_s``: seconds since it went."""
 
     gone: Gone | None = None
-    at: float = 0.0
+    ago_s: float = 0.0
     storing: bool = False
     off: bool = False  # NVMe has it (or anything may), but is not in use
+
+
+UNKNOWN = Trace()
+STORING = Trace(storing=True)
+OFF = Trace(off=True)
 
 
 def fate(entry: Entry, gone: Gone, nvme: NvmeTier | None) -> Gone:
@@ -126,7 +131,11 @@ def fate(entry: Entry, gone: Gone, nvme: NvmeTier | None) -> Gone:
 
 
 def trace(
-    keys: Sequence[ChunkKey], pool: Pool, nvme: NvmeTier | None, memory: KeyMemory, now: float
+    keys: Sequence[ChunkKey],
+    pool: Pool,
+    nvme: NvmeTier | None,
+    memory: KeyMemory,
+    clock: Callable[[], float],
 ) -> Trace:
     """See Manager.trace. O(keys); an in-memory question to the chunk store, no I/O."""
     for key in keys:
@@ -134,16 +143,17 @@ def trace(
         if entry is not None:
             if entry.state is SlotState.READY:
                 continue  # with several KV groups another one's chunk ended the lookup
-            return Trace(storing=True) if entry.source is Tier.DRAM else Trace(off=True)
+            return STORING if entry.source is Tier.DRAM else OFF
         if nvme is not None:
+            now = clock()
             if not nvme.usable(now):
                 if nvme.holds(key):
-                    return Trace(off=True)
+                    return OFF
             elif len(keys) > 1 and nvme.held([key], now)[0]:
                 continue
         known = memory.get(key)
-        return Trace(known[0], known[1]) if known else Trace()
-    return Trace()
+        return Trace(known[0], max(0.0, clock() - known[1])) if known else UNKNOWN
+    return UNKNOWN
 
 
 @dataclass(slots=True)
@@ -154,12 +164,11 @@ class Asked:
     wall: float  # arrival, seconds since the epoch
     prompt: int
     hbm: int = 0  # leading tokens that HBM held
-    at: float = 0.0  # the lookup, seconds of the Manager's clock
     plan: Plan | None = None
     chunk: int = -1  # of the first KV group: the first one that was not loaded
     key: ChunkKey | None = None  # its key; None where the prompt does not fill it
     trace: Trace | None = None
-    loaded: Mapping[Tier, int] = field(default_factory=dict)
+    loaded: Mapping[Tier, int] | None = None
     barred: MissCause | None = None  # settled by something else than where chunks are
     note: str = ""
     request: Any = None  # the engine's, until explained
@@ -168,7 +177,7 @@ class Asked:
 
     def missed(self) -> int:
         """Tokens that were computed and could have been held."""
-        return max(0, self.prompt - self.hbm - sum(self.loaded.values()))
+        return max(0, self.prompt - self.hbm - sum((self.loaded or {}).values()))
 
 
 def cause_of(asked: Asked) -> tuple[MissCause | None, Details]:
@@ -187,15 +196,15 @@ def cause_of(asked: Asked) -> tuple[MissCause | None, Details]:
         return MissCause.REFUSED, more
     if asked.key is None:
         return MissCause.BELOW_FLOOR, {}
-    known = asked.trace or Trace()
+    known = asked.trace or UNKNOWN
     if known.storing:
         return MissCause.STORING, {}
     if known.off:
         return MissCause.TIER_OFF, {}
     if known.gone is None:
         return MissCause.NEVER_STORED, {}
-    ago = round(max(0.0, asked.at - known.at), 3)
-    return _CAUSE[known.gone], {"how": known.gone.name.lower(), "ago_s": ago}
+    more = {"how": known.gone.name.lower(), "ago_s": round(known.ago_s, 3)}
+    return _CAUSE[known.gone], more
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +232,7 @@ class Report:
             asked.wall,
             asked.prompt,
             asked.hbm,
-            {t.value: n for t, n in asked.loaded.items() if n},
+            {t.value: n for t, n in (asked.loaded or {}).items() if n},
             missed,
             asked.prompt - missed,
             asked.chunk,

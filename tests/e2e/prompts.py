@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
 from typing import Any
 
+from typer.testing import CliRunner
+
+from kvoffload.cli import why
+from kvoffload.cli.main import app
 from tests.support.models import VOCAB
 
 
@@ -25,6 +30,17 @@ def connector(**extra: Any) -> dict[str, Any]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": config,
     }
+
+
+def causes(life: Any, env: Any) -> dict[str, tuple[str | None, dict[str, Any]]]:
+    """Request id -> (cause, details) of what `kvoffload why --json` says of this engine by now."""
+    env.setenv("XDG_CACHE_HOME", life.env["XDG_CACHE_HOME"])
+    running = {e.pid for e in why.engines(why._folder())}
+    (pid,) = running & set(life.info["engine_pids"])
+    result = CliRunner().invoke(app, ["why", "--json", "--pid", str(pid), "--last", "1000"])
+    assert result.exit_code == 0, result.output
+    (engine,) = json.loads(result.stdout)["engines"]
+    return {r["id"]: (r["cause"], r["details"]) for r in engine["requests"]}
 
 
 def total(metrics: dict[str, float], name: str, **labels: str) -> float:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.e2e.prompts import connector, prompt, total
+from tests.e2e.prompts import causes, connector, prompt, total, until
 from tests.support import models
 from tests.support.engine import EngineLife, Output, assert_same
 
@@ -159,3 +159,25 @@ def test_metrics_tell_what_happened(life: EngineLife) -> None:
     # vLLM's own per-tier source of the hit: host memory.
     assert grew("vllm:prompt_tokens_cached_by_source_total", source="host") == 1024
     assert total(after, "kvoffload_failures_total") == 0
+
+
+def test_why_tells_each_request(life: EngineLife, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = prompt(31, 1024 + 57)
+    asked = {"never_stored": ask(life, tokens)}
+    assert life.reset_prefix_cache()
+    asked["salt"] = ask(life, tokens, cache_salt="another tenant")
+    asked["below_floor"] = ask(life, tokens)  # the tail; the rest is loaded
+    assert life.reset_prefix_cache(reset_connector=True)
+    asked["reset"] = ask(life, tokens)
+
+    def told() -> dict[str, str | None]:
+        known = causes(life, monkeypatch)
+        by_id = {out.request_id: cause for cause, out in asked.items()}
+        found = {r: name for r in known for name in by_id if r.startswith(name)}
+        return {by_id[name]: known[r][0] for r, name in found.items()}
+
+    assert until(lambda: len(told()) == 4), told()
+    assert told() == {cause: cause for cause in asked}
+    ask(life, tokens, max_tokens=1)  # metrics travel with steps
+    for cause in asked:
+        assert total(life.metrics(), "kvoffload_miss_cause_total", cause=cause) > 0

@@ -121,7 +121,7 @@ class EngineLife:
         self.workdir = workdir or Path(tempfile.mkdtemp(prefix="kvo-engine-"))
         self.workdir.mkdir(parents=True, exist_ok=True)
         self.log_path = self.workdir / f"engine-{os.getpid()}-{next(_SERIAL)}.log"
-        self._env = _environment(env or {})
+        self._env = self.env = _environment(env or {})
         if (
             len(str(self.workdir)) <= 60
         ):  # vLLM leaves sockets there; their paths are limited to 107

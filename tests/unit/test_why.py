@@ -80,12 +80,12 @@ def test_the_memory_takes_at_most_what_is_promised() -> None:
 
 # -- from what happened to a cause
 
-ASKED = Asked("r", 0.0, prompt=100, hbm=10, at=50.0, plan=Plan(10, Decision.MISS), key=key(1))
+ASKED = Asked("r", 0.0, prompt=100, hbm=10, plan=Plan(10, Decision.MISS), key=key(1))
 
 
 @pytest.mark.parametrize("gone", list(Gone))
 def test_every_event_has_a_cause(gone: Gone) -> None:
-    cause, details = cause_of(replace(ASKED, trace=Trace(gone, 38.0)))
+    cause, details = cause_of(replace(ASKED, trace=Trace(gone, 12.0)))
     assert cause is _CAUSE[gone] and details == {"how": gone.name.lower(), "ago_s": 12.0}
 
 
@@ -152,6 +152,14 @@ def test_kin_are_those_with_the_same_tokens(
         met = {kin.variant(s, b"", n) for p, s, n in asked if p == prompt}
         assert set(others) <= met and len(others) <= MAX_VARIANTS and len(kin) <= 2 * generation
         assert kin.meet([prompt] * 8, mine)[-1] == mine
+
+
+def test_the_nearest_kin() -> None:
+    kin = Kin()
+    mine = kin.variant("a", b"", 2)
+    reset, other, both = (kin.variant(s, b"", n) for s, n in (("a", 1), ("b", 2), ("b", 1)))
+    assert mine.nearest([both, reset, both]) == reset
+    assert mine.nearest([reset, other]) == other, "the newest of equals"
 
 
 def test_kin_tells_nothing_but_equality() -> None:

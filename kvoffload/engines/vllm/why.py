@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.kin import Kin
+from kvoffload.core.kin import Kin, Variant
 from kvoffload.core.layout import boundary_tokens
 from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Manager
@@ -69,12 +69,14 @@ class WhyMiss:
         self._keep = keep
         self._layout = layout
         self._main = primary(layout)
+        self._size = self._main.chunk_tokens
         self._grid = boundary_tokens(layout)
         self._manager = manager
         self._names = names
         self._metrics = metrics
         self._clock = clock
         self._here: Space | None = None
+        self._space_id = -1
         self._spaces: dict[int, Space] = {}
         self._numbers = 0
         self._closed: deque[Asked] = deque(maxlen=max(1, keep))
@@ -105,21 +107,23 @@ class WhyMiss:
         asked = self._asked(state)
         if asked is None:
             return
-        asked.hbm, asked.plan, asked.barred = start, planned, None
-        asked.at = self._clock()
-        asked.space = self._space()
-        held, main = max(planned.held, planned.end), self._main
-        asked.chunk = chunk = planned.end // main.chunk_tokens
-        whole = chunk < chain.n_chunks(main.group) and (chunk + 1) * main.chunk_tokens <= limit
-        asked.key = chain.key(main.group, chunk) if whole else None
-        asked.trace = None
-        if whole and planned.end >= held:
-            asked.trace = self._manager.trace(self._keys(chain, held))
+        if chain.namespace_id != self._space_id:
+            self._space_id = chain.namespace_id
+            self._space()
+        end, size = planned.end, self._size
+        asked.hbm, asked.plan, asked.barred, asked.space = start, planned, None, self._here
+        asked.chunk = chunk = end // size
+        keys = chain.keys(self._main.group)
+        if chunk >= len(keys) or (chunk + 1) * size > limit:
+            asked.key = asked.trace = None
+            return
+        asked.key = key = keys[chunk]
+        if end >= planned.held:  # else it is held, but not worth it
+            one = len(self._layout.groups) == 1
+            asked.trace = self._manager.trace((key,) if one else self._keys(chain, end))
 
     def _keys(self, chain: Chain, held: int) -> Sequence[ChunkKey]:
         """Chunks of which one is not held, where all before token ``held`` are."""
-        if len(self._layout.groups) == 1:
-            return (chain.key(0, held // self._main.chunk_tokens),)
         out = []
         for g in self._layout.groups:
             if chain.n_chunks(g.group):
@@ -177,8 +181,9 @@ class WhyMiss:
                 return None
             request = state.request
             wall = getattr(request, "arrival_time", None) or time.time()
-            asked = Asked(state.request_id, wall, int(request.num_prompt_tokens), request=request)
+            asked = Asked(request.request_id, wall, request.num_prompt_tokens, request=request)
             state.why = asked
+            return asked
         return None if asked.closed else asked
 
     def _bar(self, asked: Asked, start: int, cause: MissCause, note: str) -> None:
@@ -301,18 +306,16 @@ class WhyMiss:
             mine = self._kin.variant(getattr(request, "cache_salt", None), adapter, space.number)
             others = self._kin.meet(tokens[:size], mine)
             if wanted and others and mine not in others:
-                return self._differs(asked, mine, others[-1], space)
+                return self._differs(mine, mine.nearest(others), space)
         return self._on_nvme(asked, space, adapter) if wanted else None
 
-    def _differs(
-        self, asked: Asked, mine: Any, other: Any, space: Space
-    ) -> tuple[MissCause, Details]:
+    def _differs(self, mine: Variant, other: Variant, space: Space) -> tuple[MissCause, Details]:
         names = [n for n in ("salt", "adapter") if getattr(mine, n) != getattr(other, n)]
         if mine.space != other.space:
             before = self._spaces.get(other.space)
             fields = space.differs(before) if before is not None else []
             if fields == ["epoch"] and not names:
-                return MissCause.RESET, {"ago_s": round(max(0.0, asked.at - space.since), 3)}
+                return MissCause.RESET, {"ago_s": round(max(0.0, self._clock() - space.since), 3)}
             return MissCause.NAMESPACE, {"fields": fields + names}
         cause = MissCause.SALT if "salt" in names else MissCause.ADAPTER
         return cause, {"fields": names}
