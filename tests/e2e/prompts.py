@@ -33,14 +33,17 @@ def connector(**extra: Any) -> dict[str, Any]:
 
 
 def causes(life: Any, env: Any) -> dict[str, tuple[str | None, dict[str, Any]]]:
-    """Request id -> (cause, details) of what `kvoffload why --json` says of this engine by now."""
+    """Request id -> (cause, details) of what `kvoffload why --json` says of this engine by now.
+
+    vLLM adds a dash and 8 random digits to the ids it is given.
+    """
     env.setenv("XDG_CACHE_HOME", life.env["XDG_CACHE_HOME"])
     running = {e.pid for e in why.engines(why._folder())}
     (pid,) = running & set(life.info["engine_pids"])
     result = CliRunner().invoke(app, ["why", "--json", "--pid", str(pid), "--last", "1000"])
     assert result.exit_code == 0, result.output
     (engine,) = json.loads(result.stdout)["engines"]
-    return {r["id"]: (r["cause"], r["details"]) for r in engine["requests"]}
+    return {r["id"].partition("-")[0]: (r["cause"], r["details"]) for r in engine["requests"]}
 
 
 def total(metrics: dict[str, float], name: str, **labels: str) -> float:

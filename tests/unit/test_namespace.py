@@ -73,6 +73,27 @@ def make_kv_config(num_blocks: int = 8, head_size: int = 32, layers: int = 2) ->
     )
 
 
+def test_fields_name_what_differs(vllm_config: Any, kv_config: Any) -> None:
+    """Equal namespaces have equal digests; each change shows under its own name."""
+    facts = ns.namespace_facts(vllm_config, kv_config, b"c" * 32)
+    weights, zero = b"w" * 32, bytes(16)
+    base = ns.field_digests(facts, weights, zero)
+    assert base == ns.field_digests(copy.deepcopy(facts), weights, zero)
+    assert base["epoch"] == "" and all(len(v) == 8 for k, v in base.items() if k != "epoch")
+    assert "hf_config.hidden_size" in base and "hf_config" not in base
+
+    def differs(facts: Any, weights: bytes = weights, epoch: bytes = zero) -> list[str]:
+        other = ns.field_digests(facts, weights, epoch)
+        return [k for k in base.keys() | other.keys() if base.get(k) != other.get(k)]
+
+    assert differs({**facts, "kv_dtype": "fp8"}) == ["kv_dtype"]
+    assert differs(facts, weights=b"v" * 32) == ["weights"]
+    assert differs(facts, epoch=b"e" * 16) == ["epoch"]
+    wider = copy.deepcopy(vllm_config)
+    wider.model_config.hf_config.hidden_size = 128
+    assert differs(ns.namespace_facts(wider, kv_config, b"c" * 32)) == ["hf_config.hidden_size"]
+
+
 def name(
     vllm_config: Any, kv_config: Any, weights: bytes = b"w" * 32, epoch: bytes = bytes(16)
 ) -> bytes:
