@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.prompts import connector, prompt, total, until
+from tests.e2e.prompts import causes, connector, prompt, total, until
 from tests.support import models
 from tests.support.engine import EngineLife, Output, assert_same
 
@@ -149,12 +149,17 @@ def test_4_missing_segment(path: Path, plain: dict[int, Output]) -> None:
         assert same(life, plain, range(6)) == [TOKENS] * 6
 
 
-def test_5_other_weights_are_a_miss(path: Path, plain: dict[int, Output]) -> None:
-    """Same shapes, same prompt, same directory: not one token is served."""
+def test_5_other_weights_are_a_miss(
+    path: Path, plain: dict[int, Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same shapes, same prompt, same directory: not one token is served, and `why` says why."""
     with EngineLife(models.llama(seed=1), connector(nvme_path=str(path), nvme_gib=1)) as life:
         outs = [ask(life, i) for i in range(2)]
         assert [o.num_cached_tokens for o in outs] == [0, 0]
         assert outs[0].token_ids != plain[0].token_ids
+        assert until(lambda: len(causes(life, monkeypatch)) == 2)
+        told = [("namespace", {"fields": ["weights"], "tier": "nvme"})] * 2
+        assert list(causes(life, monkeypatch).values()) == told
 
 
 @pytest.fixture

@@ -408,14 +408,42 @@ def test_after_a_restart_with_another_setting(
         assert life(f"float8 {i}").cause is MissCause.NEVER_STORED
 
 
-# -- switched off, and bounded
+# -- a failure of its own, switched off, and bounded
+
+
+def test_a_failure_in_here_costs_a_report_and_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVOFFLOAD_TEST_FAULTS", '{"scheduler.why": -1}')
+    engine = MiniEngine()
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    assert engine.ask(tokens(40)).loads == 1
+    engine.scheduler_half.why.work(engine.clock())
+    assert not engine.scheduler_half.why.log.last()
+    assert engine.scheduler_half.guard.errors["why"] >= 4
+    monkeypatch.delenv("KVOFFLOAD_TEST_FAULTS")
+    engine.finish()
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "kvoffload").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine = MiniEngine()
+    half = engine.scheduler_half
+    half.why.write_to([], {})
+    assert asked(engine, tokens(40)).cause is MissCause.NEVER_STORED
+    half.why.work(engine.clock() + 10)
+    assert half.metrics.take()["c"]["kvoffload_failures_total|why_file"] == 1
+    assert sum("kvoffload why" in r.getMessage() for r in caplog.records) == 1
+    engine.finish()
 
 
 def test_off() -> None:
     engine = MiniEngine()
     half = engine.scheduler_half
     half.why = half._lookups._why = half._loads._why = WhyMiss(
-        0, engine.layout, engine.manager, engine.namespaces, half.metrics, engine.clock
+        0, engine.layout, engine.manager, engine.namespaces, half.metrics, half.guard, engine.clock
     )
     engine.ask(tokens(40))
     engine.forget_hbm()
@@ -430,7 +458,7 @@ def test_only_the_last_are_kept() -> None:
     engine = MiniEngine()
     half = engine.scheduler_half
     half.why = half._lookups._why = half._loads._why = WhyMiss(
-        3, engine.layout, engine.manager, engine.namespaces, half.metrics, engine.clock
+        3, engine.layout, engine.manager, engine.namespaces, half.metrics, half.guard, engine.clock
     )
     for i in range(5):
         engine.ask(tokens(8, i))

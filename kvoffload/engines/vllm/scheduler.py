@@ -94,7 +94,9 @@ class SchedulerHalf:
         self._eagle = eagle
         self._clock = clock
         self._states: dict[str, RequestState] = {}
-        self.why = WhyMiss(config.why_requests, layout, manager, namespaces, self.metrics, clock)
+        self.why = WhyMiss(
+            config.why_requests, layout, manager, namespaces, self.metrics, self.guard, clock
+        )
         self._loads = Loads(
             layout,
             manager,
