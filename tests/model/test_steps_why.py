@@ -16,7 +16,8 @@ from kvoffload.engines.vllm import lookups
 from kvoffload.engines.vllm.why import WhyMiss
 from kvoffload.types import Decision, MissCause
 from tests.support.steps import MiniEngine, Options, tokens
-from tests.support.steps_blocks import GroupSpec, MiniRequest
+from tests.support.steps_blocks import GroupSpec, MiniRequest, TokenChain
+from tests.support.steps_types import Blocks
 
 CHUNK = 8
 SMALL = Options(token_bytes=25 << 10)  # the arena holds five chunks
@@ -465,4 +466,22 @@ def test_only_the_last_are_kept() -> None:
         half.why.work(engine.clock())
     assert [r.request_id for r in half.why.log.last()] == ["r3", "r4", "r5"]
     assert half.why.log.requests == 5 and counted(engine) == {"never_stored": 5}
+    engine.finish()
+
+
+def test_an_offer_that_is_not_taken_and_a_request_that_is_not_asked_for() -> None:
+    """MultiConnector may take another connector's hit."""
+    engine = MiniEngine()
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    half = engine.scheduler_half
+    for name, asks in (("taken elsewhere", True), ("never asked", False)):
+        chain = TokenChain(tokens(40), b"", engine.layout.hash_tokens)
+        request = MiniRequest(name, chain, 40, 1)
+        if asks:
+            assert half.get_num_new_matched_tokens(request, 0) == (40, True)
+        half.update_state_after_alloc(request, Blocks(([],)), 0)
+        report = why(engine, request)
+        assert report.cause is MissCause.NOT_ASKED and "the engine did not" in str(report.details)
+        half.request_finished(request)
     engine.finish()
