@@ -248,14 +248,14 @@ def _causes(engine: Engine) -> list[RenderableType]:
 
     causes = {str(c): int(n) for c, n in engine.totals.get("causes", {}).items()}
     total = int(engine.totals.get("requests", 0))
-    line = f"{total:,} requests since the engine started, {sum(causes.values()):,} missed tokens:"
+    line = f"{total:,} requests since the engine started, {sum(causes.values()):,} of them missed"
     table = Table("cause", "requests", "meaning", "what to do", box=None, pad_edge=False)
     for name, n in sorted(causes.items(), key=lambda item: -item[1]):
         cause = why_words.cause_of({"cause": name})
         meaning = why_words.MEANING[cause] if cause else why_words.UNKNOWN
         row = [_plain(name, 32), f"{n:,}", meaning, why_words.advice(cause, engine.head)]
         table.add_row(*map(Text, row))
-    return [line, table] if causes else [line.replace(" missed tokens:", " missed tokens")]
+    return [line + ":", table] if causes else [line]
 
 
 def _details(engine: Engine, record: dict[str, Any]) -> list[RenderableType]:

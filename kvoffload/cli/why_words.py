@@ -100,7 +100,7 @@ def why(record: Mapping[str, Any]) -> str:
     extra = [str(details["note"])] if details.get("note") else []
     extra += [_HOW[details["how"]]] if details.get("how") in _HOW else []
     if cause is MissCause.NAMESPACE and details.get("fields"):
-        extra.append(", ".join(map(_field, details["fields"])) + " differs")
+        extra.append("different " + ", ".join(map(_field, details["fields"])))
     if cause is MissCause.REFUSED and details.get("decision") == "forced":
         extra.append("load=never")
     elif cause is MissCause.REFUSED and "load_s" in details and "recompute_s" in details:
@@ -111,7 +111,8 @@ def why(record: Mapping[str, Any]) -> str:
 
 def advice(cause: MissCause | None, engine: Mapping[str, Any]) -> str:
     """What to do about a cause on that engine, in a few words."""
-    dram = f"DRAM ({engine['dram_gib']:g} GiB)" if "dram_gib" in engine else "DRAM"
+    size = engine.get("dram_gib")
+    dram = f"DRAM ({size} GiB, {engine.get('policy', 'lru')})" if size else "DRAM"
     if cause is MissCause.EVICTED:
         more = "" if engine.get("nvme_gib") else ", or add nvme_path"
         return f"{dram} is too small: raise dram_gib{more}"

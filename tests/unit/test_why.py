@@ -238,7 +238,7 @@ def test_words_with_details() -> None:
     assert words(MissCause.EVICTED, how="evicted", ago_s=12.0) == "evicted 12.0 s before"
     assert (
         words(MissCause.NAMESPACE, fields=["kv_dtype", "hf_config.rope_theta"])
-        == "stored under another namespace (KV dtype, model config rope_theta differs)"
+        == "stored under another namespace (different KV dtype, model config rope_theta)"
     )
     assert words(MissCause.REFUSED, decision="forced").endswith("(load=never)")
     assert words(MissCause.REFUSED, load_s=0.2, recompute_s=0.1).endswith(
@@ -247,7 +247,7 @@ def test_words_with_details() -> None:
     assert words(MissCause.STORE_SKIPPED, how="no_room", ago_s=0).endswith("(no free slot)")
     assert why_words.why({"cause": None}) == ""
     assert why_words.why({"cause": "of 2030"}) == f"of 2030: {why_words.UNKNOWN}"
-    engine = {"dram_gib": 0.5, "nvme_gib": 0}
+    engine = {"dram_gib": 0.5, "nvme_gib": 0, "policy": "fifo"}
     assert why_words.advice(MissCause.EVICTED, engine) == (
-        "DRAM (0.5 GiB) is too small: raise dram_gib, or add nvme_path"
+        "DRAM (0.5 GiB, fifo) is too small: raise dram_gib, or add nvme_path"
     )

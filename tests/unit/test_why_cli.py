@@ -84,9 +84,12 @@ def test_the_last_requests_and_what_to_do(running: Engines) -> None:
     assert "engine 7 a/model" in text
     assert "cmpl-abc-0 2000 128 256 dram 1616 384 evicted 12.0 s before" in text
     assert "chatcmpl-abd 2000 128 1000 dram + 872 nvme 0 - -" in text
-    assert "stored under another namespace (KV dtype differs)" in text
+    assert "stored under another namespace (different KV dtype)" in text
     assert "8 requests since the engine started" in text
-    assert "evicted 1 evicted DRAM (0.5 GiB) is too small: raise dram_gib, or add nvme_path" in text
+    assert (
+        "evicted 1 evicted DRAM (0.5 GiB, lru) is too small: raise dram_gib, or add nvme_path"
+        in text
+    )
     assert "\x1b" not in result.stdout
 
 
@@ -109,7 +112,7 @@ def test_one_request_by_the_beginning_of_its_id(running: Engines, wanted: str) -
     running.start(7, [EVICTED, HIT, OTHER])
     text = run(wanted).stdout
     assert re.search(r"first missing +token 384, chunk 3, key a1b2c3d4\.\.\.", text)
-    assert re.search(r"what to do +DRAM \(0\.5 GiB\) is too small", text)
+    assert re.search(r"what to do +DRAM \(0\.5 GiB, lru\) is too small", text)
     assert "xyz" not in text
 
 
