@@ -52,6 +52,10 @@ class Loader:
                 mine += entry.nbytes
         return max(0, self._nvme.reads.inflight_bytes() - mine)
 
+    def standstill_s(self) -> float:
+        """For how long reads from NVMe have been under way without any getting on."""
+        return self._nvme.standstill_s() if self._nvme is not None else 0.0
+
     def _probe(self, keys: Sequence[ChunkKey], now: float) -> list[Tier | None]:
         # The scheduler pays for this per chunk of every prompt, and an enum's member costs as much
         # to look up as its key.

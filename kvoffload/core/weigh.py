@@ -49,7 +49,8 @@ class Weigher:
         if not steps:
             return Plan(start, Decision.MISS), Hit(start, 0, {})
         ahead = self._loader.ahead(chain, start, held)
-        tiers = self._rates.tiers({Tier.NVME: ahead})
+        still = self._loader.standstill_s()
+        tiers = self._rates.tiers({Tier.NVME: ahead}, {Tier.NVME: still})
         made = plan(start, steps, tiers, self._rates.prefill.seconds, self._mode)
         if ahead and Tier.NVME in tiers and made.load_s is not None:
             queue_s = min(made.load_s, ahead / tiers[Tier.NVME].bytes_per_s)

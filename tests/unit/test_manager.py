@@ -804,6 +804,62 @@ def test_reads_that_hang_are_given_up_before_any_deadline() -> None:
     assert rig.manager.occupancy().slots_quarantined == 0
 
 
+def _nvme_rate(rig: Rig, keys: str = "abcdefghijkl") -> float:
+    """Learn it from a few reads: one chunk takes a millisecond beyond the fixed cost."""
+    rig.to_nvme(keys)
+    for i in range(4):
+        lease = rig.load(keys[: i + 1], start=i * TOK)
+        assert lease is not None
+        rig.clock.advance(0.002)
+        rig.store.job_ns = 2_000_000
+        rig.store.step()
+        rig.manager.poll()
+        rig.manager.release(lease.id)
+    rate = rig.manager.rates.tiers()[Tier.NVME].bytes_per_s
+    assert rate == pytest.approx(UNIT * 1000, rel=0.01)
+    return rate
+
+
+def test_reads_that_hung_teach_no_rate() -> None:
+    rig = make(slots=32)
+    rate = _nvme_rate(rig)
+    rig.store.hung = True
+    assert rig.load("abcdefgh", start=4 * TOK) is not None
+    rig.clock.advance(STALL_S * 1.1)
+    rig.manager.tick(False)
+    assert rig.manager.counters.nvme_stalled == 1
+    rig.clock.advance(30.0)
+    rig.store.hung = False
+    rig.store.job_ns = 30_000_000_000
+    rig.store.step()
+    rig.manager.tick(False)
+    assert rig.manager.rates.tiers()[Tier.NVME].bytes_per_s == pytest.approx(rate)
+    assert rig.hit("abcdefghijkl") == 12 * TOK, "and it is used again"
+
+
+def test_while_nothing_moves_nobody_else_begins_to_wait() -> None:
+    """Long before the tier counts as hung: at 0.1 s only what saves more than that is loaded."""
+    rig = make(slots=32)
+    _nvme_rate(rig)
+    chain = rig.chain("abcdefghijkl")
+    for _ in range(4):
+        rig.manager.observe_load(Tier.DRAM, UNIT, 0.001)
+        rig.manager.observe_prefill(PrefillWork.span(0, 1000), 0.1)
+    wanted = (4 * TOK, 12 * TOK)
+    rig.manager.tick(True)
+    assert rig.manager.plan(chain, *wanted).end == 12 * TOK
+    rig.store.hung = True
+    assert rig.load("abcdef", start=4 * TOK) is not None
+    rig.clock.advance(0.1)
+    rig.manager.tick(True)
+    assert rig.manager.counters.nvme_stalled == 0
+    assert rig.manager.plan(chain, *wanted).end == 4 * TOK
+    rig.store.hung = False
+    rig.store.step()
+    rig.manager.tick(True)
+    assert rig.manager.plan(chain, *wanted).end == 12 * TOK
+
+
 def test_a_slow_disk_is_not_a_hung_one() -> None:
     rig = make(slots=32)
     rig.to_nvme("abcdefgh")
