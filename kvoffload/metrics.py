@@ -219,6 +219,7 @@ class Recorder:
         self._now = empty_payload()
         self._totals: dict[str, float] = {}
         self._levels: dict[str, float] = {}
+        self._events: dict[str, float] = {}  # totals as last seen; one thread reports them
 
     # -- primitives
 
@@ -374,8 +375,11 @@ class Recorder:
         self, counters: Mapping[str, float], nvme: Mapping[str, float] | None = None
     ) -> None:
         """Running totals of the Manager (each becomes an event) and of the NVMe store's stats()."""
-        for event, value in counters.items():
-            self.total("kvoffload_events_total", value, event)
+        before = self._events
+        for event, value in counters.items():  # dozens, of which a step changes a few
+            if before.get(event, 0) != value:
+                before[event] = value
+                self.total("kvoffload_events_total", value, event)
         if nvme is not None:
             self.total("kvoffload_bytes_total", nvme.get("bytes_read", 0), "nvme", "load")
             self.total("kvoffload_bytes_total", nvme.get("bytes_written", 0), "nvme", "store")

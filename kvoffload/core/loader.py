@@ -178,6 +178,15 @@ class Loader:
             if mine:
                 self._pool.index.touch(mine[0].cls, [e.key for e in mine])
 
+    def touch(self, chain: Chain, start: int, end: int) -> None:
+        """A load of [start, end) will come: what it needs and DRAM holds goes last."""
+        for g in self._layout.groups:
+            chunks = span(g, start, end)
+            keys = chain.keys(g.group)[chunks.start : chunks.stop]
+            here = [key for key in keys if key in self._pool.index]
+            if here:
+                self._pool.index.touch(self._pool.class_of(g.group), here)
+
     def release(self, lease_id: int, now: float) -> None:
         """See Manager.release."""
         self.unpin(self.leases.close(lease_id), now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from kvoffload.core import weigh
 from kvoffload.core.breaker import COOL_S
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.lookup import span
+from kvoffload.core.lookup import Search, span
 from kvoffload.core.manager import Lease, Manager, slots_needed
 from kvoffload.core.nvme import MAX_HUNG_JOBS, STALL_S
 from kvoffload.core.pool import STORE_TIMEOUT_S
@@ -598,6 +599,35 @@ def test_plan_refuses_what_costs_more_than_it_saves(monkeypatch: pytest.MonkeyPa
     assert planned.decision is Decision.PARTIAL
     assert rig.manager.counters.prefetched == 2, "once a second at the most"
     rig.manager.check()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_hit_in_dram_is_planned_as_if_every_boundary_were_weighed(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    rig = make(slots=32)
+    keys = "abcdefghijklmnop"
+    rig.put(keys)
+    chain = rig.chain(keys)
+    for _ in range(4):
+        rig.manager.observe_load(Tier.DRAM, UNIT, 10 ** rng.uniform(-4, -1))
+        base = rng.randrange(4096)
+        work = PrefillWork.span(base, base + 512)
+        rig.manager.observe_prefill(work, 10 ** rng.uniform(-3, 0))
+    ranges = [(TOK * i, TOK * rng.randint(i + 1, 16)) for i in (0, 3, 9)]
+    quick = [rig.manager.plan(chain, *r).end for r in ranges]
+    monkeypatch.setattr(Search, "whole", lambda self, start, end: None)
+    assert quick == [rig.manager.plan(chain, *r).end for r in ranges]
+
+
+def test_a_prompt_that_dram_holds_ages_like_a_used_one_at_arrival() -> None:
+    rig = make(slots=4)
+    rig.put("ab")
+    rig.put("xy")
+    assert rig.manager.prefetch("r", rig.chain("ab"), 0, 2 * TOK) == 0
+    rig.put("p")
+    assert rig.hit("ab") == 2 * TOK and rig.hit("xy") == TOK
 
 
 def test_load_never() -> None:
