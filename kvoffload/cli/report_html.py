@@ -1,4 +1,4 @@
-"""A report as one HTML file: tables and inline SVG, no script, nothing fetched, all text escaped."""
+"""A report as one HTML file: tables and inline SVG, no script, nothing fetched, text escaped."""
 
 from __future__ import annotations
 
