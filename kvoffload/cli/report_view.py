@@ -39,7 +39,7 @@ def use_table(lines: list[Line], label: str) -> tuple[list[str], list[list[Cell]
 
 def worth_table(lines: list[Line], label: str, rates: Rates) -> tuple[list[str], list[list[Cell]]]:
     """Header and rows: GPU time saved, lost and net, and what the net is worth."""
-    head = [label, "loads", "loaded", "stored", "saved", "lost", "net GPU time"]
+    head = [label, "loads", "loaded", "stored", "saved", "lost", "net"]
     columns: list[tuple[str, Callable[[Line], Cell]]] = []
     if rates.per_gpu_hour is not None:
         columns.append(
@@ -80,12 +80,12 @@ def sections(report: Report) -> list[tuple[str, list[str], list[list[Cell]]]]:
     lines = [report.total]
     out = [
         ("Prompt tokens", *use_table(lines + report.models, "model")),
-        ("Savings by model", *worth_table(lines + report.models, "model", report.rates)),
+        ("GPU time by model", *worth_table(lines + report.models, "model", report.rates)),
         ("Prompt tokens by tenant", *use_table(report.tenants, "tenant")),
-        ("Savings by tenant", *worth_table(report.tenants, "tenant", report.rates)),
+        ("GPU time by tenant", *worth_table(report.tenants, "tenant", report.rates)),
     ]
     if report.tiers:
-        out.append(("Savings by tier", *worth_table(report.tiers, "tier", report.rates)))
+        out.append(("GPU time by tier", *worth_table(report.tiers, "tier", report.rates)))
     if report.curves:
         factors = sorted({f for curve in report.curves for f in curve.ratios})
         rows: list[list[Cell]] = []
@@ -118,7 +118,10 @@ def screen(report: Report, where: str) -> RenderableType:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for number, name in enumerate(head):
             table.add_column(
-                Text(name), justify="right" if number else "left", overflow="fold", no_wrap=False
+                Text(name),
+                justify="right" if number else "left",
+                overflow="fold",
+                no_wrap=bool(number),
             )
         for row in rows:
             table.add_row(*(Text(text, style="bold red" if loss else "") for text, loss in row))
