@@ -39,7 +39,7 @@ def use_table(lines: list[Line], label: str) -> tuple[list[str], list[list[Cell]
 
 def worth_table(lines: list[Line], label: str, rates: Rates) -> tuple[list[str], list[list[Cell]]]:
     """Header and rows: GPU time saved, lost and net, and what the net is worth."""
-    head = [label, "loads", "loaded", "stored", "saved", "lost", "net"]
+    head = [label, "loaded", "stored", "saved", "lost", "net"]
     columns: list[tuple[str, Callable[[Line], Cell]]] = []
     if rates.per_gpu_hour is not None:
         columns.append(
@@ -56,7 +56,6 @@ def worth_table(lines: list[Line], label: str, rates: Rates) -> tuple[list[str],
         rows.append(
             [
                 (word(line.name), False),
-                (count(line.loads), False),
                 (size(line.load_bytes), False),
                 (size(line.store_bytes), False),
                 (seconds(line.saved_s), False),
@@ -115,12 +114,13 @@ def screen(report: Report, where: str) -> RenderableType:
     """The whole report of the server (or file) at ``where``."""
     parts: list[RenderableType] = [Text.assemble(("kvoffload report", "bold"), f"  {word(where)}")]
     for title, head, rows in sections(report):
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         for number, name in enumerate(head):
             table.add_column(
                 Text(name),
                 justify="right" if number else "left",
                 overflow="fold",
+                min_width=0 if number else 12,
                 no_wrap=bool(number),
             )
         for row in rows:

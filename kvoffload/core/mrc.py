@@ -17,7 +17,7 @@ chunks were touched since. Both come from a fixed table of stamps:
 Where even that table would be too large (4 million chunks), keys are sampled by their hash, as
 SHARDS does, at ``rate``, and distances are scaled. Sampling one chunk in a hundred *instead* of
 keeping stamps was measured: too noisy for caches of 10^5 chunks whose roots are hot, see
-docs/decisions.
+docs/decisions/0012.
 """
 
 from __future__ import annotations
