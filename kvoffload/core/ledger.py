@@ -16,7 +16,7 @@ from typing import Any
 from kvoffload.types import Tier
 
 DEFAULT = "default"
-"""Tenant of requests that name none."""
+"""Tenant of requests that name none, and a model without a name."""
 OTHER = "other"
 """Tenant (or model) of all that come after the bound."""
 INVALID = "invalid"
@@ -142,7 +142,7 @@ class Ledger:
         """A request arrived; idempotent."""
         if request_id not in self._open:
             who = (
-                _bounded(plain_name(model) or OTHER, self._models, MAX_MODELS),
+                _bounded(plain_name(model) or DEFAULT, self._models, MAX_MODELS),
                 _bounded(tenant, self._tenants, MAX_TENANTS),
             )
             self._open[request_id] = _Open(who)

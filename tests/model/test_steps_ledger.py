@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,3 +130,23 @@ def _counts(engine: MiniEngine) -> dict[str, Any]:
     payload = engine.scheduler_half.take_stats()
     assert payload is not None
     return dict(payload["c"])
+
+
+def test_the_curve_at_its_own_size_is_what_the_tier_hits() -> None:
+    """Documents in turn through an arena too small for them: expected hits are real hits."""
+    rng = random.Random(5)
+    made = MiniEngine(Options(blocks=256, budget=256, arena_bytes=4 << 20, token_bytes=512))
+    documents = [[rng.randrange(1000) for _ in range(320)] for _ in range(10)]
+    weights = [1 / (i + 1) for i in range(len(documents))]
+    for document in rng.choices(documents, weights, k=80):
+        made.ask(document + [rng.randrange(1000) for _ in range(10)], params=ACME)
+        made.forget_hbm()
+    payload = booked(made)
+    hits = payload["tokens_total", "default", "acme", "dram"]
+    real = hits / (hits + payload["tokens_total", "default", "acme", "miss"])
+    curve = made.scheduler_half._accounts.curve
+    assert curve is not None
+    size = made.arena.data_bytes / made.layout.groups[0].slot_bytes
+    assert len(documents) * 320 / 8 > 1.5 * size and 0.1 < real < 0.9
+    assert curve.hit_ratio(size) == pytest.approx(real, abs=0.02)
+    made.close()
