@@ -38,6 +38,7 @@ _BLOCK = 256
 """Epochs per partial sum."""
 _SUB = 32
 """Bins per octave of the distance histogram: 3 % wide, exact below 64."""
+_ONE = np.int32(1)
 MIN_CELLS = 1 << 14
 MAX_CELLS = 1 << 22
 
@@ -150,9 +151,9 @@ class MissRatioCurve:
         here = self._epoch % _EPOCHS
         self._recent[here] += len(gone)
         self._sums[here // _BLOCK] += len(gone)
-        gone = gone[gone >= self._oldest()] % _EPOCHS
-        np.subtract.at(self._recent, gone, 1)
-        np.subtract.at(self._sums, gone // _BLOCK, 1)
+        left = gone[gone >= self._oldest()].astype(np.intp) % _EPOCHS
+        np.subtract.at(self._recent, left, _ONE)  # of the table's type: ten times as fast
+        np.subtract.at(self._sums, left // _BLOCK, _ONE)
 
     def _advance(self, touched: int) -> None:
         """Begin a new epoch once the running one has enough; forgets the oldest block of them."""
