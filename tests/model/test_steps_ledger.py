@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,3 +151,20 @@ def test_the_curve_at_its_own_size_is_what_the_tier_hits() -> None:
     assert len(documents) * 320 / 8 > 1.5 * size and 0.1 < real < 0.9
     assert curve.hit_ratio(size) == pytest.approx(real, abs=0.02)
     made.close()
+
+
+def test_adapters_are_models_and_salts_are_tenants(engine: MiniEngine) -> None:
+    """As vLLM's Request names them."""
+    accounts = engine.scheduler_half._accounts
+    lora = SimpleNamespace(lora_name="sql|adapter")
+    for rid, adapter, salt in (("a", lora, None), ("b", None, "secret")):
+        request = SimpleNamespace(
+            request_id=rid, lora_request=adapter, cache_salt=salt, kv_transfer_params=None
+        )
+        accounts.arrived(request)
+        accounts.ledger.asked(rid, 10, 0)
+        accounts.ended(rid, None)
+    got = {key[1:] for key in booked(engine) if key[0] == "requests_total"}
+    assert ("sql_adapter", "default") in got and len(got) == 2
+    (salted,) = (tenant for model, tenant in got if model == "tiny")
+    assert salted.startswith("salt-")
