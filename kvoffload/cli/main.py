@@ -14,6 +14,7 @@ LAZY = {
     "doctor": ("kvoffload.cli.doctor", "Check this machine, vLLM and a configuration."),
     "store": ("kvoffload.cli.store", "NVMe chunk stores: stats, ls, verify, export, import."),
     "why": ("kvoffload.cli.why", "Why requests missed, of a running engine on this machine."),
+    "report": ("kvoffload.cli.report", "What the cache saved or cost, for whom; sizing advice."),
     "top": ("kvoffload.cli.top", "Watch a running server: hits, traffic, occupancy, failures."),
 }
 

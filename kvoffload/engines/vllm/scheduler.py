@@ -17,6 +17,7 @@ from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Manager
 from kvoffload.core.pages import PageFormat
 from kvoffload.core.prefill import PrefillWork
+from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.attach import AttachWatch
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.loads import Loads
@@ -81,6 +82,7 @@ class SchedulerHalf:
         fail_by_blocks: bool = False,
         follow: bool = False,
         formats: Mapping[int, PageFormat] | None = None,
+        model: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.guard = HookGuard("scheduler")
@@ -97,6 +99,10 @@ class SchedulerHalf:
         self.why = WhyMiss(
             config.why_requests, layout, manager, namespaces, self.metrics, self.guard, clock
         )
+        use = manager.levels()
+        self._accounts = Accounts(
+            layout, self.metrics, self.guard, model, use.bytes_total, use.nvme_max
+        )
         self._loads = Loads(
             layout,
             manager,
@@ -106,6 +112,7 @@ class SchedulerHalf:
             config.load_deadline_ms,
             clock,
             fail_by_blocks,
+            self._accounts,
             why=self.why,
         )
         self._shadow: ShadowCheck | None = None
@@ -121,9 +128,12 @@ class SchedulerHalf:
             follow=follow,
             shadow=self._shadow,
             why=self.why,
+            accounts=self._accounts,
         )
         self._fence = Fence(arena, layout)
-        self._stores = StorePlanner(layout, manager, self._fence, self.guard, eagle=eagle)
+        self._stores = StorePlanner(
+            layout, manager, self._fence, self.guard, eagle=eagle, accounts=self._accounts
+        )
         self._attach = AttachWatch(arena, layout.world_size, clock)
         self._said_unsupported = False
         self._dram_only = False
@@ -194,7 +204,9 @@ class SchedulerHalf:
         if num_computed > 0 and self._hbm_stale():
             state.tainted = True  # its HBM hit may hold KV of the old weights
             return self.why.skipped(state, num_computed, MissCause.RESET, "")
+        began = time.perf_counter()
         offered = self._lookups.offer(state, chain, num_computed)
+        self._accounts.ledger.lookup(state.request_id, time.perf_counter() - began)
         return (None, False) if offered is None else (offered, offered > 0)
 
     def _hbm_stale(self) -> bool:
@@ -343,6 +355,7 @@ class SchedulerHalf:
                 self.manager.sample_over(state.request_id)
         self.manager.cancel_prefetch(str(request.request_id))
         self._loads.forget(str(request.request_id))
+        self._accounts.ended(str(request.request_id), state.chain if state is not None else None)
 
     # ---------------------------------------------------------------- engine state
 
@@ -392,6 +405,7 @@ class SchedulerHalf:
             return None  # a plain decode step: its own time travels with the next message
         self._last_stats = now
         report_levels(self.manager, self.metrics)
+        self._accounts.report(now)
         payload = self.metrics.take()
         return None if is_empty(payload) else payload
 
@@ -406,6 +420,7 @@ class SchedulerHalf:
         """Raise AssertionError on a broken invariant."""
         self._loads.check()
         self.why.check()
+        self._accounts.check()
         self.manager.check()
 
     # ---------------------------------------------------------------- small helpers
@@ -423,6 +438,7 @@ class SchedulerHalf:
                         "kvoffload: streaming-input sessions are neither loaded nor stored."
                     )
             self._states[request_id] = state
+            self._accounts.arrived(request)
         return state
 
     def _chain(self, state: RequestState) -> Chain | None:
