@@ -13,6 +13,10 @@ from typer.core import TyperGroup
 LAZY = {
     "doctor": ("kvoffload.cli.doctor", "Check this machine, vLLM and a configuration."),
     "store": ("kvoffload.cli.store", "NVMe chunk stores: stats, ls, verify, export, import."),
+    "replay": (
+        "kvoffload.cli.replay",
+        "What a cache of some size does for a request trace.",
+    ),
     "top": ("kvoffload.cli.top", "Watch a running server: hits, traffic, occupancy, failures."),
 }
 

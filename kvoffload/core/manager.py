@@ -483,6 +483,12 @@ class Manager:
         with self._lock:
             return occupancy(self._parts(), self._nvme_bytes)
 
+    def missing_parents(self) -> list[ChunkKey]:
+        """For each resident chunk whose parent is not resident, that parent. O(everything held)."""
+        with self._lock:
+            index = self._pool.index
+            return [e.parent for e in index if e.parent is not None and e.parent not in index]
+
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant. O(everything held)."""
         with self._lock:

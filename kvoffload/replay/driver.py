@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import random
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,8 +119,9 @@ class Replay:
         self.requests = self.input_tokens = self.dram_tokens = self.nvme_tokens = 0
         self.ttft_s, self.recompute_s = array("f"), array("f")
 
-    def serve(self, request: Request) -> Served:
-        """Take one request from arrival to end."""
+    def serve(self, request: Request, last_use: Sequence[bool] | None = None) -> Served:
+        """Take one request from arrival to end. ``last_use``: per chunk whether it is hinted that
+        it will not be used again."""
         self.now = max(self.now, request.arrival_s)
         self._settle()
         chain = Chain.of_keys(self.layout, request.keys)
@@ -128,6 +129,8 @@ class Replay:
         dram, nvme = self._load(chain, tokens)
         self.manager.begin_store(chain, 0, tokens)
         self._settle()
+        if last_use is not None:
+            self._retire([k for k, last in zip(request.keys, last_use, strict=True) if last])
         return self._count(request, dram, nvme)
 
     def _load(self, chain: Chain, tokens: int) -> tuple[int, int]:
@@ -143,6 +146,12 @@ class Replay:
             self.manager.poll()  # the reads have ended
         self.manager.release(lease.id)
         return end - nvme, nvme
+
+    def _retire(self, keys: Sequence[ChunkKey]) -> None:
+        retire = getattr(self.manager, "retire", None)
+        if retire is None:
+            raise ConfigError("last_use_hints: not available in this version; leave it out")
+        retire(keys)
 
     def _settle(self) -> None:
         """Let the Manager see what has ended and write what it wants to write."""
@@ -177,6 +186,11 @@ class Replay:
     def counters(self) -> Counters:
         """The Manager's own counts."""
         return self.manager.counters
+
+    def orphans(self) -> int:
+        """Chunks in DRAM that no lookup can reach: the chunk before them is on no tier."""
+        held = self.store.holds if self.store is not None else lambda key: False
+        return sum(not held(key) for key in self.manager.missing_parents())
 
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant."""

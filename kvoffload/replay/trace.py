@@ -15,12 +15,14 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from kvoffload.errors import ConfigError
 from kvoffload.types import ChunkKey
@@ -201,15 +203,30 @@ class Trace:
         if n > 1:
             ids = ids[n - 1 :: n]
         try:
-            if ids and isinstance(ids[0], str):
-                keys = tuple(ChunkKey(bytes.fromhex(i).ljust(_KEY_BYTES, b"\0")) for i in ids)
-            else:
-                keys = tuple(map(_int_key, ids))
-        except (ValueError, TypeError, AttributeError, OverflowError):
-            raise self._bad(row["line"], "hash_ids must be whole numbers or hex digits") from None
+            keys = chunk_keys([int(i, 16) for i in ids] if ids and isinstance(ids[0], str) else ids)
+        except (ValueError, TypeError, OverflowError):
+            raise self._bad(
+                row["line"], "hash_ids must be whole numbers (64 bits) or hex digits"
+            ) from None
         return Request(arrival_s, tokens, row.get("output_length", 0), keys)
 
 
-_int_key = cast(
-    Callable[[int], ChunkKey], partial(int.to_bytes, length=_KEY_BYTES, byteorder="little")
-)
+def chunk_keys(ids: Sequence[int]) -> tuple[ChunkKey, ...]:
+    """A key per id, as evenly spread as a hash: admission and sampling draw from its bits.
+
+    Raises TypeError, ValueError or OverflowError for what is no unsigned 64-bit number.
+    """
+    low = np.array(ids, dtype=np.uint64)
+    both = np.empty((len(ids), 2), np.uint64)
+    both[:, 0], both[:, 1] = _mixed(low), _mixed(low ^ np.uint64(0xA5A5_5A5A_C3C3_3C3C))
+    raw = both.tobytes()
+    at = range(0, len(raw), _KEY_BYTES)
+    return tuple([cast(ChunkKey, raw[i : i + _KEY_BYTES]) for i in at])
+
+
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64: a bijection that spreads neighbours over all 64 bits."""
+    x = x + np.uint64(0x9E37_79B9_7F4A_7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
+    return x ^ (x >> np.uint64(31))
