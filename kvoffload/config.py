@@ -122,6 +122,16 @@ def _share(key: str, value: Any) -> float:
     return float(value)
 
 
+def _file(key: str, value: Any) -> str:
+    allowed = "give the absolute path of a file"
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise _fail(key, value, allowed)
+    expanded = os.path.expanduser(value)
+    if not os.path.isabs(expanded) or os.path.isdir(expanded):
+        raise _fail(key, value, allowed)
+    return expanded
+
+
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise _fail(key, value, "give the path of a .json or .toml file")
@@ -142,6 +152,7 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "load_deadline_ms": _whole(10, 600_000, "milliseconds"),
     "policy": _one_of(get_args(PolicyName)),
     "verify_sample": _share,
+    "record_path": _file,
     "config_file": _text,
 }
 _NONE_MEANS_DEFAULT = frozenset(
@@ -155,6 +166,7 @@ _NONE_MEANS_DEFAULT = frozenset(
         "server_autostart",
         "chunk_tokens",
         "load_deadline_ms",
+        "record_path",
         "config_file",
     }
 )
@@ -181,6 +193,7 @@ class Config:
     load_deadline_ms: int | None = None
     policy: PolicyName = "lru"
     verify_sample: float = 0.0
+    record_path: str | None = None
     config_file: str | None = None
 
     def __post_init__(self) -> None:

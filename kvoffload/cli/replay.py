@@ -191,8 +191,8 @@ def _show(trace: Trace, facts: Facts, results: list[Result], quiet: bool) -> Non
 
     from kvoffload.cli.replay_view import table
 
-    console = Console(stderr=quiet)
-    console.print(table(trace, facts, results), width=None if console.is_terminal else 120)
+    to = sys.stderr if quiet else sys.stdout
+    Console(file=to, width=None if to.isatty() else 120).print(table(trace, facts, results))
 
 
 def _write(

@@ -33,8 +33,8 @@ def table(trace: Trace, facts: Facts, results: list[Result]) -> Table:
     names = ["policy", "DRAM", "NVMe"] if tiers else ["policy", "DRAM"]
     for name in names:
         out.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
-    names = ["hit", "of it NVMe", "written", "TB/day"] if tiers else ["hit"]
-    for name in (*names, "TTFT", "p95", "saved"):
+    names = ["hit %", "NVMe %", "written", "TB/day"] if tiers else ["hit %"]
+    for name in (*names, "TTFT", "p95", "saved %"):
         out.add_column(name, justify="right")
     for r in results:
         out.add_row(*_row(r, tiers))
@@ -43,13 +43,13 @@ def table(trace: Trace, facts: Facts, results: list[Result]) -> Table:
 
 def _row(r: Result, tiers: bool) -> list[str]:
     saved = 1 - r.ttft_s["mean"] / r.recompute_ttft_s["mean"]
-    times = [seconds(r.ttft_s["mean"]), seconds(r.ttft_s["p95"]), f"{100 * saved:.0f} %"]
-    row = [r.policy, _sized(r.dram, r.dram_bytes), f"{100 * r.token_hit:.2f} %"]
+    times = [seconds(r.ttft_s["mean"]), seconds(r.ttft_s["p95"]), f"{100 * saved:.0f}"]
+    row = [r.policy, _sized(r.dram, r.dram_bytes), f"{100 * r.token_hit:.2f}"]
     if tiers and not r.nvme_bytes:
         row = [*row[:2], "-", row[2], "-", "-", "-"]
     elif tiers:
         row.insert(2, _sized(r.nvme, r.nvme_bytes))
-        row.append(f"{100 * r.token_hit_by_tier['nvme']:.2f} %")
+        row.append(f"{100 * r.token_hit_by_tier['nvme']:.2f}")
         row.append(size(r.nvme_bytes_written + r.nvme_bytes_rewritten))
         row.append(f"{r.nvme_write_tb_per_day or 0.0:,.1f}")
     return row + times

@@ -105,9 +105,16 @@ class Index:
         self._by_slot[entry.ref.slot] = entry
         self._policies[entry.cls].insert(entry.key, entry.parent)
         if entry.parent is not None:
-            self._children.setdefault(entry.parent, set()).add(entry.key)
-            self._refresh_key(entry.parent)
-        self.refresh(entry)
+            siblings = self._children.get(entry.parent)
+            if siblings is not None:
+                siblings.add(entry.key)
+            else:
+                self._children[entry.parent] = {entry.key}
+                parent = self._entries.get(entry.parent)
+                if parent is not None and not parent.dropped:
+                    self._policies[parent.cls].withhold(parent.key)
+        if entry.state is not SlotState.FILLING:  # else nobody has offered it
+            self.refresh(entry)
 
     def remove(self, entry: Entry) -> None:
         """Take ``entry`` out; marks it dropped."""
@@ -120,7 +127,7 @@ class Index:
             siblings.discard(entry.key)
             if not siblings:
                 del self._children[entry.parent]
-            self._refresh_key(entry.parent)
+                self._refresh_key(entry.parent)
 
     def evictable(self, entry: Entry) -> bool:
         """Resident, filled, unused, and without a resident child."""
@@ -128,7 +135,7 @@ class Index:
 
     def refresh(self, entry: Entry) -> None:
         """Tell the policy whether ``entry`` may be evicted; call after changing its state or io."""
-        if entry.dropped:
+        if entry.dropped or entry.key in self._children:  # a parent was withheld by its first child
             return
         policy = self._policies[entry.cls]
         if self.evictable(entry):

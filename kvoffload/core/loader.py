@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Entry
@@ -15,6 +16,7 @@ from kvoffload.types import CacheLayout, ChunkKey, SlotState, Tier
 
 Place = tuple[int, int]
 """(group, chunk)."""
+_PLACE = attrgetter("group", "chunk")
 
 
 class Loader:
@@ -71,21 +73,26 @@ class Loader:
         return out
 
     def _wanted(self, chain: Chain, start: int, end: int) -> list[Place] | None:
-        out = [(g.group, i) for g in self._layout.groups for i in span(g, start, end)]
-        return out if out and all(i < chain.n_chunks(g) for g, i in out) else None
+        spans = [(g.group, span(g, start, end)) for g in self._layout.groups]
+        if any(chunks.stop > chain.n_chunks(group) for group, chunks in spans):
+            return None
+        return [(group, i) for group, chunks in spans for i in chunks] or None
 
     def _gather(
         self, chain: Chain, wanted: Sequence[Place], now: float
     ) -> tuple[list[Entry], list[Place]] | None:
         """Pin what is resident; also returns what has to come from NVMe. None: a store fills it."""
+        get, pin = self._pool.index.get, self._pool.index.pin
+        ready, nvme = SlotState.READY, Tier.NVME
+        keys = [chain.keys(g.group) for g in self._layout.groups]
         pinned: list[Entry] = []
         missing: list[Place] = []
         for group, chunk in wanted:
-            entry = self._pool.index.get(chain.key(group, chunk))
+            entry = get(keys[group][chunk])
             if entry is None:
                 missing.append((group, chunk))
-            elif entry.state is SlotState.READY or entry.source is Tier.NVME:
-                self._pool.index.pin(entry)
+            elif entry.state is ready or entry.source is nvme:
+                pin(entry)
                 pinned.append(entry)
             else:
                 self.unpin(pinned, now)
@@ -147,15 +154,17 @@ class Loader:
         return fresh
 
     def _lease(self, owner: str, entries: list[Entry], start: int, end: int) -> Lease:
-        entries.sort(key=lambda e: (e.group, e.chunk))
-        tiers = [Tier.DRAM if e.state is SlotState.READY else Tier.NVME for e in entries]
+        entries.sort(key=_PLACE)
+        dram, nvme, ready = Tier.DRAM, Tier.NVME, SlotState.READY
+        tiers = [dram if e.state is ready else nvme for e in entries]
         main = primary(self._layout)
         size = main.chunk_tokens
         below = 0  # tokens that still have to come up from NVMe
         c = self._counters
         for e, tier in zip(entries, tiers, strict=True):
-            self._prefetches.settle(e)
-            if tier is Tier.DRAM:
+            if e.owner is not None:
+                self._prefetches.settle(e)
+            if tier is dram:
                 c.load_chunks_dram += 1
                 c.load_bytes_dram += e.nbytes
                 continue
@@ -170,7 +179,7 @@ class Loader:
 
     def _touch(self, entries: Sequence[Entry]) -> None:
         for g in self._layout.groups:
-            mine = sorted((e for e in entries if e.group == g.group), key=lambda e: e.chunk)
+            mine = sorted([e for e in entries if e.group == g.group], key=_PLACE)
             if mine:
                 self._pool.index.touch(mine[0].cls, [e.key for e in mine])
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import heapq
 import json
 import lzma
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ _OPENERS[".bz2"] = bz2.open
 _GUESSED = 1000  # requests from which the block size is worked out
 _BLOCKS = tuple(1 << n for n in range(3, 14))
 _KEY_BYTES = 16
+_REORDERED = 4096  # requests of a recording that may overtake each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Trace:
         self.name = str(meta.get("name") or self.path.name.split(".")[0])
         self.block_tokens = self._block_tokens(meta, block_tokens)
         self.chunk_blocks = chunk_blocks
+        self._recorded = "recording" in meta
         self.chunk_tokens = self.block_tokens * chunk_blocks
 
     def bytes(self) -> int:
@@ -90,7 +93,7 @@ class Trace:
         """Requests in file order. Those of one time stamp are spread evenly up to the next one."""
         run: list[dict[str, Any]] = []
         first: float | None = None
-        for row in self._rows():
+        for row in _in_order(self._rows()) if self._recorded else self._rows():
             if first is None:
                 first = row["timestamp"]
             if run and row["timestamp"] > run[0]["timestamp"]:
@@ -209,6 +212,17 @@ class Trace:
                 row["line"], "hash_ids must be whole numbers (64 bits) or hex digits"
             ) from None
         return Request(arrival_s, tokens, row.get("output_length", 0), keys)
+
+
+def _in_order(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A recording has requests in the order in which they ended: give them as they arrived."""
+    waiting: list[tuple[float, int, dict[str, Any]]] = []
+    for row in rows:
+        heapq.heappush(waiting, (row["timestamp"], row["line"], row))
+        if len(waiting) > _REORDERED:
+            yield heapq.heappop(waiting)[2]
+    while waiting:
+        yield heapq.heappop(waiting)[2]
 
 
 def chunk_keys(ids: Sequence[int]) -> tuple[ChunkKey, ...]:
