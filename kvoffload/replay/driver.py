@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvoffload.core.alloc import ARENA_GRAIN, SlotAllocator
 from kvoffload.core.fit import lease_what_fits
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Manager, slots_needed
@@ -87,6 +88,14 @@ def manager_options(setup: Setup) -> dict[str, Any]:
     return out
 
 
+def arena_bytes(chunks: int, chunk_bytes: int) -> int:
+    """The smallest arena that holds so many chunks: arenas come in units of a few MiB."""
+    data_bytes = max(1, chunks) * chunk_bytes
+    while SlotAllocator(data_bytes, (chunk_bytes,)).capacity(0) < chunks:
+        data_bytes += max(chunk_bytes, ARENA_GRAIN)
+    return data_bytes
+
+
 class Replay:
     """The Manager with its byte-less tiers, and what it did so far. Single thread.
 
@@ -98,7 +107,8 @@ class Replay:
         self.now = 0.0
         self.layout = setup.layout()
         self.chunk_bytes = self.layout.groups[0].slot_bytes
-        data_bytes = max(1, setup.dram_chunks) * self.chunk_bytes
+        data_bytes = arena_bytes(setup.dram_chunks, self.chunk_bytes)
+        self.dram_chunks = SlotAllocator(data_bytes, (self.chunk_bytes,)).capacity(0)
         arena = InstantArena(data_bytes, slots_needed(self.layout, data_bytes))
         self.store: StoreModel | None = None
         if setup.nvme_chunks:

@@ -39,8 +39,10 @@ def loaded_chunks(engine: MiniEngine) -> int:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_recorded_stream_replays_to_the_same_hits(tmp_path: Path, seed: int, nvme: bool) -> None:
     path = tmp_path / "stream.jsonl"
+    folder = tmp_path / "nvme"
+    folder.mkdir(0o700)
     options = Options(
-        arena_bytes=2 * MIB, blocks=96, record=str(path), nvme=str(tmp_path / "n") if nvme else None
+        arena_bytes=2 * MIB, blocks=96, record=str(path), nvme=str(folder) if nvme else None
     )
     engine = MiniEngine(options)
     slots = options.arena_bytes // SLOT

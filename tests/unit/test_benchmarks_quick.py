@@ -91,6 +91,16 @@ def test_copy_keys() -> None:
     assert {case["layout"] for case in result["cases"]} == {"per_layer", "block_contiguous"}
 
 
+def test_replay_keys() -> None:
+    result = bench("replay", "--dram-frac", "0.2", "--nvme-frac", "0.5")
+    for key in ("trace", "policy", "token_hit", "nvme_bytes_written_per_hit_byte", "orphans"):
+        assert key in result
+    assert (result["dram_frac"], result["nvme_frac"], result["orphans"]) == (0.2, 0.5, 0)
+    assert result["token_hit"] == pytest.approx(sum(result["token_hit_by_tier"].values()), abs=1e-5)
+    assert 0 < result["token_hit"] <= result["traces"]["synthetic"]["infinite"]
+    assert result["million"]["us_per_chunk"] > 0
+
+
 def test_unknown_system_is_refused() -> None:
     command = [sys.executable, str(RUN), "index", "--systems", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)

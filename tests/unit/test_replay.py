@@ -55,7 +55,10 @@ def write(path: Path, lines: Sequence[dict[str, Any]], meta: bool = True) -> Pat
 
 
 def setup(dram: int, **more: Any) -> Setup:
-    return Setup(chunk_tokens=BLOCK, kv_bytes_per_token=1024, dram_chunks=dram, **more)
+    # Slots of the allocator's unit: every capacity is possible.
+    return Setup(
+        chunk_tokens=BLOCK, kv_bytes_per_token=(4 << 20) // BLOCK, dram_chunks=dram, **more
+    )
 
 
 # -- the driver
@@ -97,7 +100,7 @@ def test_lru_by_the_reference_rules(tmp_path: Path, capacity: int, seed: int) ->
 def test_unlimited_tiers_give_the_ceiling(tmp_path: Path) -> None:
     trace = Trace(write(tmp_path / "t.jsonl", rows()))
     facts = trace.facts()
-    for dram, nvme in (("100%", "0"), ("3%", "1GiB")):
+    for dram, nvme in (("100%", "0"), ("3%", "20GiB")):
         result = run(
             trace,
             setup(1, load="always", write_everything=True),
@@ -114,12 +117,13 @@ def test_writes_keep_to_the_budget_and_everything_is_written_without(tmp_path: P
     trace = Trace(write(tmp_path / "t.jsonl", rows()))
     facts = trace.facts()
     dram, nvme = parse_size("5%", "dram"), parse_size("60%", "nvme")
-    chunk = BLOCK * 1024
+    chunk = 4 << 20
     everything = run(trace, setup(1, write_everything=True), dram, nvme, facts)
     assert everything.nvme_bytes_written >= facts.unique_chunks * chunk
-    # 400 s at this rate, beside the burst that a store always has
-    tight = run(trace, setup(1, nvme_write_tb_per_day=1e-9), dram, nvme, facts)
-    assert tight.nvme_bytes_written <= everything.nvme_bytes_written
+    tight = run(trace, setup(1, nvme_write_tb_per_day=0.1), dram, nvme, facts)
+    burst = max(nvme.chunks(facts.unique_chunks, chunk) * chunk / 10, 1 << 30)
+    allowed = burst + 0.1e12 / 86400 * facts.span_s
+    assert tight.nvme_bytes_written <= allowed + chunk < everything.nvme_bytes_written
     assert run(trace, setup(1), dram, parse_size("0", "nvme"), facts).nvme_bytes_written == 0
 
 
@@ -128,12 +132,12 @@ def test_the_planner_refuses_what_a_slow_tier_would_cost(tmp_path: Path) -> None
 
     trace = Trace(write(tmp_path / "t.jsonl", rows()))
     sizes = parse_size("100%", "dram"), parse_size("0", "nvme")
-    slow = Hardware(dram_bytes_per_s=1e6)
+    slow = Hardware(dram_bytes_per_s=1e9)
     refused = run(trace, setup(1, hardware=slow), *sizes, trace.facts())
     forced = run(trace, setup(1, hardware=slow, load="always"), *sizes, trace.facts())
     assert refused.token_hit < 0.1 < forced.token_hit
-    assert refused.ttft_s["mean"] <= refused.recompute_ttft_s["mean"] * 1.05
-    assert forced.ttft_s["mean"] > refused.ttft_s["mean"]
+    assert forced.ttft_s["mean"] > 3 * refused.ttft_s["mean"]  # which now and then explores
+    assert refused.ttft_s["p50"] == pytest.approx(refused.recompute_ttft_s["p50"], rel=0.01)
 
 
 def test_last_use_bits_are_right_as_often_as_asked(tmp_path: Path) -> None:
@@ -241,15 +245,15 @@ def test_stores_hold_what_fits_and_no_more(kind: type[StoreModel], capacity: int
 
 def test_what_was_read_is_written_again_before_its_segment_goes() -> None:
     store = store_of(SegmentModel, 400)
-    hot, cold = chunk_keys(range(40)), chunk_keys(range(1000, 3000))
-    for key in (*hot, *cold[:160]):
+    hot, cold = chunk_keys(range(20)), chunk_keys(range(1000, 3000))
+    for key in (*hot, *cold[:180]):
         store._put(key, 0)
-    for n, key in enumerate(cold[160:1200]):
+    for n, key in enumerate(cold[180:1200]):
         if n % 20 == 0:
             for k in filter(store.holds, hot):
                 store._read(k)
         store._put(key, 0)
-    assert sum(map(store.holds, hot)) >= 36
+    assert sum(map(store.holds, hot)) == 20
     assert not any(map(store.holds, cold[:160]))
     assert store.rewritten > 0
     store.check()
