@@ -137,7 +137,7 @@ def test_the_planner_refuses_what_a_slow_tier_would_cost(tmp_path: Path) -> None
     forced = run(trace, setup(1, hardware=slow, load="always"), *sizes, trace.facts())
     assert refused.token_hit < 0.1 < forced.token_hit
     assert forced.ttft_s["mean"] > 3 * refused.ttft_s["mean"]  # which now and then explores
-    assert refused.ttft_s["p50"] == pytest.approx(refused.recompute_ttft_s["p50"], rel=0.01)
+    assert refused.ttft_s["p50"] == pytest.approx(refused.recompute_ttft_s["p50"], rel=0.05)
 
 
 def test_last_use_bits_are_right_as_often_as_asked(tmp_path: Path) -> None:
