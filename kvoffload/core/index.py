@@ -153,7 +153,8 @@ class Index:
         entry.pins += 1
         if entry.pins == 1:
             self.pinned_bytes += entry.nbytes
-            self.refresh(entry)
+            if entry.key not in self._children:  # else it is withheld anyway
+                self.refresh(entry)
 
     def unpin(self, entry: Entry) -> None:
         """Undo one pin. Raises ValueError when there is none."""
@@ -162,7 +163,8 @@ class Index:
         entry.pins -= 1
         if not entry.pins:
             self.pinned_bytes -= entry.nbytes
-            self.refresh(entry)
+            if entry.key not in self._children:
+                self.refresh(entry)
 
     def touch(self, cls: int, chain: Sequence[ChunkKey]) -> None:
         """Resident chunks of one chain, root first, were used."""

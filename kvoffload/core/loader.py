@@ -161,15 +161,16 @@ class Loader:
         size = main.chunk_tokens
         below = 0  # tokens that still have to come up from NVMe
         c = self._counters
-        for e, tier in zip(entries, tiers, strict=True):
+        for e in entries:
             if e.owner is not None:
                 self._prefetches.settle(e)
-            if tier is dram:
-                c.load_chunks_dram += 1
-                c.load_bytes_dram += e.nbytes
-                continue
-            c.load_chunks_nvme += 1
-            c.load_bytes_nvme += e.nbytes
+        slow = [e for e, tier in zip(entries, tiers, strict=True) if tier is nvme]
+        slow_bytes = sum([e.nbytes for e in slow])
+        c.load_chunks_nvme += len(slow)
+        c.load_bytes_nvme += slow_bytes
+        c.load_chunks_dram += len(entries) - len(slow)
+        c.load_bytes_dram += sum([e.nbytes for e in entries]) - slow_bytes
+        for e in slow:
             if e.group == main.group:
                 below += min(end, (e.chunk + 1) * size) - max(start, e.chunk * size)
         tokens = {Tier.NVME: below, Tier.DRAM: end - start - below}

@@ -14,6 +14,7 @@ Probe = Callable[[Sequence[ChunkKey]], Sequence[Tier | None]]
 """Where each key is held now, None where it is not."""
 
 _MAX_STEPS = 64  # boundaries a planner chooses from; more would cost more than they are worth
+_DRAM_ONLY = {Tier.DRAM, None}
 _BATCH = 128  # chunks asked for at once: a cold prompt should not cost a probe of its whole length
 
 
@@ -149,6 +150,10 @@ class Search:
             first = start - start % self._grid + self._grid
             stride = self._grid * max(1, (end - first) // (self._grid * _MAX_STEPS))
             ends = [*range(first, end, stride), end]
+        if len(groups) == 1 and set(self._tiers[0].values()) <= _DRAM_ONLY:
+            size, slot_bytes = groups[0].chunk_tokens, groups[0].slot_bytes
+            low = span(groups[0], start, ends[0]).start
+            return [Step(b, {Tier.DRAM: (-(-b // size) - low) * slot_bytes}) for b in ends]
         out: list[Step] = []
         at = [span(g, start, ends[0]).start for g in groups]  # chunks below this are counted
         sizes = [(g.group, g.chunk_tokens, g.slot_bytes, self._tiers[g.group]) for g in groups]

@@ -119,7 +119,10 @@ def plan(
         return _whole(start, _head(steps, LEARN_BYTES), tiers, prefill, Decision.UNKNOWN)
     hops = _hops(tiers)
     best, gain, load, recompute = None, 0.0, 0.0, 0.0
-    for step in steps:
+    # From one tier what is saved is convex in the boundary (prefill grows with its square, loading
+    # with its length): only the ends can be best.
+    convex = len(last.nbytes) == 1
+    for step in (steps[0], last) if convex else steps:
         compute_s, load_s = prefill(start, step.end) or 0.0, _seconds(step.nbytes, hops)
         saved = compute_s - load_s
         if saved > 0 and saved >= gain:

@@ -237,7 +237,8 @@ class Pool:
     def unpin(self, entry: Entry, now: float) -> None:
         """Undo one pin; a dropped entry may become free by it."""
         self.index.unpin(entry)
-        self.reap(entry, now)
+        if entry.dropped:
+            self.reap(entry, now)
 
     def fail(self, entry: Entry) -> None:
         """Mark the slot FAILED for everybody who waits on it or copies from it."""
@@ -263,6 +264,7 @@ class Pool:
                 self.index.refresh(entry)
                 if not entry.dropped:
                     ready.append(entry)
+                    continue
             else:
                 self._failed(entry, state, now)
             self.reap(entry, now)

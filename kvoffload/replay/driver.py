@@ -18,6 +18,7 @@ from kvoffload.core.alloc import ARENA_GRAIN, SlotAllocator
 from kvoffload.core.fit import lease_what_fits
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Manager, slots_needed
+from kvoffload.core.planner import load_seconds
 from kvoffload.core.stats import Counters
 from kvoffload.errors import ConfigError
 from kvoffload.replay.arena import InstantArena
@@ -126,6 +127,7 @@ class Replay:
             **manager_options(setup),
         )
         setup.hardware.teach(self.manager)
+        self._tiers = setup.hardware.tiers()
         self.requests = self.input_tokens = self.dram_tokens = self.nvme_tokens = 0
         self.ttft_s, self.recompute_s = array("f"), array("f")
 
@@ -180,7 +182,9 @@ class Replay:
         hit = max(0, min(dram + nvme, tokens - 1))
         per = self.setup.kv_bytes_per_token
         hardware = self.setup.hardware
-        load_s = hardware.load_s({Tier.DRAM: dram * per, Tier.NVME: nvme * per})
+        load_s = 0.0
+        if dram + nvme:
+            load_s = load_seconds({Tier.DRAM: dram * per, Tier.NVME: nvme * per}, self._tiers)
         nvme = min(nvme, hit)
         recompute_s = hardware.prefill_s(0, tokens)
         served = Served(hit - nvme, nvme, load_s + hardware.prefill_s(hit, tokens), recompute_s)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvoffload.core.manager import Manager
-from kvoffload.core.planner import load_seconds
 from kvoffload.core.prefill import PrefillWork
 from kvoffload.core.rates import Rates, TierRate
 from kvoffload.types import Tier
@@ -26,17 +24,12 @@ class Hardware:
 
     def prefill_s(self, start: int, end: int) -> float:
         """Seconds to compute prompt tokens [start, end)."""
-        work = PrefillWork.span(start, end)
-        return self.alpha_s * work.tokens + self.beta_s * work.token_context
+        return (end - start) * (self.alpha_s + self.beta_s * (start + end) / 2)
 
     def tiers(self) -> dict[Tier, TierRate]:
         """Rates of the tiers, with the fixed cost of a load that the planner assumes."""
         rates = {Tier.DRAM: self.dram_bytes_per_s, Tier.NVME: self.nvme_bytes_per_s}
         return {tier: TierRate(rate, Rates.LATENCY_S[tier]) for tier, rate in rates.items()}
-
-    def load_s(self, nbytes: Mapping[Tier, int]) -> float:
-        """Seconds until these bytes are in HBM."""
-        return load_seconds(nbytes, self.tiers()) if any(nbytes.values()) else 0.0
 
     def read_s(self, nbytes: int) -> float:
         """Seconds of one NVMe read."""
