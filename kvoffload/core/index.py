@@ -161,6 +161,13 @@ class Index:
         """Resident chunks of one chain, root first, were used."""
         self._policies[cls].touch(chain)
 
+    def retire(self, keys: Sequence[ChunkKey]) -> None:
+        """Evict these first, unless they are touched later; what is not resident is ignored."""
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._policies[entry.cls].retire((key,))
+
     def victim(self, cls: int) -> Entry | None:
         """What the policy would evict next from class ``cls``."""
         key = self._policies[cls].victim()
