@@ -23,7 +23,7 @@ DAY_S = 86400
 
 IoEngine = Literal["auto", "uring", "threads"]
 LoadMode = Literal["auto", "always", "never"]
-PolicyName = Literal["lru", "fifo"]
+PolicyName = Literal["lru", "fifo", "s3fifo", "arc", "adaptive"]
 
 MAX_DRIVES = 16
 _MAX_GIB = float(1 << 20)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvoffload.core.policy.base import Policy
+from kvoffload.core.retire import first_retired
 from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
 
 
@@ -169,6 +170,38 @@ class Index:
     def touch(self, cls: int, chain: Sequence[ChunkKey]) -> None:
         """Resident chunks of one chain, root first, were used."""
         self._policies[cls].touch(chain)
+
+    def retire(self, keys: Sequence[ChunkKey]) -> None:
+        """Evict these first, unless they are touched later; what is not resident is ignored.
+
+        Give the keys of a chain in one call: hints that contradict each other along it are settled
+        by ``first_retired``. O(length of the chains).
+        """
+        marked = {e.key: e for e in map(self._entries.get, keys) if e is not None}
+        seen: set[ChunkKey] = set()
+        for entry in sorted(marked.values(), key=lambda e: -e.chunk):
+            if entry.key not in seen:
+                path = self._line(entry, seen)
+                tail = path[first_retired([e.key in marked for e in path]) :]
+                self._policies[entry.cls].retire([e.key for e in tail])
+
+    def _line(self, entry: Entry, seen: set[ChunkKey]) -> list[Entry]:
+        """``entry`` with its resident ancestors and its line of only children, root first; less
+        what was seen before."""
+        path: list[Entry] = []
+        at: Entry | None = entry
+        while at is not None and at.key not in seen:
+            seen.add(at.key)
+            path.append(at)
+            at = self._entries.get(at.parent) if at.parent is not None else None
+        path.reverse()
+        while len(below := self._children.get(path[-1].key, ())) == 1:
+            path.append(self._entries[next(iter(below))])
+            if path[-1].key in seen:
+                path.pop()
+                break
+            seen.add(path[-1].key)
+        return path
 
     def victim(self, cls: int) -> Entry | None:
         """What the policy would evict next from class ``cls``."""

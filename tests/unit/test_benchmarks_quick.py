@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from kvoffload.core.policy import POLICIES
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "benchmarks" / "run.py"
 needs_core = pytest.mark.skipif(
@@ -78,6 +80,17 @@ def test_index_keys() -> None:
     for key in ("lookup_ns_per_key", "insert_ns_per_key", "bytes_per_chunk"):
         assert result[key] > 0
         assert result[key] == result["systems"]["kvoffload"][key]
+
+
+def test_policies_keys() -> None:
+    result = bench("policies")
+    assert {case["policy"] for case in result["cases"]} == set(POLICIES)
+    assert result["traces"][0]["requests"] > 100
+    for case in result["cases"]:
+        assert 0 < case["token_hit"] < 1 and 0 < case["cost_hit"] < 1 and case["ns_per_block"] > 0
+    by = {(c["policy"], c["dram_frac"]): c for c in result["cases"]}
+    assert by["lru", 0.1]["token_hit"] > by["lru", 0.01]["token_hit"]
+    assert by["lru", 0.05]["token_hit_hinted"] > by["lru", 0.05]["token_hit"]
 
 
 @needs_core
