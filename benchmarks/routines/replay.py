@@ -1,7 +1,7 @@
 """``replay``: request traces through the real index, policy, admission and planner, no bytes moved.
 
-Without sizes: every capacity of the reference table for the default policy, and DRAM 10 % with
-NVMe 50 % beside writing everything. Counting rules: docs/replay.md. ``million`` times the driver
+Without sizes: every capacity of the reference table, DRAM 5 % with last-use hints of 80 %
+accuracy, and DRAM 10 % with NVMe 50 % beside writing everything. Counting rules: docs/replay.md. ``million`` times the driver
 itself on a synthetic trace (CPU seconds of the one thread, reading the trace included).
 """
 
@@ -50,14 +50,15 @@ def _toy(path: Path, requests: int = 300, shared: int = 6, fresh: int = 3) -> Pa
     return path
 
 
-def _sizes(options: argparse.Namespace) -> list[tuple[float, float, bool]]:
-    """(DRAM, NVMe, write everything) of each run."""
-    every = options.admission == "all"
+def _sizes(options: argparse.Namespace) -> list[tuple[float, float, bool, float | None]]:
+    """(DRAM, NVMe, write everything, accuracy of hints) of each run."""
+    every, hints = options.admission == "all", options.hint_accuracy
     if options.dram_frac or options.nvme_frac:
         dram = [float(x) for x in (options.dram_frac or "0.1").split(",")]
         nvme = [float(x) for x in (options.nvme_frac or "0").split(",")]
-        return [(d, n, every) for d, n in product(dram, nvme)]
-    return [*((f, 0.0, False) for f in FRACTIONS), (*TIERS, False), (*TIERS, True)]
+        return [(d, n, every, hints) for d, n in product(dram, nvme)]
+    table = [(f, 0.0, False, hints) for f in FRACTIONS]
+    return [*table, (0.05, 0.0, False, 0.8), (*TIERS, False, hints), (*TIERS, True, hints)]
 
 
 def _run_trace(
@@ -73,7 +74,7 @@ def _run_trace(
         chunk_tokens=trace.chunk_tokens, kv_bytes_per_token=131072, dram_chunks=1, load="always"
     )
     out = []
-    for policy, (dram, nvme, every) in product(options.policy.split(","), _sizes(options)):
+    for policy, (dram, nvme, every, hints) in product(options.policy.split(","), _sizes(options)):
         context.progress(f"{trace.name}: {policy}, DRAM {dram:.0%}, NVMe {nvme:.0%}")
         result = run(
             trace,
@@ -81,7 +82,7 @@ def _run_trace(
             Size(dram, True),
             Size(nvme, True),
             facts,
-            hint_accuracy=options.hint_accuracy,
+            hint_accuracy=hints,
             seed=options.seed,
         )
         out.append(result.as_json() | {"dram_frac": dram, "nvme_frac": nvme})
@@ -145,7 +146,9 @@ def table(result: Json) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 r["trace"],
-                r["policy"] + (", write everything" if r["write_everything"] else ""),
+                r["policy"]
+                + (", write everything" if r["write_everything"] else "")
+                + (f", hints {r['hint_accuracy']:.0%}" if r["hint_accuracy"] else ""),
                 f"{r['dram_frac']:.0%}",
                 f"{r['nvme_frac']:.0%}",
                 f"{r['token_hit']:.4f}",

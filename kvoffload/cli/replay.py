@@ -189,10 +189,12 @@ def _run_all(
 def _show(trace: Trace, facts: Facts, results: list[Result], quiet: bool) -> None:
     from rich.console import Console
 
-    from kvoffload.cli.replay_view import table
+    from kvoffload.cli.replay_view import headline, table
 
     to = sys.stderr if quiet else sys.stdout
-    Console(file=to, width=None if to.isatty() else 120).print(table(trace, facts, results))
+    console = Console(file=to, width=None if to.isatty() else 120)
+    console.print(headline(trace, facts, results), highlight=False)
+    console.print(table(results))
 
 
 def _write(

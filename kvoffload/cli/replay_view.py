@@ -17,19 +17,23 @@ _COLOURS = ("#1f77b4", "#d98b2b", "#2ca02c", "#d62728", "#6a4fa3", "#8c564b", "#
 _W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 360, 56, 24, 44, 64
 
 
-def table(trace: Trace, facts: Facts, results: list[Result]) -> Table:
-    """One row per run."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    title = (
+def headline(trace: Trace, facts: Facts, results: list[Result]) -> str:
+    """What was asked for, and what it takes without a cache."""
+    return (
         f"{trace.name}: {facts.requests:,} requests, {count(facts.input_tokens)} prompt tokens, "
         f"{facts.unique_chunks:,} unique chunks of {trace.chunk_tokens} tokens\n"
         f"at most {100 * facts.ceiling:.2f} % can hit; computed, the first token takes "
         f"{seconds(results[0].recompute_ttft_s['mean'])} on average"
     )
+
+
+def table(results: list[Result]) -> Table:
+    """One row per run."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     tiers = any(r.nvme_bytes for r in results)
-    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    out = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = ["policy", "DRAM", "NVMe"] if tiers else ["policy", "DRAM"]
     for name in names:
         out.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)

@@ -276,6 +276,12 @@ class Manager:
             out.append(StoreItem(group, i, entry.key, entry.ref))
         return out
 
+    def retire(self, keys: Sequence[ChunkKey]) -> None:
+        """These chunks of one chain are not expected to be used again: evict them first, unless
+        they are touched later."""
+        with self._lock:
+            self._pool.index.retire(keys)
+
     def abort_store(self, items: Sequence[StoreItem]) -> None:
         """Take back items of ``begin_store`` that no worker was or will be told about."""
         with self._lock:

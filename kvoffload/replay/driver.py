@@ -142,7 +142,8 @@ class Replay:
         self.manager.begin_store(chain, 0, tokens)
         self._settle()
         if last_use is not None:
-            self._retire([k for k, last in zip(request.keys, last_use, strict=True) if last])
+            marked = zip(request.keys, last_use, strict=True)
+            self.manager.retire([key for key, last in marked if last])
         return self._count(request, dram, nvme)
 
     def _load(self, chain: Chain, tokens: int) -> tuple[int, int]:
@@ -158,12 +159,6 @@ class Replay:
             self.manager.poll()  # the reads have ended
         self.manager.release(lease.id)
         return end - nvme, nvme
-
-    def _retire(self, keys: Sequence[ChunkKey]) -> None:
-        retire = getattr(self.manager, "retire", None)
-        if retire is None:
-            raise ConfigError("last_use_hints: not available in this version; leave it out")
-        retire(keys)
 
     def _settle(self) -> None:
         """Let the Manager see what has ended and write what it wants to write."""

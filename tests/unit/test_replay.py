@@ -155,6 +155,16 @@ def test_last_use_bits_are_right_as_often_as_asked(tmp_path: Path) -> None:
     assert share == pytest.approx(0.2, abs=0.03)
 
 
+def test_hints_keep_what_comes_back(tmp_path: Path) -> None:
+    trace = Trace(write(tmp_path / "t.jsonl", rows()))
+    sizes = parse_size("4%", "dram"), parse_size("0", "nvme")
+    hits = [
+        run(trace, setup(1, load="always"), *sizes, trace.facts(), hint_accuracy=a).token_hit
+        for a in (None, 0.8, 1.0)
+    ]
+    assert hits[0] < hits[1] < hits[2]
+
+
 # -- traces
 
 
