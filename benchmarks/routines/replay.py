@@ -1,8 +1,9 @@
 """``replay``: request traces through the real index, policy, admission and planner, no bytes moved.
 
 Without sizes: every capacity of the reference table, DRAM 5 % with last-use hints of 80 %
-accuracy, and DRAM 10 % with NVMe 50 % beside writing everything. Counting rules: docs/replay.md. ``million`` times the driver
-itself on a synthetic trace (CPU seconds of the one thread, reading the trace included).
+accuracy, and DRAM 10 % with NVMe 50 % beside writing everything. Counting rules: docs/replay.md.
+``million`` times the driver itself on a synthetic trace (CPU seconds of the one thread, reading
+the trace included).
 """
 
 from __future__ import annotations
