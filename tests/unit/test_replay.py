@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvoffload.cli.replay import app
+from kvoffload.config import Config
 from kvoffload.errors import ConfigError
 from kvoffload.replay.driver import Replay, Setup, last_use_bits
 from kvoffload.replay.record import Ended, StreamRecorder
@@ -310,6 +311,14 @@ def test_the_recording_is_bounded(tmp_path: Path) -> None:
     assert sum(f.stat().st_size for f in files) <= 20_000 + 256 * 600
     assert all(f.stat().st_mode & 0o777 == 0o600 for f in files)
     assert len(list(Trace(files[0]))) > 0
+
+
+def test_record_path_is_an_absolute_file(tmp_path: Path) -> None:
+    assert Config(record_path=str(tmp_path / "r.jsonl")).record_path == str(tmp_path / "r.jsonl")
+    assert Config(record_path=None).record_path is None
+    for bad in ("r.jsonl", "", 3, str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"record_path=.*absolute path of a file"):
+            Config(record_path=bad)  # type: ignore[arg-type]
 
 
 # -- the command
