@@ -6,7 +6,7 @@ policies told; it never touches the arena.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvoffload.core.policy.base import Policy
@@ -87,6 +87,10 @@ class Index:
     def get(self, key: ChunkKey) -> Entry | None:
         """The resident entry of ``key``."""
         return self._entries.get(key)
+
+    def find(self, keys: Iterable[ChunkKey]) -> list[Entry | None]:
+        """``get`` of each key."""
+        return list(map(self._entries.get, keys))
 
     def at_slot(self, slot: int) -> Entry | None:
         """The resident entry in ``slot``."""

@@ -57,8 +57,8 @@ class Loader:
     def _probe(self, keys: Sequence[ChunkKey], now: float) -> list[Tier | None]:
         # The scheduler pays for this per chunk of every prompt, and an enum's member costs as much
         # to look up as its key.
-        get, ready, dram, nvme = self._pool.index.get, SlotState.READY, Tier.DRAM, Tier.NVME
-        entries = [get(key) for key in keys]
+        ready, dram, nvme = SlotState.READY, Tier.DRAM, Tier.NVME
+        entries = self._pool.index.find(keys)
         absent = [key for key, entry in zip(keys, entries, strict=True) if entry is None]
         held = iter(bytes(len(absent)) if self._nvme is None else self._nvme.held(absent, now))
         usable = self._nvme is not None and self._nvme.usable(now)

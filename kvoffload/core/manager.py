@@ -261,9 +261,9 @@ class Manager:
         self, chain: Chain, group: int, chunks: Sequence[int], now: float
     ) -> list[StoreItem]:
         index, keys = self._pool.index, chain.keys(group)
-        here = [keys[i] for i in chunks if keys[i] in index]
-        index.touch(self._pool.class_of(group), here)
-        absent = [i for i in chunks if keys[i] not in index]
+        entries = index.find([keys[i] for i in chunks])
+        index.touch(self._pool.class_of(group), [e.key for e in entries if e is not None])
+        absent = [i for i, e in zip(chunks, entries, strict=True) if e is None]
         if self._nvme is not None:
             held = self._nvme.held([keys[i] for i in absent], now)
             absent = [i for i, there in zip(absent, held, strict=True) if not there]
