@@ -23,7 +23,7 @@ DAY_S = 86400
 
 IoEngine = Literal["auto", "uring", "threads"]
 LoadMode = Literal["auto", "always", "never"]
-PolicyName = Literal["lru", "fifo"]
+PolicyName = Literal["lru", "fifo", "s3fifo", "arc", "adaptive"]
 
 MAX_DRIVES = 16
 _MAX_GIB = float(1 << 20)
@@ -122,6 +122,16 @@ def _share(key: str, value: Any) -> float:
     return float(value)
 
 
+def _file(key: str, value: Any) -> str:
+    allowed = "give the absolute path of a file"
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise _fail(key, value, allowed)
+    expanded = os.path.expanduser(value)
+    if not os.path.isabs(expanded) or os.path.isdir(expanded):
+        raise _fail(key, value, allowed)
+    return expanded
+
+
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise _fail(key, value, "give the path of a .json or .toml file")
@@ -143,6 +153,7 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "policy": _one_of(get_args(PolicyName)),
     "verify_sample": _share,
     "why_requests": _whole(0, 100_000, "requests, 0 for none,"),
+    "record_path": _file,
     "config_file": _text,
 }
 _NONE_MEANS_DEFAULT = frozenset(
@@ -156,6 +167,7 @@ _NONE_MEANS_DEFAULT = frozenset(
         "server_autostart",
         "chunk_tokens",
         "load_deadline_ms",
+        "record_path",
         "config_file",
     }
 )
@@ -183,6 +195,7 @@ class Config:
     policy: PolicyName = "lru"
     verify_sample: float = 0.0
     why_requests: int = 1000
+    record_path: str | None = None
     config_file: str | None = None
 
     def __post_init__(self) -> None:

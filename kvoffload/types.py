@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 ChunkKey = NewType("ChunkKey", bytes)
 """16 bytes: hash(namespace, adapter digest, tokens per chunk, KV group, vLLM's chained hash of the
@@ -35,6 +35,8 @@ class Tier(str, Enum):
     DRAM = "dram"
     NVME = "nvme"
     REMOTE = "remote"
+
+    __hash__ = str.__hash__  # Enum's is Python code, and tiers key the dicts of every lookup
 
 
 class StoreResult(IntEnum):
@@ -107,8 +109,7 @@ class CacheLayout:
     world_size: int  # ranks that must attach and report
 
 
-@dataclass(frozen=True, slots=True)
-class SlotRef:
+class SlotRef(NamedTuple):
     """A slot at one moment of its life. Stale once the table's generation differs."""
 
     slot: int

@@ -9,6 +9,7 @@ Rules (docs/architecture.md has the reasons):
   metrics: config).
 - core imports leaves and ``tiers.base`` (protocols) only: no tiers, copies, engine, native core.
 - copy imports leaves, files and the native core; tiers import leaves, copy and the native core.
+- replay imports leaves, core and tiers.
 - the rest of the package imports ``engines/`` inside functions only.
 - ``kvoffload/__init__.py`` imports lazily whatever is not light.
 
@@ -40,6 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "kvoffload.core": (*LEAVES, "kvoffload.core", "kvoffload.tiers.base"),
     "kvoffload.copy": (*LEAVES, NATIVE, "kvoffload.files", "kvoffload.copy"),
     "kvoffload.tiers": (*LEAVES, NATIVE, "kvoffload.copy", "kvoffload.tiers"),
+    "kvoffload.replay": (*LEAVES, "kvoffload.core", "kvoffload.tiers", "kvoffload.replay"),
     "kvoffload.engines": (PACKAGE,),
     "kvoffload": (PACKAGE,),
 }

@@ -15,6 +15,10 @@ LAZY = {
     "store": ("kvoffload.cli.store", "NVMe chunk stores: stats, ls, verify, export, import."),
     "why": ("kvoffload.cli.why", "Why requests missed, of a running engine on this machine."),
     "report": ("kvoffload.cli.report", "What the cache saved or cost, for whom; sizing advice."),
+    "replay": (
+        "kvoffload.cli.replay",
+        "What a cache of some size does for a request trace.",
+    ),
     "top": ("kvoffload.cli.top", "Watch a running server: hits, traffic, occupancy, failures."),
 }
 

@@ -79,9 +79,20 @@ class SlotAllocator:
         self._queued: set[int] = set()
         self._used: set[int] = set()
         self._free_in_class = [0] * len(sizes)
+        # With one class nothing is ever lent to another: a plain list of free slots will do.
+        self._flat: list[int] | None = None
+        if len(sizes) == 1:
+            self._flat = list(range(self.max_slots - 1, -1, -1))
+            self._class_of, self._spare = [0] * self.n_extents, []
 
     def alloc(self, cls: int) -> tuple[int, int] | None:
         """(slot, offset) of a free slot of class ``cls``, None without one. O(log extents)."""
+        if self._flat is not None:
+            if not self._flat:
+                return None
+            slot = self._flat.pop()
+            self._used.add(slot)
+            return slot, self._offset(0, *divmod(slot, self._stripe))
         extent = self._pick(cls)
         if extent is None:
             return None
@@ -121,6 +132,9 @@ class SlotAllocator:
         if slot not in self._used:
             raise ValueError(f"slot {slot} is not in use")
         self._used.remove(slot)
+        if self._flat is not None:
+            self._flat.append(slot)
+            return
         extent, index = divmod(slot, self._stripe)
         cls = self._class_of[extent]
         self._free[extent].append(index)
@@ -145,6 +159,8 @@ class SlotAllocator:
 
     def slots_free(self, cls: int) -> int:
         """Slots of ``cls`` that alloc would give out now, counting free extents."""
+        if self._flat is not None:
+            return len(self._flat)
         return self._free_in_class[cls] + len(self._spare) * self.per_extent[cls]
 
     def capacity(self, cls: int) -> int:
@@ -173,6 +189,12 @@ class SlotAllocator:
 
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant."""
+        if self._flat is not None:
+            idle = set(self._flat)
+            assert len(idle) == len(self._flat), "a slot is free twice"
+            assert not idle & self._used, "a slot is used and free"
+            assert idle | self._used == set(range(self.max_slots)), "a slot is lost"
+            return
         spare = set(self._spare)
         assert len(spare) == len(self._spare), "an extent is free twice"
         free_in_class = [0] * len(self.slot_bytes)

@@ -67,6 +67,19 @@ class Chain:
         self.namespace_id = int.from_bytes(hashlib.sha256(namespace).digest()[:8], "little")
         """64-bit tag of the namespace in the chunk store's records (for listings, not identity)."""
 
+    @classmethod
+    def of_keys(cls, layout: CacheLayout, keys: Sequence[ChunkKey], namespace_id: int = 0) -> Chain:
+        """A complete chain of known keys, for a layout of one group: a recorded prompt."""
+        (group,) = layout.groups
+        chain = cls.__new__(cls)
+        chain._prefix = (None,)
+        chain._per_chunk = (group.chunk_tokens // layout.hash_tokens,)
+        chain._keys = (list(keys),)
+        chain._seen = len(keys) * chain._per_chunk[0]
+        chain.hash_tokens = layout.hash_tokens
+        chain.namespace_id = namespace_id
+        return chain
+
     def extend(self, block_hashes: Sequence[bytes]) -> None:
         """Take the request's whole list of chained block hashes; only new chunks are hashed.
 

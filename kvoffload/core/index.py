@@ -6,10 +6,11 @@ policies told; it never touches the arena.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvoffload.core.policy.base import Policy
+from kvoffload.core.retire import first_retired
 from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
 
 
@@ -87,6 +88,10 @@ class Index:
         """The resident entry of ``key``."""
         return self._entries.get(key)
 
+    def find(self, keys: Iterable[ChunkKey]) -> list[Entry | None]:
+        """``get`` of each key."""
+        return list(map(self._entries.get, keys))
+
     def at_slot(self, slot: int) -> Entry | None:
         """The resident entry in ``slot``."""
         return self._by_slot.get(slot)
@@ -105,9 +110,16 @@ class Index:
         self._by_slot[entry.ref.slot] = entry
         self._policies[entry.cls].insert(entry.key, entry.parent)
         if entry.parent is not None:
-            self._children.setdefault(entry.parent, set()).add(entry.key)
-            self._refresh_key(entry.parent)
-        self.refresh(entry)
+            siblings = self._children.get(entry.parent)
+            if siblings is not None:
+                siblings.add(entry.key)
+            else:
+                self._children[entry.parent] = {entry.key}
+                parent = self._entries.get(entry.parent)
+                if parent is not None and not parent.dropped:
+                    self._policies[parent.cls].withhold(parent.key)
+        if entry.state is not SlotState.FILLING:  # else nobody has offered it
+            self.refresh(entry)
 
     def remove(self, entry: Entry) -> None:
         """Take ``entry`` out; marks it dropped."""
@@ -120,7 +132,7 @@ class Index:
             siblings.discard(entry.key)
             if not siblings:
                 del self._children[entry.parent]
-            self._refresh_key(entry.parent)
+                self._refresh_key(entry.parent)
 
     def evictable(self, entry: Entry) -> bool:
         """Resident, filled, unused, and without a resident child."""
@@ -128,7 +140,7 @@ class Index:
 
     def refresh(self, entry: Entry) -> None:
         """Tell the policy whether ``entry`` may be evicted; call after changing its state or io."""
-        if entry.dropped:
+        if entry.dropped or entry.key in self._children:  # a parent was withheld by its first child
             return
         policy = self._policies[entry.cls]
         if self.evictable(entry):
@@ -146,7 +158,8 @@ class Index:
         entry.pins += 1
         if entry.pins == 1:
             self.pinned_bytes += entry.nbytes
-            self.refresh(entry)
+            if entry.key not in self._children:  # else it is withheld anyway
+                self.refresh(entry)
 
     def unpin(self, entry: Entry) -> None:
         """Undo one pin. Raises ValueError when there is none."""
@@ -155,11 +168,44 @@ class Index:
         entry.pins -= 1
         if not entry.pins:
             self.pinned_bytes -= entry.nbytes
-            self.refresh(entry)
+            if entry.key not in self._children:
+                self.refresh(entry)
 
     def touch(self, cls: int, chain: Sequence[ChunkKey]) -> None:
         """Resident chunks of one chain, root first, were used."""
         self._policies[cls].touch(chain)
+
+    def retire(self, keys: Sequence[ChunkKey]) -> None:
+        """Evict these first, unless they are touched later; what is not resident is ignored.
+
+        Give the keys of a chain in one call: hints that contradict each other along it are settled
+        by ``first_retired``. O(length of the chains).
+        """
+        marked = {e.key: e for e in map(self._entries.get, keys) if e is not None}
+        seen: set[ChunkKey] = set()
+        for entry in sorted(marked.values(), key=lambda e: -e.chunk):
+            if entry.key not in seen:
+                path = self._line(entry, seen)
+                tail = path[first_retired([e.key in marked for e in path]) :]
+                self._policies[entry.cls].retire([e.key for e in tail])
+
+    def _line(self, entry: Entry, seen: set[ChunkKey]) -> list[Entry]:
+        """``entry`` with its resident ancestors and its line of only children, root first; less
+        what was seen before."""
+        path: list[Entry] = []
+        at: Entry | None = entry
+        while at is not None and at.key not in seen:
+            seen.add(at.key)
+            path.append(at)
+            at = self._entries.get(at.parent) if at.parent is not None else None
+        path.reverse()
+        while len(below := self._children.get(path[-1].key, ())) == 1:
+            path.append(self._entries[next(iter(below))])
+            if path[-1].key in seen:
+                path.pop()
+                break
+            seen.add(path[-1].key)
+        return path
 
     def victim(self, cls: int) -> Entry | None:
         """What the policy would evict next from class ``cls``."""

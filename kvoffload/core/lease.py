@@ -66,8 +66,10 @@ class Leases:
     ) -> Lease:
         """A lease over entries that the caller has pinned."""
         items = tuple(
-            LeaseItem(e.group, e.chunk, e.key, e.ref, t)
-            for e, t in zip(entries, tiers, strict=True)
+            [
+                LeaseItem(e.group, e.chunk, e.key, e.ref, t)
+                for e, t in zip(entries, tiers, strict=True)
+            ]
         )
         lease = Lease(next(self._ids), owner, items, tokens_by_tier)
         self._entries[lease.id] = tuple(entries)

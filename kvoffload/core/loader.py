@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Entry
@@ -15,6 +16,7 @@ from kvoffload.types import CacheLayout, ChunkKey, SlotState, Tier
 
 Place = tuple[int, int]
 """(group, chunk)."""
+_PLACE = attrgetter("group", "chunk")
 
 
 class Loader:
@@ -59,8 +61,8 @@ class Loader:
     def _probe(self, keys: Sequence[ChunkKey], now: float) -> list[Tier | None]:
         # The scheduler pays for this per chunk of every prompt, and an enum's member costs as much
         # to look up as its key.
-        get, ready, dram, nvme = self._pool.index.get, SlotState.READY, Tier.DRAM, Tier.NVME
-        entries = [get(key) for key in keys]
+        ready, dram, nvme = SlotState.READY, Tier.DRAM, Tier.NVME
+        entries = self._pool.index.find(keys)
         absent = [key for key, entry in zip(keys, entries, strict=True) if entry is None]
         held = iter(bytes(len(absent)) if self._nvme is None else self._nvme.held(absent, now))
         usable = self._nvme is not None and self._nvme.usable(now)
@@ -75,21 +77,26 @@ class Loader:
         return out
 
     def _wanted(self, chain: Chain, start: int, end: int) -> list[Place] | None:
-        out = [(g.group, i) for g in self._layout.groups for i in span(g, start, end)]
-        return out if out and all(i < chain.n_chunks(g) for g, i in out) else None
+        spans = [(g.group, span(g, start, end)) for g in self._layout.groups]
+        if any(chunks.stop > chain.n_chunks(group) for group, chunks in spans):
+            return None
+        return [(group, i) for group, chunks in spans for i in chunks] or None
 
     def _gather(
         self, chain: Chain, wanted: Sequence[Place], now: float
     ) -> tuple[list[Entry], list[Place]] | None:
         """Pin what is resident; also returns what has to come from NVMe. None: a store fills it."""
+        get, pin = self._pool.index.get, self._pool.index.pin
+        ready, nvme = SlotState.READY, Tier.NVME
+        keys = [chain.keys(g.group) for g in self._layout.groups]
         pinned: list[Entry] = []
         missing: list[Place] = []
         for group, chunk in wanted:
-            entry = self._pool.index.get(chain.key(group, chunk))
+            entry = get(keys[group][chunk])
             if entry is None:
                 missing.append((group, chunk))
-            elif entry.state is SlotState.READY or entry.source is Tier.NVME:
-                self._pool.index.pin(entry)
+            elif entry.state is ready or entry.source is nvme:
+                pin(entry)
                 pinned.append(entry)
             else:
                 self.unpin(pinned, now)
@@ -151,20 +158,23 @@ class Loader:
         return fresh
 
     def _lease(self, owner: str, entries: list[Entry], start: int, end: int) -> Lease:
-        entries.sort(key=lambda e: (e.group, e.chunk))
-        tiers = [Tier.DRAM if e.state is SlotState.READY else Tier.NVME for e in entries]
+        entries.sort(key=_PLACE)
+        dram, nvme, ready = Tier.DRAM, Tier.NVME, SlotState.READY
+        tiers = [dram if e.state is ready else nvme for e in entries]
         main = primary(self._layout)
         size = main.chunk_tokens
         below = 0  # tokens that still have to come up from NVMe
         c = self._counters
-        for e, tier in zip(entries, tiers, strict=True):
-            self._prefetches.settle(e)
-            if tier is Tier.DRAM:
-                c.load_chunks_dram += 1
-                c.load_bytes_dram += e.nbytes
-                continue
-            c.load_chunks_nvme += 1
-            c.load_bytes_nvme += e.nbytes
+        for e in entries:
+            if e.owner is not None:
+                self._prefetches.settle(e)
+        slow = [e for e, tier in zip(entries, tiers, strict=True) if tier is nvme]
+        slow_bytes = sum([e.nbytes for e in slow])
+        c.load_chunks_nvme += len(slow)
+        c.load_bytes_nvme += slow_bytes
+        c.load_chunks_dram += len(entries) - len(slow)
+        c.load_bytes_dram += sum([e.nbytes for e in entries]) - slow_bytes
+        for e in slow:
             if e.group == main.group:
                 below += min(end, (e.chunk + 1) * size) - max(start, e.chunk * size)
         tokens = {Tier.NVME: below, Tier.DRAM: end - start - below}
@@ -174,7 +184,7 @@ class Loader:
 
     def _touch(self, entries: Sequence[Entry]) -> None:
         for g in self._layout.groups:
-            mine = sorted((e for e in entries if e.group == g.group), key=lambda e: e.chunk)
+            mine = sorted([e for e in entries if e.group == g.group], key=_PLACE)
             if mine:
                 self._pool.index.touch(mine[0].cls, [e.key for e in mine])
 

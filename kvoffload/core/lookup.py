@@ -14,6 +14,7 @@ Probe = Callable[[Sequence[ChunkKey]], Sequence[Tier | None]]
 """Where each key is held now, None where it is not."""
 
 _MAX_STEPS = 64  # boundaries a planner chooses from; more would cost more than they are worth
+_DRAM_ONLY = {Tier.DRAM, None}
 _BATCH = 128  # chunks asked for at once: a cold prompt should not cost a probe of its whole length
 
 
@@ -124,10 +125,10 @@ class Search:
         main = primary(self._layout)
         by_tier: dict[Tier, int] = {}
         left = end - start
+        known, size, dram = self._tiers[main.group], main.chunk_tokens, Tier.DRAM
         for i in span(main, start, end):
-            tier = self._tiers[main.group].get(i)
-            if tier is not None and tier is not Tier.DRAM:
-                size = main.chunk_tokens
+            tier = known.get(i)
+            if tier is not None and tier is not dram:
                 tokens = min(end, (i + 1) * size) - max(start, i * size)
                 by_tier[tier] = by_tier.get(tier, 0) + tokens
                 left -= tokens
@@ -163,16 +164,21 @@ class Search:
             first = start - start % self._grid + self._grid
             stride = self._grid * max(1, (end - first) // (self._grid * _MAX_STEPS))
             ends = [*range(first, end, stride), end]
+        if len(groups) == 1 and set(self._tiers[0].values()) <= _DRAM_ONLY:
+            size, slot_bytes = groups[0].chunk_tokens, groups[0].slot_bytes
+            low = span(groups[0], start, ends[0]).start
+            return [Step(b, {Tier.DRAM: (-(-b // size) - low) * slot_bytes}) for b in ends]
         out: list[Step] = []
-        at = [0] * len(groups)  # chunks below this are counted
+        at = [span(g, start, ends[0]).start for g in groups]  # chunks below this are counted
+        sizes = [(g.group, g.chunk_tokens, g.slot_bytes, self._tiers[g.group]) for g in groups]
         nbytes: dict[Tier, int] = {}
         for boundary in ends:
-            for g in groups:
-                chunks = span(g, start, boundary)
-                for i in range(max(chunks.start, at[g.group]), chunks.stop):
-                    tier = self._tiers[g.group].get(i)
+            for group, size, slot_bytes, known in sizes:
+                stop = -(-boundary // size)
+                for i in range(at[group], stop):
+                    tier = known.get(i)
                     if tier is not None:
-                        nbytes[tier] = nbytes.get(tier, 0) + g.slot_bytes
-                at[g.group] = chunks.stop
-            out.append(Step(boundary, dict(nbytes)))
+                        nbytes[tier] = nbytes.get(tier, 0) + slot_bytes
+                at[group] = stop
+            out.append(Step(boundary, nbytes.copy()))
         return out

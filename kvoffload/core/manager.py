@@ -280,9 +280,9 @@ class Manager:
         self, chain: Chain, group: int, chunks: Sequence[int], now: float
     ) -> list[StoreItem]:
         index, keys = self._pool.index, chain.keys(group)
-        here = [keys[i] for i in chunks if keys[i] in index]
-        index.touch(self._pool.class_of(group), here)
-        absent = [i for i in chunks if keys[i] not in index]
+        entries = index.find([keys[i] for i in chunks])
+        index.touch(self._pool.class_of(group), [e.key for e in entries if e is not None])
+        absent = [i for i, e in zip(chunks, entries, strict=True) if e is None]
         if self._nvme is not None:
             held = self._nvme.held([keys[i] for i in absent], now)
             absent = [i for i, there in zip(absent, held, strict=True) if not there]
@@ -296,6 +296,12 @@ class Manager:
                 break
             out.append(StoreItem(group, i, entry.key, entry.ref))
         return out
+
+    def retire(self, keys: Sequence[ChunkKey]) -> None:
+        """These chunks of one chain are not expected to be used again: evict them first, unless
+        they are touched later."""
+        with self._lock:
+            self._pool.index.retire(keys)
 
     def abort_store(self, items: Sequence[StoreItem]) -> None:
         """Take back items of ``begin_store`` that no worker was or will be told about."""
@@ -503,6 +509,12 @@ class Manager:
         """What is held now. O(everything held)."""
         with self._lock:
             return occupancy(self._parts(), self._nvme_bytes)
+
+    def missing_parents(self) -> list[ChunkKey]:
+        """For each resident chunk whose parent is not resident, that parent. O(everything held)."""
+        with self._lock:
+            index = self._pool.index
+            return [e.parent for e in index if e.parent is not None and e.parent not in index]
 
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant. O(everything held)."""

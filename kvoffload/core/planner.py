@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from kvoffload.core.rates import TierRate
 from kvoffload.errors import ConfigError
@@ -31,8 +32,7 @@ def load_mode(name: str) -> LoadMode:
         raise ConfigError(f"load={name!r}: must be one of {allowed}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """A boundary (tokens from the root) and all bytes a load up to it moves, by tier."""
 
     end: int
@@ -70,14 +70,31 @@ def load_seconds(nbytes: Mapping[Tier, int], tiers: Mapping[Tier, TierRate]) -> 
     All bytes cross the DRAM hop; slower tiers stream into DRAM meanwhile, so the slowest hop
     counts.
     """
+    return _seconds(nbytes, _hops(tiers))
+
+
+Hops = Sequence[tuple[Tier, float, float]]
+"""(tier, bytes per second, latency), DRAM first."""
+
+
+def _hops(tiers: Mapping[Tier, TierRate]) -> Hops:
+    rates = ((tier, tiers.get(tier, prior)) for tier, prior in PRIOR.items())
+    return [(tier, rate.bytes_per_s, rate.latency_s) for tier, rate in rates]
+
+
+def _seconds(nbytes: Mapping[Tier, int], hops: Hops) -> float:
+    # Asked for every boundary that a plan may choose.
     total = sum(nbytes.values())
-    slowest = latency = 0.0
-    for tier, prior in PRIOR.items():
-        rate = tiers.get(tier, prior)
-        moved = total if tier is Tier.DRAM else nbytes.get(tier, 0)
-        if moved:
-            slowest = max(slowest, moved / rate.bytes_per_s)
-            latency += rate.latency_s
+    if not total:
+        return 0.0
+    _, rate, latency = hops[0]
+    slowest = total / rate
+    if len(nbytes) > 1 or Tier.DRAM not in nbytes:
+        for tier, rate, wait in hops[1:]:
+            moved = nbytes.get(tier, 0)
+            if moved:
+                slowest = max(slowest, moved / rate)
+                latency += wait
     return slowest + latency
 
 
@@ -102,15 +119,20 @@ def plan(
     if prefill(start, last.end) is None:
         head = _head(steps, LEARN_BYTES)
         return _whole(start, head, last.end, tiers, prefill, Decision.UNKNOWN)
-    best, gain = Plan(start, Decision.REFUSED, held=last.end), 0.0
-    for step in steps:
-        recompute = prefill(start, step.end) or 0.0
-        load = load_seconds(step.nbytes, tiers)
-        saved = recompute - load
+    hops = _hops(tiers)
+    best, gain, load, recompute = None, 0.0, 0.0, 0.0
+    # From one tier what is saved is convex in the boundary (prefill grows with its square, loading
+    # with its length): only the ends can be best.
+    convex = len(last.nbytes) == 1
+    for step in (steps[0], last) if convex else steps:
+        compute_s, load_s = prefill(start, step.end) or 0.0, _seconds(step.nbytes, hops)
+        saved = compute_s - load_s
         if saved > 0 and saved >= gain:
-            decision = Decision.WHOLE if step is last else Decision.PARTIAL
-            best, gain = Plan(step.end, decision, load, recompute, held=last.end), saved
-    return best
+            best, gain, load, recompute = step, saved, load_s, compute_s
+    if best is None:
+        return Plan(start, Decision.REFUSED, held=last.end)
+    decision = Decision.WHOLE if best is last else Decision.PARTIAL
+    return Plan(best.end, decision, load, recompute, held=last.end)
 
 
 def explore(

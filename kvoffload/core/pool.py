@@ -16,7 +16,15 @@ from kvoffload.core.stats import Counters, Guard
 from kvoffload.core.why import FAILED_FILL, Gone
 from kvoffload.errors import ConfigError
 from kvoffload.tiers.base import ArenaLike
-from kvoffload.types import LEAF_BYTES, CacheLayout, GroupKind, SlotRef, SlotState, Tier
+from kvoffload.types import (
+    LEAF_BYTES,
+    CacheLayout,
+    ChunkKey,
+    GroupKind,
+    SlotRef,
+    SlotState,
+    Tier,
+)
 
 STORE_TIMEOUT_S = 60.0
 """A store still FILLING after this long counts as failed; also how long a slot that one of several
@@ -72,6 +80,7 @@ class Pool:
         self._class_of = [
             sizes.index(g.slot_bytes) if g.kind is not GroupKind.NONE else -1 for g in layout.groups
         ]
+        self._full = [g.kind is GroupKind.FULL for g in layout.groups]
         self._masks = tuple(
             writer_masks or (writer_mask(g, layout.world_size) for g in layout.groups)
         )
@@ -90,23 +99,35 @@ class Pool:
         The chunk's parent is never evicted to make room for it.
         """
         keys = chain.keys(group)
-        full = self._layout.groups[group].kind is GroupKind.FULL
-        parent = keys[chunk - 1] if full and chunk else None
-        return self.take_as(
-            ChunkId(keys[chunk], group, chunk, parent, chain.namespace_id), source, now
-        )
+        parent = keys[chunk - 1] if chunk and self._full[group] else None
+        return self._take(keys[chunk], group, chunk, parent, chain.namespace_id, source, now)
 
     def take_as(self, what: ChunkId, source: Tier, now: float) -> Entry | None:
         """``take`` for a chunk whose chain is not at hand."""
-        group, parent = what.group, what.parent
+        return self._take(
+            what.key, what.group, what.chunk, what.parent, what.namespace_id, source, now
+        )
+
+    def _take(
+        self,
+        key: ChunkKey,
+        group: int,
+        chunk: int,
+        parent: ChunkKey | None,
+        namespace_id: int,
+        source: Tier,
+        now: float,
+    ) -> Entry | None:
+        cls = self._class_of[group]
         anchor = self.index.get(parent) if parent is not None else None
-        if anchor is not None:
+        if anchor is not None and anchor.evictable_alone():
             self.index.pin(anchor)
-        try:
-            got = self._room(self._class_of[group])
-        finally:
-            if anchor is not None:
+            try:
+                got = self._room(cls)
+            finally:
                 self.index.unpin(anchor)
+        else:
+            got = self._room(cls)
         if got is None:
             return None
         slot, offset = got
@@ -117,16 +138,16 @@ class Pool:
             self.alloc.free(slot)
             return None
         entry = Entry(
-            key=what.key,
-            group=group,
-            chunk=what.chunk,
-            cls=self._class_of[group],
-            nbytes=self._layout.groups[group].slot_bytes,
-            ref=SlotRef(slot, generation, offset),
-            source=source,
-            parent=parent,
-            namespace_id=what.namespace_id,
-            started=now,
+            key,
+            group,
+            chunk,
+            cls,
+            self.alloc.slot_bytes[cls],
+            SlotRef(slot, generation, offset),
+            source,
+            parent,
+            namespace_id,
+            now,
         )
         self.index.add(entry)
         self.changes += 1
@@ -181,9 +202,11 @@ class Pool:
         self.changes += 1
         entry.dirty = False
         self.index.remove(entry)
-        self.limbo[entry.ref.slot] = entry
-        if not self.reap(entry, now):
+        if entry.busy(now):
+            self.limbo[entry.ref.slot] = entry
             self._counters.quarantined += 1
+        else:
+            self._free(entry)
 
     def undo(self, entry: Entry, now: float) -> None:
         """Drop a FILLING entry that was never handed to anyone who could write to its slot."""
@@ -200,6 +223,11 @@ class Pool:
         if self.limbo.get(slot) is not entry:
             return True  # freed before; the slot may be someone else's by now
         del self.limbo[slot]
+        self._free(entry)
+        return True
+
+    def _free(self, entry: Entry) -> None:
+        slot = entry.ref.slot
         self._filling.pop(slot, None)
         try:
             self._arena.set_free(slot)
@@ -208,12 +236,12 @@ class Pool:
         self.alloc.free(slot)
         self.held_bytes -= entry.nbytes
         self.held_slots -= 1
-        return True
 
     def unpin(self, entry: Entry, now: float) -> None:
         """Undo one pin; a dropped entry may become free by it."""
         self.index.unpin(entry)
-        self.reap(entry, now)
+        if entry.dropped:
+            self.reap(entry, now)
 
     def fail(self, entry: Entry) -> None:
         """Mark the slot FAILED for everybody who waits on it or copies from it."""
@@ -239,6 +267,7 @@ class Pool:
                 self.index.refresh(entry)
                 if not entry.dropped:
                     ready.append(entry)
+                    continue
             else:
                 self._failed(entry, state, now)
             self.reap(entry, now)

@@ -44,6 +44,7 @@ class PrefillModel:
         self._samples = 0
         # Sums over samples: tokens x (1, context, context^2), seconds x (1, context).
         self._w = self._wc = self._wcc = self._y = self._yc = 0.0
+        self._fit: tuple[float, float] | None = (0.0, 0.0)  # None: to be worked out anew
 
     def add(self, work: PrefillWork, seconds: float) -> None:
         """A step computed ``work`` in ``seconds``. Nothing, or no time, is ignored."""
@@ -51,6 +52,7 @@ class PrefillModel:
             return
         context = work.token_context / work.tokens
         self._samples += 1
+        self._fit = None
         self._w = self._w * self._keep + work.tokens
         self._wc = self._wc * self._keep + work.token_context
         self._wcc = self._wcc * self._keep + work.token_context * context
@@ -64,8 +66,11 @@ class PrefillModel:
 
     def coefficients(self) -> tuple[float, float]:
         """(alpha, beta): seconds per token, and per token and token of context; both >= 0."""
-        if not self._w:
-            return 0.0, 0.0
+        if self._fit is None:
+            self._fit = self._solve()
+        return self._fit
+
+    def _solve(self) -> tuple[float, float]:
         context, rate = self._wc / self._w, self._y / self._w
         spread = max(0.0, self._wcc / self._w - context * context)
         slope = (self._yc / self._w - rate * context) / (spread + RIDGE_TOKENS**2)
@@ -78,9 +83,9 @@ class PrefillModel:
         """Time to compute tokens [start, end) of a prompt; None until known."""
         if not self.known:
             return None
-        alpha, beta = self.coefficients()
-        work = PrefillWork.span(start, end)
-        return alpha * work.tokens + beta * work.token_context
+        alpha, beta = self._fit or self.coefficients()
+        n = max(0, end - start)
+        return n * (alpha + beta * (start + end) / 2)
 
     def check(self) -> None:
         """Raise AssertionError unless the fit is finite and not negative."""

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.layout import boundary_tokens
 from kvoffload.core.manager import Lease, Manager, StoreItem, slots_needed
+from kvoffload.core.policy import POLICIES
 from kvoffload.core.pool import STORE_TIMEOUT_S
 from kvoffload.types import (
     CacheLayout,
@@ -379,6 +380,18 @@ class FifoMachine(ManagerMachine):
     POLICY = "fifo"
 
 
+class S3FifoMachine(ManagerMachine):
+    POLICY = "s3fifo"
+
+
+class ArcMachine(ManagerMachine):
+    POLICY = "arc"
+
+
+class AdaptiveMachine(ManagerMachine):
+    POLICY = "adaptive"
+
+
 class TwoGroupsMachine(ManagerMachine):
     """Different slot sizes: extents change class; hits need both groups."""
 
@@ -402,6 +415,15 @@ MACHINE = settings(
 )
 TestLru = ManagerMachine.TestCase
 TestFifo = FifoMachine.TestCase
+TestS3Fifo = S3FifoMachine.TestCase
+TestArc = ArcMachine.TestCase
+TestAdaptive = AdaptiveMachine.TestCase
 TestTwoGroups = TwoGroupsMachine.TestCase
 TestTwoRanks = TwoRanksMachine.TestCase
-TestLru.settings = TestFifo.settings = TestTwoGroups.settings = TestTwoRanks.settings = MACHINE
+for case in (TestLru, TestFifo, TestS3Fifo, TestArc, TestAdaptive, TestTwoGroups, TestTwoRanks):
+    case.settings = MACHINE
+
+
+def test_every_policy_runs_the_machine() -> None:
+    machines = (ManagerMachine, FifoMachine, S3FifoMachine, ArcMachine, AdaptiveMachine)
+    assert {m.POLICY for m in machines} == set(POLICIES)

@@ -26,11 +26,13 @@ from kvoffload.config import Config
 from kvoffload.copy.base import LOAD, STORE
 from kvoffload.copy.cpu import CpuCopyEngine
 from kvoffload.core.hashchain import Chain
+from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Lease, Manager, slots_needed
 from kvoffload.core.pages import PageFormat, ValueType
 from kvoffload.engines.vllm import worker as worker_module
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.worker import WorkerHalf
+from kvoffload.replay.record import StreamRecorder
 from kvoffload.tiers.nvme import StripedStore
 from kvoffload.tiers.nvme.drive import Drive
 from kvoffload.types import GroupKind, GroupLayout
@@ -105,6 +107,7 @@ class MiniEngine:
             eagle=o.eagle,
             follow=o.follow and o.caching,
             formats=self._formats(),
+            recorder=self._recorder(),
             clock=self.clock,
         )
         self.known: dict[str, Known] = {}
@@ -136,6 +139,12 @@ class MiniEngine:
         self._number = 0
         for _ in range(4):  # an idle engine steps until its workers have attached
             self.step()
+
+    def _recorder(self) -> StreamRecorder | None:
+        if self.options.record is None:
+            return None
+        tokens = primary(self.layout).chunk_tokens
+        return StreamRecorder(self.options.record, tokens, self.clock())
 
     def _formats(self) -> dict[int, PageFormat]:
         o = self.options
@@ -484,9 +493,7 @@ class MiniEngine:
         """Idempotent; part of ``finish``."""
         for rank in self.ranks:
             rank.half.shutdown()
-        if self.store is not None:
-            self.manager.drain(5.0)
-        self.manager.close()
+        self.scheduler_half.shutdown(5.0)
         if self.store is not None:
             self.store.check()
             self.store.close()

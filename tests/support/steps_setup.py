@@ -84,6 +84,7 @@ class Options:
     deadline_ms: int = 5000
     follow: bool = False  # requests may wait for another one's load of the same prefix
     verify: float = 0.0  # share of hits that are computed and compared
+    record: str | None = None  # file that the request stream is recorded to
     values: str = "bfloat16"  # what the bytes are then taken for
     seed: int = 0
 

@@ -85,7 +85,7 @@ def test_max_slots_is_the_same_before_and_after_the_arena_rounds_down() -> None:
 
 
 def test_check_sees_a_double_use() -> None:
-    alloc = SlotAllocator(8 * MIB, [MIB])
+    alloc = SlotAllocator(8 * MIB, [MIB, 2 * MIB])
     slot, _ = alloc.alloc(0)  # type: ignore[misc]
     alloc._free[0].append(slot)
     with pytest.raises(AssertionError):
@@ -122,3 +122,16 @@ def test_random_use_never_overlaps(sizes: list[int], ops: list[tuple[bool, int]]
     for slot in list(live):
         alloc.free(slot)
     assert all(alloc.slots_free(c) == alloc.capacity(c) for c in range(len(sizes)))
+
+
+def test_check_sees_a_double_use_of_the_only_class() -> None:
+    alloc = SlotAllocator(8 * MIB, [MIB])
+    slot, _ = alloc.alloc(0)  # type: ignore[misc]
+    assert alloc._flat is not None
+    alloc._flat.append(slot)
+    with pytest.raises(AssertionError, match="used and free"):
+        alloc.check()
+    alloc._flat.pop()
+    alloc._used.remove(slot)
+    with pytest.raises(AssertionError, match="lost"):
+        alloc.check()

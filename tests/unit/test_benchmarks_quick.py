@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from kvoffload.core.policy import POLICIES
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "benchmarks" / "run.py"
 needs_core = pytest.mark.skipif(
@@ -80,6 +82,17 @@ def test_index_keys() -> None:
         assert result[key] == result["systems"]["kvoffload"][key]
 
 
+def test_policies_keys() -> None:
+    result = bench("policies")
+    assert {case["policy"] for case in result["cases"]} == set(POLICIES)
+    assert result["traces"][0]["requests"] > 100
+    for case in result["cases"]:
+        assert 0 < case["token_hit"] < 1 and 0 < case["cost_hit"] < 1 and case["ns_per_block"] > 0
+    by = {(c["policy"], c["dram_frac"]): c for c in result["cases"]}
+    assert by["lru", 0.1]["token_hit"] > by["lru", 0.01]["token_hit"]
+    assert by["lru", 0.05]["token_hit_hinted"] > by["lru", 0.05]["token_hit"]
+
+
 @needs_core
 def test_copy_keys() -> None:
     pytest.importorskip("torch")
@@ -89,6 +102,16 @@ def test_copy_keys() -> None:
     engines = {case["engine"] for case in result["cases"]}
     assert {"limit", "kvoffload", "vllm_torch"} <= engines
     assert {case["layout"] for case in result["cases"]} == {"per_layer", "block_contiguous"}
+
+
+def test_replay_keys() -> None:
+    result = bench("replay", "--dram-frac", "0.2", "--nvme-frac", "0.5")
+    for key in ("trace", "policy", "token_hit", "nvme_bytes_written_per_hit_byte", "orphans"):
+        assert key in result
+    assert (result["dram_frac"], result["nvme_frac"], result["orphans"]) == (0.2, 0.5, 0)
+    assert result["token_hit"] == pytest.approx(sum(result["token_hit_by_tier"].values()), abs=1e-5)
+    assert 0 < result["token_hit"] <= result["traces"]["synthetic"]["infinite"]
+    assert result["million"]["us_per_chunk"] > 0
 
 
 def test_unknown_system_is_refused() -> None:

@@ -83,7 +83,7 @@ def test_bad_whole_numbers(key: str, value: object) -> None:
         ("io_engine", "URING", "choose one of auto, uring, threads"),
         ("load", None, "choose one of auto, always, never"),
         ("load", True, "auto, always, never"),
-        ("policy", "arc", "choose one of lru, fifo"),
+        ("policy", "mru", "choose one of lru, fifo, s3fifo, arc, adaptive"),
         ("remote", "redis://x", "not available in this version"),
         ("server", "unix:///x", "not available in this version"),
         ("server_autostart", True, "not available in this version"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvoffload.core.index import Entry, Index
 from kvoffload.core.policy import LruPolicy
+from kvoffload.core.retire import first_retired
 from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
 
 
@@ -78,6 +81,33 @@ def test_hottest_first_puts_ancestors_before_descendants(index: Index) -> None:
         index.add(e)
     index.touch(0, [key(2)])
     assert [e.key[0] for e in index.hottest_first()] == [1, 2, 9]
+
+
+def test_retiring_settles_contradictions_along_a_chain(index: Index) -> None:
+    line = [entry(n, n - 1 if n > 1 else None, n - 1) for n in range(1, 7)]
+    for e in [*line, entry(20)]:
+        index.add(e)
+    index.touch(0, [e.key for e in line])
+    index.retire([key(1)])  # one mark against five: the chain lives
+    assert index.victim(0).key == key(20)  # type: ignore[union-attr]
+    index.retire([key(3), key(4), key(5)])  # three against one: so does 6 go, though not named
+    for n in (6, 5, 4, 3):
+        victim = index.victim(0)
+        assert victim is not None and victim.key == key(n)
+        index.remove(victim)
+        index.check()
+    assert index.victim(0).key == key(20)  # type: ignore[union-attr]
+    index.retire([key(99)])
+
+
+@given(marks=st.lists(st.booleans(), max_size=12))
+def test_the_retired_tail_contradicts_fewest_marks(marks: list[bool]) -> None:
+    def wrong(cut: int) -> int:
+        return sum(marks[:cut]) + sum(not m for m in marks[cut:])
+
+    at = first_retired(marks)
+    assert wrong(at) == min(wrong(i) for i in range(len(marks) + 1))
+    assert all(wrong(i) > wrong(at) for i in range(at + 1, len(marks) + 1)), "the shortest tail"
 
 
 def test_misuse_and_broken_links_are_seen(index: Index) -> None:

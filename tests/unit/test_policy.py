@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import count
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvoffload.core.policy import FifoPolicy, LruPolicy, Policy, make_policy
+from kvoffload.core.policy import (
+    POLICIES,
+    AdaptivePolicy,
+    AgedPolicy,
+    ArcPolicy,
+    FifoPolicy,
+    LruPolicy,
+    Policy,
+    S3FifoPolicy,
+    make_policy,
+)
+from kvoffload.core.policy.duel import SAMPLE, Duel
 from kvoffload.errors import ConfigError
 from kvoffload.types import ChunkKey
 
@@ -137,3 +149,118 @@ def test_lru_equals_touching_whole_chains_leaf_to_root(ops: list[tuple[str, int,
             lru.remove(leaves[0])
             age.remove(leaves[0])
             parent.pop(leaves[0], None)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_retired_chunks_go_first_unless_touched_again(name: str) -> None:
+    policy = make_policy(name, count(1))
+    parent = chain(policy, 1, 2) | chain(policy, 11, 12) | chain(policy, 21)
+    everything = {key(n) for n in (1, 2, 11, 12, 21)}
+    for k in (key(2), key(12), key(21)):
+        policy.offer(k)
+    policy.touch([key(11), key(12)])
+    policy.retire([key(1), key(11), key(12), key(99)])  # 99 is not known
+    policy.touch([key(1)])
+    assert policy.victim() == key(12)
+    policy.check({key(2), key(12), key(21)}, everything)
+    policy.remove(key(12))
+    order = drain(policy, parent, everything - {key(12)})
+    assert order[0] == 11 and order.index(2) < order.index(1)
+
+
+def test_a_retired_parent_stays_so_when_its_child_leaves() -> None:
+    lru = LruPolicy(count(1))
+    parent = chain(lru, 1, 2) | chain(lru, 11)
+    lru.retire([key(1)])
+    lru.touch([key(2)])
+    assert drain(lru, parent, {key(1), key(2), key(11)}) == [11, 2, 1]
+    parent = chain(lru, 1, 2) | chain(lru, 11)
+    lru.retire([key(1)])
+    lru.remove(key(2))
+    assert drain(lru, {}, {key(1), key(11)}) == [1, 11]
+
+
+def cached(policy: Policy, uses: list[int], room: int) -> list[int]:
+    """Which uses hit in a cache of single chunks."""
+    held: set[ChunkKey] = set()
+    hits = []
+    for n in uses:
+        k = key(n)
+        if k in held:
+            policy.touch([k])
+            hits.append(n)
+            continue
+        if len(held) == room:
+            victim = policy.victim()
+            assert victim is not None
+            policy.remove(victim)
+            held.discard(victim)
+        policy.insert(k, None)
+        policy.offer(k)
+        held.add(k)
+    policy.check(held, held)
+    return hits
+
+
+SCAN = [n for i in range(60) for n in (1, 2, 3, *range(100 + 8 * i, 108 + 8 * i))]
+"""Three chunks used again and again; between two uses more new ones than the cache holds."""
+
+
+def test_lru_loses_to_a_scan_and_the_others_do_not() -> None:
+    assert cached(LruPolicy(count(1)), SCAN, 8) == []
+    for policy in (AgedPolicy(count(1)), S3FifoPolicy(count(1))):
+        assert len(cached(policy, SCAN, 8)) > 100, type(policy).__name__
+    # ARC has to see a second use while a chunk is resident.
+    assert len(cached(ArcPolicy(count(1)), [1, 2, 3, *SCAN], 8)) == 180
+
+
+def test_aged_counts_uses_of_one_request_once() -> None:
+    aged = AgedPolicy(count(1))
+    for n in range(1000):
+        aged.insert(key(n), None)
+    for _ in range(8):
+        aged.touch([key(0)])
+    aged.touch([key(1)])
+    aged.touch([key(0)])  # first and last of ten uses in a row
+    assert aged.heat(key(0)) < aged.heat(key(1)) + 16
+    aged.touch([key(n) for n in range(500, 1000)])
+    aged.touch([key(0)])
+    assert aged.heat(key(0)) > aged.heat(key(999)) + 1000
+
+
+def test_aged_forgets_old_counts() -> None:
+    aged = AgedPolicy(count(1))
+    cached(aged, list(range(1, 1000)), 10)
+    assert len(aged._past) <= 2 * 10 + 64
+
+
+def test_adaptive_follows_the_winner_both_ways() -> None:
+    """The same scan at the size of a real cache, then chunks that are used often for a while and
+    never again, which frequency keeps too long."""
+    policy = AdaptivePolicy(count(1))
+    policy.set_worth(0.0)
+    policy._duel.second_leads = False
+    keys = iter(range(10**6, 10**7))
+    hot = list(range(400))
+    scan = [n for _ in range(12) for n in (*hot, *(next(keys) for _ in range(1000)))]
+    cached(policy, scan, 1000)
+    assert policy.worth == 1.0
+    fading = AdaptivePolicy(count(1))
+    sets = [[next(keys) for _ in range(700)] for _ in range(60)]
+    cached(fading, [n for s in sets for _ in range(6) for n in s], 800)
+    assert fading.worth == 0.0
+
+
+def test_a_duel_is_bounded_and_deterministic() -> None:
+    def run() -> Duel:
+        duel = Duel(LruPolicy(count(1)), AgedPolicy(count(1)))
+        for n in range(20_000):
+            k = ChunkKey(hashlib.sha256(b"%d" % (n % 15_000)).digest()[:16])
+            if duel.follows(k):
+                duel.use(k, 12_000)
+        return duel
+
+    one, two = run(), run()
+    one.check()
+    assert 100 < len(one._first.held) <= SAMPLE and one._mask > 7
+    assert one._score == two._score and one._first.held == two._first.held

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvoffload.types import ChunkKey
+
+RETIRED = 1 << 120
+"""Taken from a stamp when its chunk is retired: below every stamp of a chunk that is not."""
 
 
 class Policy(ABC):
@@ -24,6 +27,13 @@ class Policy(ABC):
     @abstractmethod
     def touch(self, chain: Sequence[ChunkKey]) -> None:
         """Chunks of one chain, root first, were used together."""
+
+    @abstractmethod
+    def retire(self, keys: Iterable[ChunkKey]) -> None:
+        """These chunks are not expected to be used again: evict them first, unless touched later.
+
+        Unknown keys are ignored. Retired chunks stay resident until their room is needed.
+        """
 
     @abstractmethod
     def remove(self, key: ChunkKey) -> None:
@@ -59,9 +69,22 @@ class OrderedPolicy(Policy):
         self._offered: set[ChunkKey] = set()
         self._heap: list[tuple[int, ChunkKey]] = []
 
+    def __len__(self) -> int:
+        return len(self._stamp)
+
     def insert(self, key: ChunkKey, parent: ChunkKey | None) -> None:
         """See Policy."""
         self._stamp[key] = next(self._ticks)
+
+    def retire(self, keys: Iterable[ChunkKey]) -> None:
+        """See Policy. Retired chunks go in the order in which they would have gone."""
+        for key in keys:
+            stamp = self._stamp.get(key, -1)
+            if stamp >= 0:
+                self._stamp[key] = stamp - RETIRED
+                if key in self._offered:  # the heap holds a higher stamp, which surfaces too late
+                    heapq.heappush(self._heap, (stamp - RETIRED, key))
+        self._compact()
 
     def remove(self, key: ChunkKey) -> None:
         """See Policy."""

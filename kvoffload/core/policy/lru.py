@@ -35,7 +35,7 @@ class LruPolicy(OrderedPolicy):
     def remove(self, key: ChunkKey) -> None:
         """See Policy."""
         parent = self._parent.pop(key, None)
-        if parent is not None and parent in self._stamp:
+        if parent is not None and self._stamp.get(parent, -1) >= 0:  # retired stays retired
             self._stamp[parent] = max(self._stamp[parent], self._stamp[key])
         super().remove(key)
 

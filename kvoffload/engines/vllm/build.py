@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvoffload.config import GIB, Config
+from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Manager, slots_needed
 from kvoffload.engines.vllm import compat, geometry, plugin
 from kvoffload.engines.vllm.namespace import NamespaceSource
@@ -18,6 +19,7 @@ from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.stats import KVOffloadStats
 from kvoffload.engines.vllm.telemetry import report_drives
 from kvoffload.engines.vllm.worker import WorkerHalf
+from kvoffload.replay.record import StreamRecorder
 from kvoffload.types import CacheLayout
 
 logger = logging.getLogger("vllm.kvoffload")
@@ -152,6 +154,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         fail_by_blocks=compat.is_reduced(compat.vllm_version()),
         formats=_comparable(config, kv_cache_config, layout) if refused is None else {},
         model=_model_name(vllm_config),
+        recorder=_recorder(config, layout) if refused is None else None,
     )
     half.metrics.failure("drive_open", len(_unopened(store)))
     half.why.write_to(*_for_why(vllm_config, config, arena, store))
@@ -192,6 +195,17 @@ def _comparable(
         logger.warning("kvoffload: verify_sample has no effect: %s cannot be compared.", formats)
         return {}
     return formats
+
+
+def _recorder(config: Config, layout: CacheLayout) -> StreamRecorder | None:
+    """Writes the request stream; None: not configured, or not possible (said)."""
+    if config.record_path is None:
+        return None
+    try:
+        return StreamRecorder(config.record_path, primary(layout).chunk_tokens, time.monotonic())
+    except OSError as exc:
+        logger.error("kvoffload: record_path is not used, nothing is recorded: %s", exc)
+        return None
 
 
 def _bound(store: Any) -> int:

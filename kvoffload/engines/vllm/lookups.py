@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from kvoffload.core.fit import lease_what_fits
 from kvoffload.core.follow import wait_for
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.lookup import primary
-from kvoffload.core.manager import Lease, Manager
+from kvoffload.core.manager import Manager
 from kvoffload.core.planner import Plan
 from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.loads import Loads
@@ -23,8 +24,6 @@ from kvoffload.engines.vllm.why import WhyMiss
 from kvoffload.metrics import Recorder
 from kvoffload.types import CacheLayout, Decision, GroupKind
 
-LEASE_TRIES = 4
-"""Where the arena has no room for a whole hit, half of it is tried, then a quarter, ..."""
 REFUSAL_S = 0.1
 """A refusal is thought over again after this long at the latest: rates and queues change."""
 
@@ -84,7 +83,7 @@ class Lookups:
         if self._shadow is not None and self._shadow.picks(state, chain, start, planned.end):
             self._why.sampled(state, start)
             return 0
-        lease, end = self._lease(state, chain, start, planned.end)
+        lease, end = lease_what_fits(self._manager, state.request_id, chain, start, planned.end)
         if lease is None:
             self._metrics.miss("lease_refused")
             self._why.no_room(state, start)
@@ -161,20 +160,6 @@ class Lookups:
         if self._sliding and leader.end != end:  # other boundaries need other blocks of a window
             return None
         return leader
-
-    def _lease(
-        self, state: RequestState, chain: Chain, start: int, end: int
-    ) -> tuple[Lease | None, int]:
-        """A lease on [start, end), or on less where the arena has no room for all of it."""
-        for _ in range(LEASE_TRIES):
-            lease = self._manager.acquire(state.request_id, chain, start, end)
-            if lease is not None:
-                return lease, end
-            half = start + (end - start) // 2
-            end = self._manager.lookup(chain, start, half).end
-            if end <= start:
-                break
-        return None, start
 
     def committed(self, state: RequestState) -> None:
         """The provisional lease became a load."""

@@ -48,6 +48,7 @@ class RequestState:
     request: Any
     chain: Chain | None = None
     stored: int = 0
+    arrived: float = 0.0  # on the engine's clock
     again: int = 0  # passes from the root still to make after a failed load
     provisional: ProvisionalLease | None = None
     hit_sources: dict[Tier, int] | None = None

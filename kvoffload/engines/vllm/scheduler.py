@@ -27,9 +27,10 @@ from kvoffload.engines.vllm.orders import Fence
 from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.engines.vllm.shadow import ShadowCheck
 from kvoffload.engines.vllm.stores import StorePlanner
-from kvoffload.engines.vllm.telemetry import StepClock, report_levels
+from kvoffload.engines.vllm.telemetry import StepClock, record, report_levels
 from kvoffload.engines.vllm.why import WhyMiss
 from kvoffload.metrics import Payload, Recorder, is_empty
+from kvoffload.replay.record import StreamRecorder
 from kvoffload.types import CacheLayout, MissCause, Tier
 
 logger = logging.getLogger("vllm.kvoffload")
@@ -67,6 +68,7 @@ class SchedulerHalf:
 
     ``follow``: HBM's prefix cache is on, so that a request may wait for another one's load.
     ``formats``: pages that the shadow check can compare, by KV group; without any it is off.
+    ``recorder``: is told of every request that has ended.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class SchedulerHalf:
         follow: bool = False,
         formats: Mapping[int, PageFormat] | None = None,
         model: str = "",
+        recorder: StreamRecorder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.guard = HookGuard("scheduler")
@@ -115,6 +118,7 @@ class SchedulerHalf:
             self._accounts,
             why=self.why,
         )
+        self._recorder = recorder
         self._shadow: ShadowCheck | None = None
         if config.verify_sample and formats:
             self._shadow = ShadowCheck(config.verify_sample, formats, manager, arena, self.metrics)
@@ -163,6 +167,7 @@ class SchedulerHalf:
         """At arrival: compute the chain and start moving what sits on NVMe towards DRAM."""
         self.namespaces.on_first_request()
         state = self._state(request)
+        state.arrived = self._clock()
         chain = self._chain(state)
         if chain is None or self.config.load == "never" or self._skips_cache(request):
             return
@@ -351,6 +356,8 @@ class SchedulerHalf:
         state = self._states.pop(str(request.request_id), None)
         if state is not None:
             self._lookups.drop(state)
+            if self._recorder is not None and state.chain is not None:
+                record(self._recorder, state, self.layout)
             if state.sampled:
                 self.manager.sample_over(state.request_id)
         self.manager.cancel_prefetch(str(request.request_id))
@@ -415,6 +422,8 @@ class SchedulerHalf:
             self.manager.drain(flush_s)
         finally:
             self.manager.close()
+            if self._recorder is not None:
+                self._recorder.close()
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Manager
 from kvoffload.core.prefill import PrefillWork
+from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.metrics import Recorder
+from kvoffload.replay.record import Ended, StreamRecorder
+from kvoffload.types import CacheLayout
 
 MAX_STEPS_OUT = 8
 """More steps than any engine has in flight."""
@@ -39,6 +43,18 @@ class StepClock:
                 self._out.clear()  # outputs went missing: pairs would be wrong
         self._last_end = now
         return learned
+
+
+def record(recorder: StreamRecorder, state: RequestState, layout: CacheLayout) -> None:
+    """Hand an ended request over: its prompt's chunks of the group that hits are counted by."""
+    request: Any = state.request
+    chain, group = state.chain, primary(layout)
+    if chain is None:
+        return
+    prompt = int(request.num_prompt_tokens)
+    keys = chain.keys(group.group)[: prompt // group.chunk_tokens]
+    output = max(0, int(request.num_tokens) - prompt)
+    recorder.add(Ended(state.arrived, prompt, output, keys, chain.namespace_id))
 
 
 def report_levels(manager: Manager, metrics: Recorder) -> None:

@@ -1,0 +1,1 @@
+"""Request traces through the real Manager without moving a byte: sizing before buying."""
