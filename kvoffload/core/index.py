@@ -201,9 +201,6 @@ class Index:
         path.reverse()
         while len(below := self._children.get(path[-1].key, ())) == 1:
             path.append(self._entries[next(iter(below))])
-            if path[-1].key in seen:
-                path.pop()
-                break
             seen.add(path[-1].key)
         return path
 

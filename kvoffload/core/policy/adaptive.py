@@ -29,23 +29,23 @@ class AdaptivePolicy(AgedPolicy):
         super().insert(key, parent)
         if self._duel.follows(key):
             self._followed.add(key)
-            self._follow(key)
+            self._use(key)
 
     def touch(self, chain: Sequence[ChunkKey]) -> None:
         """See Policy."""
         super().touch(chain)
         followed = self._followed
         for key in reversed(chain):
-            if key in followed:
-                self._follow(key)
+            if key not in followed:
+                continue
+            if self._duel.follows(key):
+                self._use(key)
+            else:
+                followed.discard(key)  # the sample became sparser since it was inserted
 
-    def _follow(self, key: ChunkKey) -> None:
-        duel = self._duel
-        if not duel.follows(key):  # the sample became sparser since it was inserted
-            self._followed.discard(key)
-            return
-        duel.use(key, self._room)
-        worth = 1.0 if duel.second_leads else 0.0
+    def _use(self, key: ChunkKey) -> None:
+        self._duel.use(key, self._room)
+        worth = 1.0 if self._duel.second_leads else 0.0
         if worth != self.worth:
             self.set_worth(worth)
 
