@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from itertools import islice
 
 from kvoffload.core.policy.base import Policy
 from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
+
+_RETIRED_TRIES = 64  # retired chunks that are still in use are passed over, but not without end
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,14 @@ class ChunkId:
     chunk: int
     parent: ChunkKey | None
     namespace_id: int
+
+
+class Kept(IntEnum):
+    """What hints do to a chunk (core/keep.py); anything but NO keeps it from eviction."""
+
+    NO = 0
+    RETAINED = 1
+    PINNED = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +58,8 @@ class Entry:
     hold_until: float = 0.0  # no reuse before this clock value (a late writer may exist)
     attempts: int = 0  # failed write-behind attempts
     owner: str | None = None  # prefetched for this owner and not used yet
+    kept: Kept = Kept.NO  # by hints
+    retired: bool = False  # not expected to be used again: goes first, is not written to NVMe
     twin: bool = False  # made to be compared (core/shadow.py): no hit, never written to NVMe
 
     def chunk_id(self) -> ChunkId:
@@ -54,6 +68,10 @@ class Entry:
 
     def evictable_alone(self) -> bool:
         """Nothing but a resident child could stand in the way of evicting it."""
+        return not self.kept and self.unused()
+
+    def unused(self) -> bool:
+        """Filled, and nobody reads or writes it."""
         return self.state is SlotState.READY and not self.pins and not self.io and not self.dropped
 
     def busy(self, now: float) -> bool:
@@ -71,6 +89,7 @@ class Index:
         self._entries: dict[ChunkKey, Entry] = {}
         self._by_slot: dict[int, Entry] = {}
         self.pinned_bytes = 0
+        self._retired: list[dict[ChunkKey, Entry]] = [{} for _ in policies]  # leaf first
         # Keyed by the parent's key, resident or not: a parent that comes back finds its children.
         self._children: dict[ChunkKey, set[ChunkKey]] = {}
 
@@ -114,6 +133,7 @@ class Index:
         entry.dropped = True
         del self._entries[entry.key]
         del self._by_slot[entry.ref.slot]
+        self._retired[entry.cls].pop(entry.key, None)
         self._policies[entry.cls].remove(entry.key)
         if entry.parent is not None:
             siblings = self._children[entry.parent]
@@ -160,9 +180,23 @@ class Index:
     def touch(self, cls: int, chain: Sequence[ChunkKey]) -> None:
         """Resident chunks of one chain, root first, were used."""
         self._policies[cls].touch(chain)
+        retired = self._retired[cls]
+        for key in chain if retired else ():
+            entry = retired.pop(key, None)
+            if entry is not None:
+                entry.retired = False
+
+    def retire(self, entry: Entry) -> None:
+        """``entry`` is not expected to be used again: first to go, unless it is touched again."""
+        if not entry.dropped and not entry.retired:
+            entry.retired = True
+            self._retired[entry.cls][entry.key] = entry
 
     def victim(self, cls: int) -> Entry | None:
-        """What the policy would evict next from class ``cls``."""
+        """What to evict next from class ``cls``: what is retired, then what the policy says."""
+        for entry in islice(self._retired[cls].values(), _RETIRED_TRIES):
+            if self.evictable(entry):
+                return entry
         key = self._policies[cls].victim()
         return None if key is None else self._entries[key]
 
@@ -181,9 +215,10 @@ class Index:
         return sorted(seen.values(), key=lambda e: -e.chunk)
 
     def hottest_first(self) -> list[Entry]:
-        """All entries by descending heat, every entry after its resident ancestors."""
+        """All entries, what hints keep first, then by descending heat; every entry after its
+        resident ancestors."""
         out: dict[ChunkKey, Entry] = {}
-        by_heat = sorted(self, key=lambda e: -self._policies[e.cls].heat(e.key))
+        by_heat = sorted(self, key=lambda e: (-e.kept, -self._policies[e.cls].heat(e.key)))
         for entry in by_heat:
             line: list[Entry] = []
             at: Entry | None = entry
@@ -205,6 +240,7 @@ class Index:
             assert entry.state in (SlotState.FILLING, SlotState.READY), f"resident {entry.state!r}"
             assert not (entry.dirty and entry.state is not SlotState.READY), "dirty before READY"
             resident[entry.cls].add(key)
+            assert entry.retired == (key in self._retired[entry.cls]), "retired"
             if self.evictable(entry):
                 offered[entry.cls].add(key)
             if entry.parent is not None:

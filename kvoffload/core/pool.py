@@ -60,6 +60,8 @@ class Pool:
         self.index = Index([make_policy(policy, ticks) for _ in sizes])
         self.limbo: dict[int, Entry] = {}  # quarantine: dropped entries whose slot is still in use
         self.on_drop: Callable[[Entry], None] = lambda entry: None
+        self.on_add: Callable[[Entry], None] = lambda entry: None
+        self.make_room: Callable[[], bool] = lambda: False  # from what hints keep: the last resort
         self.held_bytes = 0  # of resident and quarantined slots
         self.held_slots = 0
         self.changes = 0  # chunks that came or went
@@ -131,6 +133,7 @@ class Pool:
         self.held_bytes += entry.nbytes
         self.held_slots += 1
         self._filling[slot] = entry
+        self.on_add(entry)
         return entry
 
     def _room(self, cls: int) -> tuple[int, int] | None:
@@ -138,7 +141,7 @@ class Pool:
             victim = self.index.victim(cls)
             if victim is not None:
                 self._evict(victim)
-            elif not self._reclaim(cls):
+            elif not self._reclaim(cls) and not self.make_room():
                 return None
         return got
 

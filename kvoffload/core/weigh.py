@@ -73,10 +73,13 @@ class Weigher:
             return explore(start, steps, self._rates.tiers(), self._rates.prefill.seconds)
         return refused
 
-    def worth_prefetching(self, chain: Chain, start: int, limit: int, now: float) -> int:
-        """The boundary up to which a later load will pay, whatever the queue is now."""
+    def worth_prefetching(
+        self, chain: Chain, start: int, limit: int, now: float, wished: bool = False
+    ) -> int:
+        """The boundary up to which a later load will pay, whatever the queue is now, or is
+        ``wished`` for."""
         search, end = self._loader.search(chain, start, limit, now)
-        if self._mode is LoadMode.AUTO:
+        if self._mode is LoadMode.AUTO and not wished:
             tiers, prefill = self._rates.tiers(), self._rates.prefill.seconds
             end = plan(start, search.steps(start, end), tiers, prefill).end
         return end
