@@ -160,14 +160,19 @@ class Keeper:
             return len(gone)
 
     def _unshared(self, keys: Sequence[ChunkKey]) -> list[ChunkKey]:
-        """From the leaf on: those that are not pinned and have no other resident children."""
+        """From the leaf on: those that are not pinned and have no other resident children, ended
+        sessions' excepted."""
         mine: list[ChunkKey] = []
         for key in reversed(keys):
             others = self._pool.index.children(key).difference(mine[-1:])
-            if key in self._pinned or others:
+            if key in self._pinned or any(not self._retired(k) for k in others):
                 break
             mine.append(key)
         return mine
+
+    def _retired(self, key: ChunkKey) -> bool:
+        entry = self._pool.index.get(key)
+        return entry is not None and entry.retired
 
     def _forget_below(self, keys: list[ChunkKey]) -> None:
         if self._nvme is None or not keys:
@@ -178,12 +183,17 @@ class Keeper:
 
     def _prompt(self, chain: Chain, end: int) -> tuple[ChunkKey | None, list[tuple[ChunkKey, int]]]:
         """(name, chunks with bytes) of the longest boundary in [0, end]; no name: no chunk."""
-        groups = [g for g in self._layout.groups if g.kind is not GroupKind.NONE]
-        if len(groups) < len(self._layout.groups):
+        groups = self._layout.groups
+        if any(g.kind is GroupKind.NONE for g in groups):
             return None, []
+        grid = boundary_tokens(self._layout)
         held = min(chain.n_chunks(g.group) * g.chunk_tokens for g in groups)
-        end = min(end, held) // boundary_tokens(self._layout) * boundary_tokens(self._layout)
-        wanted = [(chain.key(g.group, i), g.slot_bytes) for g in groups for i in span(g, 0, end)]
+        end = min(end, held) // grid * grid
+        # The same prompt alone is served one boundary short where a window is involved.
+        places = dict.fromkeys(
+            (g, i) for g in groups for to in (end, end - grid) for i in span(g, 0, to)
+        )
+        wanted = [(chain.key(g.group, i), g.slot_bytes) for g, i in places]
         main = primary(self._layout)
         return (chain.key(main.group, end // main.chunk_tokens - 1) if wanted else None), wanted
 

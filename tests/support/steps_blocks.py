@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +86,9 @@ class MiniRequest:
     max_tokens: int
     skip_reading_prefix_cache: bool = False
     resumable: bool = False
+    kv_transfer_params: dict[str, Any] | None = None
+    kv_hints: Any = None
+    session_id: str | None = None
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
