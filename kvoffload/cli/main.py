@@ -14,6 +14,7 @@ LAZY = {
     "doctor": ("kvoffload.cli.doctor", "Check this machine, vLLM and a configuration."),
     "store": ("kvoffload.cli.store", "NVMe chunk stores: stats, ls, verify, export, import."),
     "top": ("kvoffload.cli.top", "Watch a running server: hits, traffic, occupancy, failures."),
+    "warm": ("kvoffload.cli.warm", "Send prompts once through a running server and pin them."),
 }
 
 
