@@ -47,15 +47,17 @@ def with_tokenizer(where: Path) -> Path:
     from tokenizers.models import WordLevel
 
     shutil.copytree(models.llama(), where)
-    words = {f"t{i}": i for i in range(models.VOCAB)}
-    tokenizer = Tokenizer(WordLevel(vocab=words, unk_token="t0"))
+    # Special tokens are found inside words too: no word may hold one.
+    special = dict(zip(("<unk>", "<s>", "</s>"), range(3), strict=True))
+    words = special | {f"t{i}": i for i in range(3, models.VOCAB)}
+    tokenizer = Tokenizer(WordLevel(vocab=words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(where / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "t0",
-        "bos_token": "t1",
-        "eos_token": "t2",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
         "chat_template": "{% for m in messages %}{{ m['content'] }} {% endfor %}",
     }
     (where / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -92,6 +92,14 @@ def test_generated_tokens_are_retained_too(engine: MiniEngine) -> None:
     engine.finish()
 
 
+def test_a_running_request_is_retained_already(engine: MiniEngine) -> None:
+    request = engine.add(tokens(40), 30, hints={"retain_s": 60})
+    engine.until(lambda: request.num_output_tokens > 20)
+    slot = engine.layout.groups[0].slot_bytes
+    assert engine.manager.keep.nbytes[Kept.RETAINED] >= 6 * slot, "generated chunks as well"
+    engine.finish()
+
+
 def test_unpinned_it_goes(engine: MiniEngine) -> None:
     engine.ask(tokens(40), hints={"pin": True})
     assert engine.manager.keep.nbytes[Kept.PINNED] > 0
@@ -161,14 +169,17 @@ def test_a_hint_names_the_session_where_vllm_cannot() -> None:
 
 
 def test_what_a_live_request_shares_stays(engine: MiniEngine) -> None:
-    """Both computed the same new prefix; the other one still runs when the session ends."""
-    long = engine.add(tokens(40) + tokens(4, 1), 60)
-    engine.until(lambda: long.num_output_tokens > 2)
-    engine.add(tokens(40) + tokens(8, 2), 1, hints={"end_session": True, "session": "q"})
-    engine.until(lambda: "r2" not in engine.scheduler.requests)
+    """Somebody else still runs on a prefix that the session computed, and has stored nothing yet."""
+    engine.ask(tokens(40), session="q")
+    guest = engine.add(tokens(40), 7)
+    engine.until(lambda: guest.num_output_tokens > 0)
+    last = engine.add(tokens(40) + tokens(8, 2), 1, hints={"end_session": True}, session="q")
+    engine.until(lambda: last.request_id not in engine.scheduler.requests)
+    assert not guest.is_finished()
     index = engine.manager._pool.index
-    shared = engine.chain_of(engine.known["r1"]).keys(0)[:5]
-    assert not any(e.retired for k in shared if (e := index.get(k)) is not None)
+    chain = engine.chain_of(engine.known[last.request_id])
+    held = [e.retired for k in chain.keys(0) if (e := index.get(k)) is not None]
+    assert held == [False] * 5 + [True]
     engine.finish()
 
 

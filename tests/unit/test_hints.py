@@ -206,6 +206,22 @@ def test_what_a_retained_chunk_needs_is_retained_when_it_comes_back() -> None:
     rig.manager.check()
 
 
+def test_what_comes_back_keeps_its_own_ancestors_too() -> None:
+    rig = make(slots=16)
+    rig.put("abcd")
+    retain(rig, "abcd")
+    index, chain = rig.manager._pool.index, rig.chain("abcd")
+    for i in (1, 0):
+        entry = index.get(chain.key(0, i))
+        assert entry is not None
+        rig.manager.slot_failed(entry.ref, rig_failure())
+    rig.put("a")
+    assert rig.manager.keep.nbytes[Kept.RETAINED] == 2 * UNIT, "nothing links it yet"
+    rig.put("ab")
+    assert rig.manager.keep.nbytes[Kept.RETAINED] == 4 * UNIT
+    rig.manager.check()
+
+
 def rig_failure() -> Any:
     from kvoffload.types import LoadFailure
 
