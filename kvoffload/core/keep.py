@@ -262,6 +262,8 @@ class Keeper:
 
     def added(self, entry: Entry) -> None:
         """``entry`` became resident: its pin holds again, its retained children keep it too."""
+        if not self._holds and not self._pinned:
+            return  # the common case: nobody hints
         for key in self._pool.index.children(entry.key):
             hold = self._holds.get(key)
             if hold is not None:

@@ -134,6 +134,10 @@ class RequestHints:
         if own < chain.tokens:
             self._manager.keep.release(chain, own, chain.tokens)
 
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant."""
+        assert len(self._sessions) <= MAX_SESSIONS, "sessions are not bounded"
+
     def _own(self, state: RequestState, chain: Chain, session: Any) -> int:
         """From where on the chain was computed by the request's session (or by itself)."""
         born = chain.tokens if state.born is None else state.born

@@ -401,6 +401,7 @@ class SchedulerHalf:
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         self._loads.check()
+        self._hints.check()
         self.manager.check()
 
     # ---------------------------------------------------------------- small helpers
