@@ -141,6 +141,9 @@ METRICS: dict[str, Metric] = {
         _counter("kvoffload_saved_seconds_total", "Prefill seconds saved by loads, net."),
         _counter("kvoffload_cost_seconds_total", "Seconds by which loads were the slower way."),
         _counter("kvoffload_resets_total", "Times everything stored was hidden by a new epoch."),
+        _counter("kvoffload_hints_total", "Hints of requests that were good.", "kind"),
+        _counter("kvoffload_hints_refused_total", "Hints that were ignored.", "reason"),
+        _gauge("kvoffload_hint_bytes", "Bytes of DRAM that hints keep: retained, pinned.", "kind"),
         _histogram("kvoffload_load_seconds", "Load of one request, from allocation to answer."),
         _histogram("kvoffload_load_copy_seconds", "Copy of one load job on one rank."),
         _histogram("kvoffload_load_wait_seconds", "Longest wait of a load job for a slot's bytes."),
@@ -400,6 +403,19 @@ class Recorder:
     def reset_epoch(self) -> None:
         """Everything stored so far was hidden."""
         self.inc("kvoffload_resets_total")
+
+    def hint(self, kind: str) -> None:
+        """A request came with a good hint."""
+        self.inc("kvoffload_hints_total", 1, kind)
+
+    def hint_refused(self, reason: str) -> None:
+        """A hint was ignored."""
+        self.inc("kvoffload_hints_refused_total", 1, reason)
+
+    def kept(self, retained: int, pinned: int) -> None:
+        """Bytes of DRAM that hints keep from eviction."""
+        self.set("kvoffload_hint_bytes", retained, "retained")
+        self.set("kvoffload_hint_bytes", pinned, "pinned")
 
     def worker(self, report: Any) -> None:
         """Fold in a worker's account of a step (engines/vllm/meta.WorkerReport)."""

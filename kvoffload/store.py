@@ -237,6 +237,7 @@ class Store:
         newest: int = 0,
         namespace: int | None = None,
         overwrite: bool = False,
+        sign_key: bytes | None = None,
         progress: Progress | None = None,
     ) -> ExportReport:
         """Write chunks to a safetensors file (docs/format.md), oldest first.
@@ -244,6 +245,7 @@ class Store:
         All held chunks, or the ``newest`` so many, or those of a ``namespace`` (its low 32 bits);
         or the given ``keys``; or of ``chain`` (a prompt's keys, root first) what is held without
         a gap. The file appears when it is complete. Memory: at most some 64 MiB of payload.
+        ``sign_key`` signs it (``kvoffload.signing.read_key`` reads one from a private file).
         Raises StoreError with one line naming the file, ValueError for a selection that makes no
         sense; what ``progress`` raises.
         """
@@ -251,18 +253,28 @@ class Store:
 
         given = [None if k is None else tuple(map(_checked, k)) for k in (keys, chain)]
         wanted = Selection(given[0], given[1], newest, namespace)
-        return export_chunks(self, file, wanted, overwrite=overwrite, progress=progress)
+        return export_chunks(
+            self, file, wanted, overwrite=overwrite, sign_key=sign_key, progress=progress
+        )
 
-    def import_(self, file: PathLike, *, progress: Progress | None = None) -> ImportReport:
+    def import_(
+        self,
+        file: PathLike,
+        *,
+        verify_key: bytes | None = None,
+        progress: Progress | None = None,
+    ) -> ImportReport:
         """Put the chunks of a file that ``export`` wrote, each once its checksum has been verified.
 
         A chunk that is damaged is left out and counted. The checksum finds accidents, not
-        attackers: import only files that you trust like the store itself. Raises StoreError with
-        one line naming the file, before anything is put, where it is truncated or not ours.
+        attackers: without ``verify_key`` import only files that you trust like the store itself.
+        With it nothing is put unless the file was signed with that key (nobody else may write to
+        the file meanwhile). Raises StoreError with one line naming the file, before anything is
+        put, where it is truncated, not ours or not signed so.
         """
         from kvoffload.transfer import import_chunks
 
-        return import_chunks(self, file, progress=progress)
+        return import_chunks(self, file, verify_key=verify_key, progress=progress)
 
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant."""

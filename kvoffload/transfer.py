@@ -6,10 +6,12 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvoffload.errors import StoreError
-from kvoffload.tiers.nvme.chunk_file import ChunkReader, ChunkWriter, FileChunk
+from kvoffload.signing import signature
+from kvoffload.tiers.nvme.chunk_file import ChunkReader, ChunkWriter, FileChunk, Sign
 from kvoffload.types import LEAF_BYTES, StoreResult
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def export_chunks(
     wanted: Selection,
     *,
     overwrite: bool = False,
+    sign_key: bytes | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """See Store.export."""
@@ -95,7 +98,7 @@ def export_chunks(
     total = sum(c.nbytes for c in chosen)
     # Offsets and checksums of the plan only have to be as long as the longest there can be.
     plan = [FileChunk(c.key, c.namespace, c.depth, 0, total, c.nbytes) for c in chosen]
-    writer = ChunkWriter(path, plan, overwrite=overwrite)
+    writer = ChunkWriter(path, plan, overwrite=overwrite, sign=_signer(sign_key))
     written = nbytes = done = 0
     try:
         for batch in batches(chosen):
@@ -134,15 +137,23 @@ def batches(chunks: Sequence[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
+def _signer(key: bytes | None) -> Sign | None:
+    return None if key is None else partial(signature, key)
+
+
 def import_chunks(
-    store: Store, file: PathLike, *, progress: Progress | None = None
+    store: Store,
+    file: PathLike,
+    *,
+    verify_key: bytes | None = None,
+    progress: Progress | None = None,
 ) -> ImportReport:
     """See Store.import_."""
     from kvoffload._core import checksum
 
     began = time.monotonic()
     imported = held = bad = refused = nbytes = done = 0
-    with ChunkReader(os.fspath(file)) as reader:
+    with ChunkReader(os.fspath(file), _signer(verify_key)) as reader:
         slots = _Slots()
         most = int(store.stats()["segment_bytes"]) - (16 << 10)
         for batch in batches(reader.chunks):

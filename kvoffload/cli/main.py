@@ -20,6 +20,7 @@ LAZY = {
         "What a cache of some size does for a request trace.",
     ),
     "top": ("kvoffload.cli.top", "Watch a running server: hits, traffic, occupancy, failures."),
+    "warm": ("kvoffload.cli.warm", "Send prompts once through a running server and pin them."),
 }
 
 

@@ -210,6 +210,13 @@ def _keys(given: list[str] | None, option: str) -> list[bytes] | None:
     return out
 
 
+def _key(file: Path | None) -> bytes | None:
+    from kvoffload.signing import read_key
+
+    with _refused():
+        return None if file is None else read_key(file)
+
+
 def _namespace(text: str | None) -> int | None:
     if text is None:
         return None
@@ -229,11 +236,15 @@ def export_(
     newest: NewestOpt = 0,
     namespace: SpaceOpt = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    sign_key: Annotated[
+        Path | None, typer.Option("--sign-key", help="Sign it with the key in this 0600 file.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Write chunks to a safetensors file: all, or those chosen. KV bytes: keep it as private."""
     keys, links = _keys(key, "--key"), _keys(chain, "--chain")
     space = _namespace(namespace)
+    secret = _key(sign_key)
     with _open(paths) as store, _refused(), _bar("exporting") as progress:
         report = store.export(
             file,
@@ -242,6 +253,7 @@ def export_(
             newest=newest,
             namespace=space,
             overwrite=force,
+            sign_key=secret,
             progress=progress,
         )
     if as_json:
@@ -256,11 +268,20 @@ def export_(
 
 
 @app.command("import")
-def import_(paths: PathsArg, file: FileArg, as_json: JsonOpt = False) -> None:
+def import_(
+    paths: PathsArg,
+    file: FileArg,
+    verify_key: Annotated[
+        Path | None,
+        typer.Option("--verify-key", help="Only if signed with the key in this 0600 file."),
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
     """Put the chunks of an exported file, each once verified. Only from files that you trust."""
+    secret = _key(verify_key)
     with _open(paths, read_only=False) as store, _refused():
         with _bar("importing") as progress:
-            report = store.import_(file, progress=progress)
+            report = store.import_(file, verify_key=secret, progress=progress)
         flushed = store.flush()
     if as_json:
         _print_json({"file": str(file), **asdict(report), "flushed": flushed})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from kvoffload.core.policy.base import Policy
 from kvoffload.core.retire import first_retired
@@ -23,6 +24,14 @@ class ChunkId:
     chunk: int
     parent: ChunkKey | None
     namespace_id: int
+
+
+class Kept(IntEnum):
+    """What hints do to a chunk (core/keep.py); anything but NO keeps it from eviction."""
+
+    NO = 0
+    RETAINED = 1
+    PINNED = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +56,8 @@ class Entry:
     hold_until: float = 0.0  # no reuse before this clock value (a late writer may exist)
     attempts: int = 0  # failed write-behind attempts
     owner: str | None = None  # prefetched for this owner and not used yet
+    kept: Kept = Kept.NO  # by hints
+    retired: bool = False  # not expected to be used again: goes first, is not written to NVMe
     twin: bool = False  # made to be compared (core/shadow.py): no hit, never written to NVMe
 
     def chunk_id(self) -> ChunkId:
@@ -55,6 +66,10 @@ class Entry:
 
     def evictable_alone(self) -> bool:
         """Nothing but a resident child could stand in the way of evicting it."""
+        return not self.kept and self.unused()
+
+    def unused(self) -> bool:
+        """Filled, and nobody reads or writes it."""
         return self.state is SlotState.READY and not self.pins and not self.io and not self.dropped
 
     def busy(self, now: float) -> bool:
@@ -72,6 +87,7 @@ class Index:
         self._entries: dict[ChunkKey, Entry] = {}
         self._by_slot: dict[int, Entry] = {}
         self.pinned_bytes = 0
+        self._retired: set[ChunkKey] = set()  # keys of the entries marked so
         # Keyed by the parent's key, resident or not: a parent that comes back finds its children.
         self._children: dict[ChunkKey, set[ChunkKey]] = {}
 
@@ -126,6 +142,7 @@ class Index:
         entry.dropped = True
         del self._entries[entry.key]
         del self._by_slot[entry.ref.slot]
+        self._retired.discard(entry.key)
         self._policies[entry.cls].remove(entry.key)
         if entry.parent is not None:
             siblings = self._children[entry.parent]
@@ -174,6 +191,19 @@ class Index:
     def touch(self, cls: int, chain: Sequence[ChunkKey]) -> None:
         """Resident chunks of one chain, root first, were used."""
         self._policies[cls].touch(chain)
+        if self._retired:
+            for key in self._retired.intersection(chain):
+                self._entries[key].retired = False
+                self._retired.discard(key)
+
+    def let_go(self, entries: Sequence[Entry]) -> None:
+        """Nobody needs these any more: they go first and are not written down, unless they are
+        touched again."""
+        for entry in entries:
+            if not entry.dropped:
+                entry.retired = True
+                self._retired.add(entry.key)
+                self._policies[entry.cls].retire([entry.key])
 
     def retire(self, keys: Sequence[ChunkKey]) -> None:
         """Evict these first, unless they are touched later; what is not resident is ignored.
@@ -224,9 +254,10 @@ class Index:
         return sorted(seen.values(), key=lambda e: -e.chunk)
 
     def hottest_first(self) -> list[Entry]:
-        """All entries by descending heat, every entry after its resident ancestors."""
+        """All entries, what hints keep first, then by descending heat; every entry after its
+        resident ancestors."""
         out: dict[ChunkKey, Entry] = {}
-        by_heat = sorted(self, key=lambda e: -self._policies[e.cls].heat(e.key))
+        by_heat = sorted(self, key=lambda e: (-e.kept, -self._policies[e.cls].heat(e.key)))
         for entry in by_heat:
             line: list[Entry] = []
             at: Entry | None = entry
@@ -248,10 +279,12 @@ class Index:
             assert entry.state in (SlotState.FILLING, SlotState.READY), f"resident {entry.state!r}"
             assert not (entry.dirty and entry.state is not SlotState.READY), "dirty before READY"
             resident[entry.cls].add(key)
+            assert entry.retired == (key in self._retired), "retired"
             if self.evictable(entry):
                 offered[entry.cls].add(key)
             if entry.parent is not None:
                 children.setdefault(entry.parent, set()).add(key)
+        assert self._retired <= self._entries.keys(), "a retired chunk that left"
         assert len(self._by_slot) == len(self._entries), "two entries in one slot"
         assert children == self._children, "child links"
         for cls, policy in enumerate(self._policies):

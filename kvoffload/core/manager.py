@@ -29,6 +29,7 @@ from kvoffload.core.alloc import SlotAllocator
 from kvoffload.core.audit import Parts, check, levels, occupancy
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Entry
+from kvoffload.core.keep import Keeper
 from kvoffload.core.layout import check_layout
 from kvoffload.core.lease import Lease, LeaseItem, Prefetches, StoreItem
 from kvoffload.core.loader import Loader
@@ -115,6 +116,9 @@ class Manager:
             self._nvme = NvmeTier(
                 store, arena, self._pool, self.counters, guard, bucket, self._observe_read
             )
+        self.keep = Keeper(
+            layout, self._pool, self._nvme, self.counters, arena.data_bytes, self._lock, clock
+        )
         self._loader = Loader(layout, self._pool, self._nvme, self._prefetches, self.counters)
         self._weigher = Weigher(
             self._loader, self._prefetches, self.rates, self.counters, load_mode(load)
@@ -123,6 +127,7 @@ class Manager:
 
     def _on_drop(self, entry: Entry) -> None:
         self._prefetches.settle(entry)
+        self.keep.dropped(entry)
         if self._nvme is not None:
             self._nvme.writes.forget(entry)
 
@@ -199,8 +204,11 @@ class Manager:
         with self._lock:
             self._loader.release(lease_id, self._clock())
 
-    def prefetch(self, owner: str, chain: Chain, start: int, limit: int) -> int:
-        """Start moving what a later load of [start, limit] needs from NVMe to DRAM.
+    def prefetch(
+        self, owner: str, chain: Chain, start: int, limit: int, wished: bool = False
+    ) -> int:
+        """Start moving what a later load of [start, limit] needs from NVMe to DRAM, as far as it
+        pays, or all of it when ``wished`` for by a hint.
 
         Returns the chunks that this call set moving for ``owner``. At most a quarter of the arena
         holds prefetched chunks that nobody has acquired. Not pinned: see ``cancel_prefetch``.
@@ -209,7 +217,7 @@ class Manager:
             if self._closed or not self._serving:
                 return 0
             now = self._clock()
-            end = self._weigher.worth_prefetching(chain, start, limit, now)
+            end = self._weigher.worth_prefetching(chain, start, limit, now, wished)
             return self._loader.prefetch(owner, chain, start, end, now) if end > start else 0
 
     def cancel_prefetch(self, owner: str) -> int:
@@ -396,6 +404,7 @@ class Manager:
     # -- progress
 
     def _collect(self, now: float) -> None:
+        self.keep.expire(now)
         # Jobs first, then the slot table: a returned job's slots are then seen in their final
         # state.
         done = self._nvme.poll() if self._nvme is not None else ()
@@ -460,6 +469,7 @@ class Manager:
             self.counters.resets += 1
             self._settled.clear()
             self._shadow.clear(now)
+            self.keep.reset()
             for entry in sorted(self._pool.index, key=lambda e: -e.chunk):
                 self._pool.drop(entry, now, Gone.RESET)
 
@@ -521,6 +531,7 @@ class Manager:
         with self._lock:
             self.rates.check()
             check(self._parts())
+            self.keep.check()
 
     def _parts(self) -> Parts:
         return Parts(

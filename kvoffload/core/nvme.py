@@ -84,6 +84,16 @@ class NvmeTier:
             self._guard.failed("store.contains", error)
             return False
 
+    def delete(self, keys: Sequence[ChunkKey]) -> int:
+        """Forget keys; returns how many were held. What cannot be deleted ages out as ever."""
+        if not keys or not self.enabled:
+            return 0
+        try:
+            return self._store.delete(b"".join(keys))
+        except Exception as error:
+            self._guard.failed("store.delete", error)
+            return 0
+
     def poll(self) -> Sequence[StoreDoneLike]:
         """Jobs that have returned; hand them to ``finish`` after reading the slot table again."""
         try:

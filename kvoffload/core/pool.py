@@ -70,6 +70,8 @@ class Pool:
         self.limbo: dict[int, Entry] = {}  # quarantine: dropped entries whose slot is still in use
         self.on_drop: Callable[[Entry], None] = lambda entry: None
         self.note: Callable[[Entry, Gone], None] = lambda entry, gone: None
+        self.on_add: Callable[[Entry], None] = lambda entry: None
+        self.make_room: Callable[[], bool] = lambda: False  # from what hints keep: the last resort
         self.held_bytes = 0  # of resident and quarantined slots
         self.held_slots = 0
         self.changes = 0  # chunks that came or went
@@ -154,6 +156,7 @@ class Pool:
         self.held_bytes += entry.nbytes
         self.held_slots += 1
         self._filling[slot] = entry
+        self.on_add(entry)
         return entry
 
     def _room(self, cls: int) -> tuple[int, int] | None:
@@ -161,7 +164,7 @@ class Pool:
             victim = self.index.victim(cls)
             if victim is not None:
                 self._evict(victim)
-            elif not self._reclaim(cls):
+            elif not self._reclaim(cls) and not self.make_room():
                 return None
         return got
 

@@ -56,6 +56,10 @@ class Counters:
     nvme_probes: int = 0  # reads made only to see whether a tier works again
     tier_errors: int = 0  # exceptions from the arena or the store
     resets: int = 0
+    hint_retain_cut: int = 0  # chunks whose retention ended early: over the bound, or no other room
+    hint_pin_refused: int = 0  # prompts that were not pinned for want of room
+    hint_released: int = 0  # chunks let go of because their session ended
+    hint_deleted: int = 0  # and deleted from NVMe
     verify_sampled: int = 0  # chunks that the shadow check set out to compare, and how that ended
     verify_ok: int = 0
     verify_mismatch: int = 0

@@ -85,14 +85,17 @@ class Weigher:
             return explore(start, steps, self._rates.tiers(), self._rates.prefill.seconds)
         return refused
 
-    def worth_prefetching(self, chain: Chain, start: int, limit: int, now: float) -> int:
-        """The boundary up to which a later load will pay, whatever the queue is now; ``start``
-        where all of it is in DRAM already, where it then ages as if it were used."""
+    def worth_prefetching(
+        self, chain: Chain, start: int, limit: int, now: float, wished: bool = False
+    ) -> int:
+        """The boundary up to which a later load will pay, whatever the queue is now, or is
+        ``wished`` for; ``start`` where all of it is in DRAM already, where it then ages as if it
+        were used."""
         search, end = self._loader.search(chain, start, limit, now)
         if end > start and search.whole(start, end) is not None:
             self._loader.touch(chain, start, end)
             return start
-        if self._mode is LoadMode.AUTO:
+        if self._mode is LoadMode.AUTO and not wished:
             tiers, prefill = self._rates.tiers(), self._rates.prefill.seconds
             end = plan(start, search.steps(start, end), tiers, prefill).end
         return end

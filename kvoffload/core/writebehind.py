@@ -96,7 +96,8 @@ class WriteBehind:
 
     def reorder(self, hottest_first: Sequence[Entry]) -> None:
         """Queue in this order (used at shutdown)."""
-        self._queue = {e.key: e for e in hottest_first if self._queue.get(e.key) is e}
+        queue = self._queue
+        self._queue = {e.key: e for e in hottest_first if queue.get(e.key) is e and not e.retired}
 
     def submit(self, now: float, limit_bytes: int) -> int:
         """Start puts until ``limit_bytes`` are in flight, the queue or the budget ends. Returns
@@ -119,6 +120,8 @@ class WriteBehind:
         """Head of the queue: one group and namespace, within room and budget; leaves the queue."""
         batch: list[Entry] = []
         for entry in self._queue.values():
+            if entry.retired:
+                continue
             if batch and (entry.group, entry.namespace_id) != (
                 batch[0].group,
                 batch[0].namespace_id,

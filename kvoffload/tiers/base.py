@@ -119,6 +119,9 @@ class ChunkStoreLike(Protocol):
     def contains(self, keys: bytes) -> bytes:
         """One byte per key, 1 if held."""
 
+    def delete(self, keys: bytes) -> int:
+        """Forget keys, in memory at once; returns how many were held."""
+
     def flush(self, timeout_ms: int) -> bool:
         """Block until all puts so far are durable against a process crash."""
 

@@ -293,6 +293,10 @@ class FaultyStore:
         """The inner store's index, which is in memory and answers whatever the disk does."""
         return self._inner.contains(keys)
 
+    def delete(self, keys: bytes) -> int:
+        """The inner store's, as ``contains``."""
+        return self._inner.delete(keys)
+
     def stats(self) -> dict[str, int | float]:
         """The inner store's."""
         return self._inner.stats()

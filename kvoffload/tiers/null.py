@@ -89,6 +89,10 @@ class NullStore:
         """Nothing is ever held."""
         return bytes(len(keys) // _KEY_BYTES)
 
+    def delete(self, keys: bytes) -> int:
+        """Nothing is ever held."""
+        return 0
+
     def flush(self, timeout_ms: int) -> bool:
         """Nothing to flush."""
         return True

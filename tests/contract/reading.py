@@ -46,8 +46,14 @@ FIELDS_SINCE = {
     "failed_recving": (0, 30),
     "kv_cache_layout": (0, 30),
     "layers": (0, 30),
+    "session_id": (0, 30),
+    "kv_hints": (0, 31),
 }
-CLASSES_SINCE = {"KVConnectorTransferResults": (0, 30)}
+CLASSES_SINCE = {
+    "KVConnectorTransferResults": (0, 30),
+    "KvHintsEnvelope": (0, 31),
+    "KvHintAction": (0, 31),
+}
 #: Fields that ``compat`` reads in older versions: (module, class) -> attributes, below 0.30.
 OLD_FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
     ("vllm.v1.core.block_pool", "BlockPool"): ("cached_block_hash_to_block", "get_cached_block"),
@@ -164,7 +170,13 @@ FIELDS: dict[tuple[str, str], tuple[str, ...]] = {
         "num_computed_tokens",
         "lora_request",
         "cache_salt",
+        "num_prompt_tokens",
+        "kv_transfer_params",
+        "session_id",
+        "kv_hints",
     ),
+    ("vllm.v1.kv_hints.protocol", "KvHintsEnvelope"): ("actions",),
+    ("vllm.v1.kv_hints.protocol", "KvHintAction"): ("action_type", "payload"),
     ("vllm.lora.request", "LoRARequest"): ("lora_int_id", "lora_path", "load_inplace"),
 }
 

@@ -125,6 +125,8 @@ MUTATIONS = [
     ("constructor", reading.BASE, "role: KVConnectorRole,\n", "the_role: KVConnectorRole,\n"),
     ("imports", reading.BASE, "class SupportsHMA(", "class HasHMA("),
     ("fields", "vllm.v1.core.sched.output", "    has_sync_kv_loads:", "    sync_loads:"),
+    ("fields", "vllm.v1.request", "self.kv_transfer_params", "self.transfer_params"),
+    ("fields", "vllm.v1.kv_hints.protocol", "    payload:", "    body:"),
     ("fields", "vllm.config.kv_transfer", "    kv_load_failure_policy:", "    failure_policy:"),
     ("step order", reading.MIXIN, "kv_connector.get_block_ids_with_load_errors()", "None"),
     ("step order", reading.MIXIN, "            if start_after_forward:\n                kv_connector.start_load_kv(get_forward_context())\n", ""),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvoffload.core.hashchain import Chain
+from kvoffload.core.index import Kept
 from kvoffload.core.layout import boundary_tokens
 from kvoffload.core.manager import Lease, Manager, StoreItem, slots_needed
 from kvoffload.core.policy import POLICIES
@@ -91,6 +92,10 @@ class ManagerMachine(RuleBasedStateMachine):
         self.links: dict[ChunkKey, ChunkKey] = {}  # FULL child -> parent
         self.before: set[ChunkKey] = set()
         self.counts = self.manager.counters.as_dict()
+        self.kept: dict[
+            ChunkKey, tuple[Kept, float]
+        ] = {}  # by hints, with the end of the retention
+        self.let_go = False  # the last rule ended pins or sessions
 
     # -- views
 
@@ -239,6 +244,27 @@ class ManagerMachine(RuleBasedStateMachine):
     def cancel_prefetch(self, owner: str) -> None:
         self.manager.cancel_prefetch(owner)
 
+    # -- hints
+
+    @rule(text=prompts, seconds=st.sampled_from([1.0, 20.0, 600.0]), level=st.integers(0, 3))
+    def retain(self, text: str, seconds: float, level: int) -> None:
+        chain = self.chain(text)
+        self.manager.keep.retain(chain, chain.tokens, seconds, level)
+
+    @rule(text=prompts, end=st.integers(0, 200))
+    def pin(self, text: str, end: int) -> None:
+        self.manager.keep.pin(self.chain(text), end)
+
+    @rule(text=prompts, end=st.integers(0, 200))
+    def unpin(self, text: str, end: int) -> None:
+        self.let_go = self.manager.keep.unpin(self.chain(text), end)
+
+    @rule(text=prompts, start=st.integers(0, 100))
+    def end_session(self, text: str, start: int) -> None:
+        chain = self.chain(text)
+        self.let_go = True
+        self.manager.keep.release(chain, start, chain.tokens)
+
     # -- the chunk store
 
     @rule(jobs=st.integers(1, 3))
@@ -354,7 +380,27 @@ class ManagerMachine(RuleBasedStateMachine):
             for child, parent in self.links.items():
                 gone = parent in self.before and parent not in now and parent not in excused
                 assert not (gone and child in self.before and child in now), "an orphan"
+            self.what_hints_keep_stays(now, after, excused)
         self.before, self.counts = now, after
+        holds = self.manager.keep._holds
+        self.kept = {
+            e.key: (e.kept, holds[e.key].until if e.key in holds else 0.0)
+            for e in self.manager._pool.index
+            if e.kept
+        }
+        self.let_go = False
+
+    def what_hints_keep_stays(
+        self, now: set[ChunkKey], after: dict[str, int], excused: set[ChunkKey]
+    ) -> None:
+        cut = after["hint_retain_cut"] > self.counts["hint_retain_cut"]
+        for key, (kept, until) in self.kept.items():
+            if key not in now and key not in excused and not self.let_go:
+                ended = cut or until <= self.clock.now
+                assert kept is Kept.RETAINED and ended, f"evicted though {kept.name}"
+        for kept, share in ((Kept.RETAINED, 2), (Kept.PINNED, 4)):
+            entries = (e for e in self.manager._pool.index if e.kept is kept)
+            assert sum(e.nbytes for e in entries) <= self.arena.data_bytes // share
 
     def teardown(self) -> None:
         """Whatever happened, once everybody is done every slot comes back."""

@@ -302,6 +302,11 @@ class FakeStore(Faulty):
         parts = (keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES))
         return bytes(k in self.held for k in parts)
 
+    def delete(self, keys: bytes) -> int:
+        self._maybe("delete")
+        parts = [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
+        return sum(self.held.pop(key, None) is not None for key in parts)
+
     def lose(self, key: bytes) -> None:
         """Forget a chunk, as recycling does."""
         self.held.pop(key, None)

@@ -199,14 +199,18 @@ class MiniEngine:
         salt: bytes = b"",
         skip: bool = False,
         params: dict[str, Any] | None = None,
+        hints: Any = None,
+        session: str | None = None,
     ) -> MiniRequest:
-        """A new request; ids are never used twice, as in vLLM."""
+        """A new request; ids are never used twice, as in vLLM. ``hints``: as a client gives them."""
         self._number += 1
         rid = f"r{self._number}"
         chain = TokenChain(prompt, salt, self.layout.hash_tokens)
-        request = MiniRequest(rid, chain, len(prompt), max_tokens, skip)
+        request = MiniRequest(rid, chain, len(prompt), max_tokens, skip, session_id=session)
         request.cache_salt = salt.decode() or None
         request.kv_transfer_params = params
+        if hints is not None:
+            request.kv_transfer_params = {"kvoffload": hints}
         self.known[rid] = Known(request, salt)
         self.scheduler.add(request)
         return request
@@ -305,16 +309,9 @@ class MiniEngine:
                 return
         raise AssertionError("stores do not settle")
 
-    def ask(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int = 1,
-        *,
-        salt: bytes = b"",
-        params: dict[str, Any] | None = None,
-    ) -> MiniRequest:
-        """One request from start to end, engine idle afterwards."""
-        request = self.add(prompt, max_tokens, salt=salt, params=params)
+    def ask(self, prompt: Sequence[int], max_tokens: int = 1, **more: Any) -> MiniRequest:
+        """One request from start to end, engine idle afterwards; ``more`` as for ``add``."""
+        request = self.add(prompt, max_tokens, **more)
         self.run()
         self.settle()
         assert request.is_finished() and request.num_output_tokens == max_tokens

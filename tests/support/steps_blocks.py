@@ -87,6 +87,9 @@ class MiniRequest:
     skip_reading_prefix_cache: bool = False
     resumable: bool = False
     cache_salt: str | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    kv_hints: Any = None
+    session_id: str | None = None
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0

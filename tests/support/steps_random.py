@@ -16,6 +16,18 @@ from tests.support.steps import LOAD, STORE, MiniEngine, Options, refuse_nth, to
 from tests.support.steps_blocks import MiniRequest
 
 FAMILIES = [tokens(48, seed) for seed in range(3)]
+HINTS = [
+    {"retain_s": 0.2},
+    {"retain_s": 1000, "priority": 1},
+    {"store": False},
+    {"end_session": True},
+    {"end_session": True, "session": "s1", "prefetch": True},
+    {"priority": 3},
+    {"pin": True},
+    {"pin": False},
+    {"prefetch": True},
+    {"retain_s": -1, "pin": "x"},
+]
 
 
 class Driver:
@@ -52,7 +64,10 @@ class Driver:
             prompt += tokens(how % 7, how)
         salt = b"tenant" if how % 11 == 0 else b""
         skip = how % 13 == 0
-        self.live.append(self.engine.add(prompt, 1 + (how // 7) % 9, salt=salt, skip=skip))
+        hints = HINTS[how // 17 % len(HINTS)] if how % 5 < 2 else None
+        session = f"s{how % 3}" if how % 4 == 0 else None
+        more = {"salt": salt, "skip": skip, "hints": hints, "session": session}
+        self.live.append(self.engine.add(prompt, 1 + (how // 7) % 9, **more))
 
     def steps(self, how: int) -> None:
         for _ in range(1 + how % 6):

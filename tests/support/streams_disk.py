@@ -91,6 +91,10 @@ class Disk:
     def contains(self, keys: bytes) -> bytes:
         return bytes(keys[i : i + 16] in self._held for i in range(0, len(keys), 16))
 
+    def delete(self, keys: bytes) -> int:
+        parts = [keys[i : i + 16] for i in range(0, len(keys), 16)]
+        return sum(self._held.pop(key, None) is not None for key in parts)
+
     def flush(self, timeout_ms: int) -> bool:
         return not self._open
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvoffload.core.follow import Waiting
 from kvoffload.core.hashchain import Chain
+from kvoffload.core.hints import NO_HINTS, Hints
 from kvoffload.core.manager import Lease
 from kvoffload.core.planner import Plan
 from kvoffload.core.why import Asked
@@ -47,6 +48,9 @@ class RequestState:
 
     request: Any
     chain: Chain | None = None
+    hints: Hints = NO_HINTS
+    pin_done: bool = False  # its pin hint has been answered
+    born: int | None = None  # tokens that it did not compute itself, once it is scheduled
     stored: int = 0
     arrived: float = 0.0  # on the engine's clock
     again: int = 0  # passes from the root still to make after a failed load

@@ -20,6 +20,7 @@ from kvoffload.core.prefill import PrefillWork
 from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.attach import AttachWatch
 from kvoffload.engines.vllm.guard import HookGuard, guarded
+from kvoffload.engines.vllm.hints import RequestHints
 from kvoffload.engines.vllm.loads import Loads
 from kvoffload.engines.vllm.lookups import Lookups
 from kvoffload.engines.vllm.meta import ArenaAddress, StepOrders, WorkerReport
@@ -135,8 +136,15 @@ class SchedulerHalf:
             accounts=self._accounts,
         )
         self._fence = Fence(arena, layout)
+        self._hints = RequestHints(layout, manager, self.metrics, clock)
         self._stores = StorePlanner(
-            layout, manager, self._fence, self.guard, eagle=eagle, accounts=self._accounts
+            layout,
+            manager,
+            self._fence,
+            self.guard,
+            self._hints,
+            eagle=eagle,
+            accounts=self._accounts,
         )
         self._attach = AttachWatch(arena, layout.world_size, clock)
         self._said_unsupported = False
@@ -169,11 +177,15 @@ class SchedulerHalf:
         state = self._state(request)
         state.arrived = self._clock()
         chain = self._chain(state)
+        if chain is not None:
+            self._hints.arrived(state, chain)
         if chain is None or self.config.load == "never" or self._skips_cache(request):
             return
         if self._ready():
-            start = self._hbm_tokens(request)
-            self.manager.prefetch(state.request_id, chain, start, request.num_tokens)
+            pin = state.hints.pin is True
+            start = 0 if pin else self._hbm_tokens(request)  # what is pinned is pinned in DRAM
+            wished = pin or state.hints.prefetch
+            self.manager.prefetch(state.request_id, chain, start, request.num_tokens, wished)
 
     def _hbm_tokens(self, request: Any) -> int:
         """Leading tokens that HBM holds now: not worth moving up from NVMe."""
@@ -363,6 +375,8 @@ class SchedulerHalf:
         self.manager.cancel_prefetch(str(request.request_id))
         self._loads.forget(str(request.request_id))
         self._accounts.ended(str(request.request_id), state.chain if state is not None else None)
+        if state is not None:
+            self._hints.finished(state, self._chain, self._states.values())
 
     # ---------------------------------------------------------------- engine state
 
@@ -430,6 +444,7 @@ class SchedulerHalf:
         self._loads.check()
         self.why.check()
         self._accounts.check()
+        self._hints.check()
         self.manager.check()
 
     # ---------------------------------------------------------------- small helpers
@@ -438,7 +453,7 @@ class SchedulerHalf:
         request_id = str(request.request_id)
         state = self._states.get(request_id)
         if state is None:
-            state = RequestState(request)
+            state = RequestState(request, hints=self._hints.read(request))
             if getattr(request, "resumable", False):
                 state.unsupported = True
                 if not self._said_unsupported:

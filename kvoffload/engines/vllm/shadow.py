@@ -57,8 +57,13 @@ class ShadowCheck:
     def picks(self, state: RequestState, chain: Chain, start: int, end: int) -> bool:
         """Whether this hit is computed instead of loaded. Drawn once per request."""
         if state.sampled is None:
-            state.sampled = self._rng.random() < self._share and bool(
-                self._manager.sample(state.request_id, chain, start, end, self._arena.epoch())
+            # Not of one that stores nothing: the comparison needs what it computes.
+            state.sampled = (
+                state.hints.store
+                and self._rng.random() < self._share
+                and bool(
+                    self._manager.sample(state.request_id, chain, start, end, self._arena.epoch())
+                )
             )
             if state.sampled:
                 self._metrics.miss("verify_sample")

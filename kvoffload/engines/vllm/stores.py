@@ -9,6 +9,7 @@ from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Manager
 from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.guard import HookGuard
+from kvoffload.engines.vllm.hints import RequestHints
 from kvoffload.engines.vllm.meta import StoreOrder
 from kvoffload.engines.vllm.orders import Fence, store_copies
 from kvoffload.engines.vllm.requests import RequestState
@@ -28,6 +29,7 @@ class StorePlanner:
         manager: Manager,
         fence: Fence,
         guard: HookGuard,
+        hints: RequestHints,
         *,
         eagle: bool = False,
         accounts: Accounts | None = None,
@@ -37,6 +39,7 @@ class StorePlanner:
         self._manager = manager
         self._fence = fence
         self._guard = guard
+        self._hints = hints
         self._eagle = eagle
         self._grid = min((g.chunk_tokens for g in layout.groups), default=1)
         self._blocks_per_chunk = {g.group: g.blocks_per_chunk for g in layout.groups}
@@ -53,6 +56,10 @@ class StorePlanner:
         for request_id, scheduled in output.num_scheduled_tokens.items():
             state = states.get(request_id)
             if state is None or state.tainted or state.unsupported:
+                continue
+            if state.born is None:
+                state.born = int(state.request.num_computed_tokens)
+            if not state.hints.store:
                 continue
             try:
                 order = self._of_request(output, state, scheduled, chain_of)
@@ -79,6 +86,7 @@ class StorePlanner:
         if chain is None or tables is None:
             return None
         order = self._order(state, chain, tables, end)
+        self._hints.used(state, chain, end)
         state.stored = end
         state.again = max(0, state.again - 1)
         return order

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from kvoffload.core.index import Kept
 from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Manager
 from kvoffload.core.prefill import PrefillWork
@@ -62,6 +63,8 @@ def report_levels(manager: Manager, metrics: Recorder) -> None:
     use = manager.levels()
     counters = manager.counters
     metrics.dram(use.bytes_used, use.bytes_total, use.bytes_pinned, use.slots_used)
+    kept = manager.keep.nbytes
+    metrics.kept(kept[Kept.RETAINED], kept[Kept.PINNED])
     nvme = None
     if use.nvme_max:
         nvme = {

@@ -2,13 +2,16 @@
 
 Layout (docs/format.md): u64le header length, JSON header padded with spaces, payloads one after the
 other. ``__metadata__`` holds ``format`` and ``version``, and per chunk, under the tensor's name,
-"<namespace: 8 hex digits> <depth> <checksum: 16 hex digits>". Written and read by hand because the
-safetensors library wants all tensors in memory to write, and trusts more than we do when it reads.
+"<namespace: 8 hex digits> <depth> <checksum: 16 hex digits>". A signed file is version 2 and has
+one more note, the signature. Written and read by hand because the safetensors library wants all
+tensors in memory to write, and trusts more than we do when it reads.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import hmac
 import json
 import os
 import re
@@ -21,11 +24,17 @@ from kvoffload.errors import StoreError
 
 FORMAT = "kvoffload-chunks"
 VERSION = "1"
+SIGNED = "2"
+SIGNATURE = "hmac-sha256"
 MAX_HEADER = 32 << 20
 """Header bytes, about 170 000 chunks: JSON is parsed in memory, and a file may be hostile."""
 MAX_PAYLOAD = (1 << 32) - 1
 
+Sign = Callable[[bytes, bytes], str]
+"""(header with UNSIGNED in it, SHA-256 of all payloads) -> 64 hex digits; see kvoffload.signing."""
+UNSIGNED = "0" * 64
 _NAME = re.compile(r"[0-9a-f]{32}")
+_SIGNATURE = re.compile(r"[0-9a-f]{64}")
 _NOTE = re.compile(r"([0-9a-f]{8}) (0|[1-9][0-9]{0,9}) ([0-9a-f]{16})")
 
 
@@ -49,8 +58,10 @@ def refuse(path: str, why: str) -> StoreError:
 # -- writing
 
 
-def _header(chunks: Iterable[FileChunk]) -> bytes:
-    notes = {"format": FORMAT, "version": VERSION}
+def _header(chunks: Iterable[FileChunk], signature: str | None) -> bytes:
+    notes = {"format": FORMAT, "version": VERSION if signature is None else SIGNED}
+    if signature is not None:
+        notes[SIGNATURE] = signature
     tensors: dict[str, Any] = {"__metadata__": notes}
     for c in chunks:
         name = c.key.hex()
@@ -66,11 +77,21 @@ class ChunkWriter:
     Not thread safe. Room for the header is kept by ``planned``; chunks of it may be left out.
     """
 
-    def __init__(self, path: str, planned: Iterable[FileChunk], *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        path: str,
+        planned: Iterable[FileChunk],
+        *,
+        overwrite: bool,
+        sign: Sign | None = None,
+    ) -> None:
         """Raises StoreError when the file exists (unless ``overwrite``), cannot be made, or would
         hold too many chunks."""
         self.path = path
-        self._room = -(-len(_header(planned)) // 8) * 8
+        self._sign = sign
+        self._digest = hashlib.sha256()
+        self._blank = None if sign is None else UNSIGNED
+        self._room = -(-len(_header(planned, self._blank)) // 8) * 8
         if self._room > MAX_HEADER:
             raise refuse(path, "too many chunks for one file: choose fewer (--newest, --namespace)")
         if not overwrite and os.path.lexists(path):
@@ -89,12 +110,17 @@ class ChunkWriter:
         """Append one chunk."""
         chunk = FileChunk(key, namespace, depth, checksum, self._end, len(payload))
         self._file.write(payload)
+        if self._sign is not None:
+            self._digest.update(payload)
         self._end += chunk.nbytes
         self._written.append(chunk)
 
     def finish(self) -> None:
         """Header, fsync, final name."""
-        header = _header(self._written).ljust(self._room)
+        header = _header(self._written, self._blank).ljust(self._room)
+        if self._sign is not None:
+            signature = self._sign(header, self._digest.digest())
+            header = _header(self._written, signature).ljust(self._room)
         assert len(header) == self._room
         self._file.seek(0)
         self._file.write(struct.pack("<Q", self._room) + header)
@@ -116,20 +142,21 @@ class ChunkWriter:
 class ChunkReader:
     """A chunk file opened for reading, its header checked: no field of it is trusted as a size."""
 
-    def __init__(self, path: str) -> None:
-        """Raises StoreError with one line where the file is cut off, damaged or not ours."""
+    def __init__(self, path: str, sign: Sign | None = None) -> None:
+        """Raises StoreError with one line where the file is cut off, damaged or not ours; with
+        ``sign`` also where it is not signed so. All of it is read for that, once."""
         self.path = path
         try:
             self._file: BinaryIO = open(path, "rb")  # noqa: SIM115  (closed by close)
         except OSError as error:
             raise StoreError(error.errno, f"chunk file {path}: {error.strerror}") from error
         try:
-            self.chunks = self._read_header()
+            self.chunks = self._read_header(sign)
         except BaseException:
             self._file.close()
             raise
 
-    def _read_header(self) -> list[FileChunk]:
+    def _read_header(self, sign: Sign | None) -> list[FileChunk]:
         size = os.fstat(self._file.fileno()).st_size
         head = self._file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
@@ -138,8 +165,9 @@ class ChunkReader:
         if 8 + length > size:
             raise refuse(self.path, "cut off inside its header")
         try:
-            header = json.loads(self._file.read(length), object_pairs_hook=_no_duplicates)
-            chunks = _parse(header)
+            raw = self._file.read(length)
+            header = json.loads(raw, object_pairs_hook=_no_duplicates)
+            signature, chunks = _parse(header)
         except (ValueError, RecursionError) as error:
             why = str(error) if isinstance(error, _BadFile) else "its header is not readable"
             raise refuse(self.path, why) from error
@@ -148,7 +176,23 @@ class ChunkReader:
         if size != want:
             cut = "cut off" if size < want else "longer than its header says"
             raise refuse(self.path, f"{cut} ({size} bytes, not {want})")
+        if sign is not None:
+            self._verify(sign, raw, signature)
         return chunks
+
+    def _verify(self, sign: Sign, raw: bytes, signature: str | None) -> None:
+        if signature is None:
+            raise refuse(self.path, "not signed, and --verify-key asks for it: nothing imported")
+        note = f'"{SIGNATURE}":"{{}}"'
+        there = note.format(signature).encode()
+        blank = raw.replace(there, note.format(UNSIGNED).encode())
+        digest = hashlib.sha256()
+        while part := self._file.read(1 << 20):
+            digest.update(part)
+        good = hmac.compare_digest(sign(blank, digest.digest()), signature)
+        if raw.count(there) != 1 or not good:
+            why = "its signature is not of this key, or it was changed: nothing imported"
+            raise refuse(self.path, why)
 
     def payload(self, chunk: FileChunk, checksum: Callable[[bytes, bytes], int]) -> bytes | None:
         """The chunk's bytes, None where they are not what was exported. ``checksum(data, key)``.
@@ -185,13 +229,18 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _parse(header: Any) -> list[FileChunk]:
+def _parse(header: Any) -> tuple[str | None, list[FileChunk]]:
+    """(signature, chunks in the order of their payloads)."""
     notes = header.pop("__metadata__", None) if isinstance(header, dict) else None
     if not isinstance(notes, dict) or notes.get("format") != FORMAT:
         raise _BadFile("not written by kvoffload store export")
-    if notes.get("version") != VERSION:
+    if notes.get("version") not in (VERSION, SIGNED):
         shown = str(notes.get("version"))[:20]
-        raise _BadFile(f"version {shown!r} is not one this kvoffload reads ({VERSION})")
+        raise _BadFile(f"version {shown!r} is not one this kvoffload reads ({VERSION}, {SIGNED})")
+    signature = notes.pop(SIGNATURE, None) if notes["version"] == SIGNED else None
+    signed = isinstance(signature, str) and _SIGNATURE.fullmatch(signature) is not None
+    if signed != (notes["version"] == SIGNED):
+        raise _BadFile("its header is damaged: a signed file without a signature")
     if len(notes) != len(header) + 2:
         raise _BadFile("its header is damaged: chunks and their notes differ in number")
     chunks = sorted(_entries(header, notes), key=lambda c: c.offset)
@@ -200,7 +249,7 @@ def _parse(header: Any) -> list[FileChunk]:
         if chunk.offset != end:
             raise _BadFile("its header is damaged: payloads overlap or leave gaps")
         end += chunk.nbytes
-    return chunks
+    return signature, chunks
 
 
 def _entries(header: dict[str, Any], notes: dict[str, Any]) -> Iterator[FileChunk]:

@@ -1,0 +1,177 @@
+"""``kvoffload warm``: send a file's prompts once through a running server, and pin them there."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from kvoffload.cli.units import count, seconds
+
+if TYPE_CHECKING:
+    from kvoffload.cli.warm_client import Done, Progress, Prompt, Server
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+SHOWN_ERRORS = 20
+
+app = typer.Typer(help="Send prompts once and pin them.", add_completion=False)
+
+
+def _fail(text: object) -> NoReturn:
+    typer.echo(str(text), err=True)
+    raise typer.Exit(2)
+
+
+@app.command()
+def warm(
+    file: Annotated[
+        Path,
+        typer.Argument(help='Prompts, one a line: text, {"prompt": ...} or {"messages": [...]}.'),
+    ],
+    url: Annotated[str, typer.Option(help="The server.")] = DEFAULT_URL,
+    model: Annotated[str | None, typer.Option(help="Where it serves several.")] = None,
+    pin: Annotated[
+        bool, typer.Option("--pin/--no-pin", help="Keep the prompts in DRAM; a quarter of it.")
+    ] = True,
+    unpin: Annotated[bool, typer.Option("--unpin", help="End the pins of these prompts.")] = False,
+    retain: Annotated[
+        float | None, typer.Option(min=0.001, help="Keep them so many seconds instead.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = 4,
+    retries: Annotated[int, typer.Option(min=0, max=20, help="Of each, where that may help.")] = 3,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 600.0,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=["VLLM_API_KEY", "OPENAI_API_KEY"], show_envvar=True, help="Of the server."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Send every prompt of FILE once, for one token, so that its KV is there when it is asked for.
+
+    Pins last until the server ends, its cache is reset, or --unpin. Exit status 0: all done; 1: a
+    prompt failed or was not pinned; 2: nothing was sent.
+    """
+    from kvoffload.cli.warm_client import Server, Warmer, WarmError, read_prompts
+
+    hints: dict[str, Any] = {} if retain is None else {"retain_s": retain}
+    if unpin or (pin and retain is None):
+        hints["pin"] = not unpin
+    try:
+        prompts = read_prompts(file)
+        server = Server.at(url, api_key, timeout)
+        warmer = Warmer(server, server.model(model), {"prefetch": True, **hints}, retries)
+    except WarmError as error:
+        _fail(error)
+    refused_before = _refused(server)
+    began = time.monotonic()
+    done: list[Done] = []
+    try:
+        with _bar(len(prompts)) as progress:
+            for one in warmer.run(prompts, concurrency):
+                done.append(one)
+                progress(one)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: {len(done)} of {len(prompts)} prompts were sent", err=True)
+        raise typer.Exit(130) from None
+    took = time.monotonic() - began
+    after = _refused(server)
+    refused = None if after is None or refused_before is None else int(after - refused_before)
+    summary = _summary(file, warmer.server.url, warmer.model, hints, prompts, done, took, refused)
+    if as_json:
+        json.dump(summary, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        _print(file, summary)
+    if summary["failed"] or (refused and "pin" in hints):
+        raise typer.Exit(1)
+
+
+def _refused(server: Server) -> float | None:
+    """Pins that the server has refused so far; None where it does not say."""
+    from kvoffload.cli.top import ScrapeError, scrape
+
+    try:
+        rows = scrape(f"{server.url}/metrics").values.get("kvoffload_hints_refused_total", {})
+    except ScrapeError:
+        return None
+    return sum(v for labels, v in rows.items() if ("reason", "pin_refused") in labels)
+
+
+def _summary(
+    file: Path,
+    url: str,
+    model: str,
+    hints: dict[str, Any],
+    prompts: Sequence[Prompt],
+    done: Sequence[Done],
+    took: float,
+    refused: int | None,
+) -> dict[str, Any]:
+    good = [d for d in done if d.error is None]
+    told = [d.cached for d in good if d.cached is not None]
+    return {
+        "file": str(file),
+        "url": url,
+        "model": model,
+        "hints": hints,
+        "prompts": len(prompts),
+        "sent": len(good),
+        "failed": len(done) - len(good),
+        "retried": sum(d.tries > 1 for d in done),
+        "prompt_tokens": sum(d.tokens for d in good),
+        "cached_tokens": sum(told) if told else None,
+        "pins_refused": refused,
+        "seconds": round(took, 3),
+        "slowest_s": round(max((d.seconds for d in good), default=0.0), 3),
+        "errors": [
+            {"line": d.line, "error": d.error}
+            for d in sorted(done, key=lambda d: d.line)
+            if d.error is not None
+        ],
+    }
+
+
+def _print(file: Path, summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "value", title=f"{file} through {summary['url']}")
+    for name in ("model", "prompts", "sent", "failed", "retried"):
+        table.add_row(name, str(summary[name]))
+    table.add_row("prompt tokens", count(summary["prompt_tokens"]))
+    if summary["cached_tokens"] is not None:
+        table.add_row("of them cached before", count(summary["cached_tokens"]))
+    pinned = {None: "no", True: "yes", False: "ended"}[summary["hints"].get("pin")]
+    if summary["hints"].get("pin") and summary["pins_refused"]:
+        pinned = f"{summary['pins_refused']} refused: the bound of pins is reached"
+    table.add_row("pinned", pinned)
+    table.add_row("time", seconds(summary["seconds"]))
+    table.add_row("slowest prompt", seconds(summary["slowest_s"]))
+    Console().print(table)
+    for row in summary["errors"][:SHOWN_ERRORS]:
+        typer.echo(f"{file}:{row['line']}: {row['error']}", err=True)
+    more = len(summary["errors"]) - SHOWN_ERRORS
+    if more > 0:
+        typer.echo(f"and {more} more (--json has all)", err=True)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Progress]:
+    """A progress bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = ("warming", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("warming", total=total)
+        yield lambda _: bar.advance(task)
