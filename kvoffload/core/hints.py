@@ -12,7 +12,7 @@ from typing import Any
 
 MAX_RETAIN_S = 7 * 86400.0
 MAX_PRIORITY = 3
-MAX_SESSION = 256
+MAX_NAME = 256
 PRIORITY_S = 600.0
 """How long a use by a request with ``priority`` and without ``retain_s`` counts."""
 
@@ -28,6 +28,7 @@ class Hints:
     prefetch: bool = False  # move the prompt up from NVMe whatever it saves
     pin: bool | None = None  # keep the prompt in DRAM (True) or no longer (False)
     session: str | None = None  # whose turns belong together
+    tenant: str | None = None  # whose account the request is booked to (core/ledger.py reads it)
 
     @property
     def keeps_s(self) -> float:
@@ -66,7 +67,8 @@ _ALLOWED = {
     "priority": f"a whole number from 0 to {MAX_PRIORITY}",
     "prefetch": "true or false",
     "pin": "true or false",
-    "session": f"a text of 1 to {MAX_SESSION} characters",
+    "session": f"a text of 1 to {MAX_NAME} characters",
+    "tenant": f"a text of 1 to {MAX_NAME} characters",
 }
 
 
@@ -76,8 +78,8 @@ def _good(key: str, value: Any) -> bool:
         return number and math.isfinite(value) and 0 < value <= MAX_RETAIN_S
     if key == "priority":
         return type(value) is int and 0 <= value <= MAX_PRIORITY
-    if key == "session":
-        return isinstance(value, str) and 0 < len(value) <= MAX_SESSION
+    if key in ("session", "tenant"):
+        return isinstance(value, str) and 0 < len(value) <= MAX_NAME
     return isinstance(value, bool)
 
 

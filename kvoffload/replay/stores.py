@@ -68,6 +68,10 @@ class StoreModel(ABC):
         """A chunk that is held was read."""
 
     @abstractmethod
+    def _forget(self, key: bytes) -> None:
+        """Take a held chunk out."""
+
+    @abstractmethod
     def __len__(self) -> int:
         """Chunks held."""
 
@@ -144,6 +148,13 @@ class StoreModel(ABC):
         holds = self.holds
         return bytes(holds(key) for key in split_keys(keys))
 
+    def delete(self, keys: bytes) -> int:
+        """Forget keys; how many were held."""
+        held = [key for key in split_keys(keys) if self.holds(key)]
+        for key in held:
+            self._forget(key)
+        return len(held)
+
     def flush(self, timeout_ms: int) -> bool:
         """Nothing to flush."""
         return True
@@ -180,6 +191,9 @@ class LruModel(StoreModel):
         if len(self._held) >= self.capacity:
             del self._held[next(iter(self._held))]
         self._held[key] = None
+
+    def _forget(self, key: bytes) -> None:
+        del self._held[key]
 
     def _read(self, key: bytes) -> None:
         del self._held[key]
@@ -233,6 +247,11 @@ class SegmentModel(StoreModel):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def _forget(self, key: bytes) -> None:
+        segment = self._where.pop(key)
+        del segment.keys[key]
+        segment.hot.discard(key)
 
     def _read(self, key: bytes) -> None:
         self._where[key].hot.add(key)

@@ -36,10 +36,11 @@ def test_all_hints_are_taken() -> None:
         "prefetch": True,
         "pin": True,
         "session": "chat-7",
+        "tenant": "acme",
     }
     hints, problems = parse_hints(given)
     assert not problems
-    assert hints == Hints(600, False, True, 2, True, True, "chat-7")
+    assert hints == Hints(600, False, True, 2, True, True, "chat-7", "acme")
     assert hints.kinds() == ["retain", "one_shot", "end_session", "priority", "prefetch", "pin"]
     assert parse_hints({"pin": False})[0].kinds() == ["unpin"]
     assert parse_hints({}) == (NO_HINTS, []) and NO_HINTS.kinds() == []
@@ -66,6 +67,7 @@ def test_all_hints_are_taken() -> None:
         {"prefetch": []},
         {"pin": "yes"},
         {"session": ""},
+        {"tenant": 3},
         {"session": "x" * 257},
         {"session": 7},
     ],

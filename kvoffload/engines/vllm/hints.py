@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.hints import MAX_SESSION, NO_HINTS, Hints, Problem, parse_hints
+from kvoffload.core.hints import MAX_NAME, NO_HINTS, Hints, Problem, parse_hints
 from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Manager
 from kvoffload.engines.vllm.requests import RequestState
@@ -141,7 +141,7 @@ class RequestHints:
     def _own(self, state: RequestState, chain: Chain, session: Any) -> int:
         """From where on the chain was computed by the request's session (or by itself)."""
         born = chain.tokens if state.born is None else state.born
-        if not isinstance(session, str) or not 0 < len(session) <= MAX_SESSION:
+        if not isinstance(session, str) or not 0 < len(session) <= MAX_NAME:
             return born
         main = self._main
         keys = chain.keys(main.group)
