@@ -23,6 +23,7 @@ DAY_S = 86400
 
 IoEngine = Literal["auto", "uring", "threads"]
 LoadMode = Literal["auto", "always", "never"]
+AdmissionMode = Literal["auto", "all"]
 PolicyName = Literal["lru", "fifo", "s3fifo", "arc", "adaptive"]
 
 MAX_DRIVES = 16
@@ -53,6 +54,15 @@ def _terabytes(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _fail(key, value, allowed)
     if not (math.isfinite(value) and 0 < value <= 1e6):
+        raise _fail(key, value, allowed)
+    return float(value)
+
+
+def _endurance(key: str, value: Any) -> float:
+    allowed = "give the drives' endurance, a number of TB (10**12 bytes) written, above 0"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _fail(key, value, allowed)
+    if not (math.isfinite(value) and 0 < value <= 1e9):
         raise _fail(key, value, allowed)
     return float(value)
 
@@ -143,6 +153,8 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "nvme_path": _directories,
     "nvme_gib": _gib,
     "nvme_write_tb_per_day": _terabytes,
+    "nvme_admission": _one_of(get_args(AdmissionMode)),
+    "nvme_tbw": _endurance,
     "io_engine": _one_of(get_args(IoEngine)),
     "remote": _unavailable,
     "server": _unavailable,
@@ -162,6 +174,7 @@ _NONE_MEANS_DEFAULT = frozenset(
         "nvme_path",
         "nvme_gib",
         "nvme_write_tb_per_day",
+        "nvme_tbw",
         "remote",
         "server",
         "server_autostart",
@@ -185,6 +198,8 @@ class Config:
     nvme_path: tuple[str, ...] | None = None  # given as one path or a list
     nvme_gib: float | None = None
     nvme_write_tb_per_day: float | None = None
+    nvme_admission: AdmissionMode = "auto"  # which chunks are written: judged, or all
+    nvme_tbw: float | None = None  # TB (10**12 bytes) all drives endure, as their makers say
     io_engine: IoEngine = "auto"
     remote: None = None
     server: None = None
@@ -205,7 +220,7 @@ class Config:
                 continue
             object.__setattr__(self, field.name, _RULES[field.name](field.name, value))
         if self.nvme_path is None:
-            for key in ("nvme_gib", "nvme_write_tb_per_day"):
+            for key in ("nvme_gib", "nvme_write_tb_per_day", "nvme_tbw"):
                 if getattr(self, key) is not None:
                     raise _fail(key, getattr(self, key), "it needs nvme_path as well")
 

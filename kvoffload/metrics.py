@@ -158,6 +158,17 @@ METRICS: dict[str, Metric] = {
         _gauge("kvoffload_dram_pinned_bytes", "Bytes of the arena held by leases."),
         _gauge("kvoffload_nvme_used_bytes", "Bytes of payload on NVMe."),
         _gauge("kvoffload_nvme_max_bytes", "Bound of the NVMe path."),
+        _counter("kvoffload_nvme_payload_bytes_total", "Chunk bytes accepted by NVMe."),
+        _counter(
+            "kvoffload_nvme_device_bytes_total",
+            "Bytes written to the drives: payload, what is kept by writing it again, records.",
+        ),
+        _gauge("kvoffload_nvme_written_per_day_bytes", "Device bytes a day, by the last hour."),
+        _gauge("kvoffload_nvme_endurance_bytes", "What the drives endure (nvme_tbw); 0: unknown."),
+        _gauge(
+            "kvoffload_nvme_admission_probability", "Of writing a chunk that was used once: 0 to 1."
+        ),
+        _gauge("kvoffload_nvme_value", "Bytes asked for again per byte that left DRAM, of late."),
         _gauge("kvoffload_inflight_bytes", "Bytes under way.", "tier", "direction"),
         _gauge(
             "kvoffload_breaker_open",
@@ -387,6 +398,14 @@ class Recorder:
         self.set("kvoffload_inflight_bytes", writing, "nvme", "store")
         self.set("kvoffload_breaker_open", reads, "nvme", "load")
         self.set("kvoffload_breaker_open", writes, "nvme", "store")
+
+    def wear(self, wear: Any) -> None:
+        """What was written to the NVMe drives, and how likely more is (core/wear.Wear)."""
+        self.total("kvoffload_nvme_payload_bytes_total", wear.payload_bytes)
+        self.total("kvoffload_nvme_device_bytes_total", wear.device_bytes)
+        self.set("kvoffload_nvme_written_per_day_bytes", wear.bytes_per_day)
+        self.set("kvoffload_nvme_admission_probability", wear.probability)
+        self.set("kvoffload_nvme_value", wear.value)
 
     def load_failed_request(self) -> None:
         """All ranks answered a load and it failed; vLLM recomputes."""

@@ -86,12 +86,27 @@ def _print_json(value: Any) -> None:
 
 
 @app.command()
-def stats(paths: PathsArg, as_json: JsonOpt = False) -> None:
+def stats(
+    paths: PathsArg,
+    url: Annotated[
+        str | None, typer.Option(help="The engine's /metrics: what it wrote, and drive wear.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
     """What the store holds and how full it is. Reads metadata only."""
+    from kvoffload.cli.top import ScrapeError
+    from kvoffload.cli.wear import read, rows
+
     with _open(paths) as store:
         numbers, drives = store.stats(), store.drives()
+    try:
+        wear = read(url) if url is not None else None
+    except (ScrapeError, ValueError) as error:
+        raise _fail(error) from error
     if as_json:
-        _print_json({"path": store.path, **numbers, "per_drive": [asdict(d) for d in drives]})
+        worn = {"wear": asdict(wear)} if wear is not None else {}
+        shown_drives = [asdict(d) for d in drives]
+        _print_json({"path": store.path, **numbers, **worn, "per_drive": shown_drives})
         return
     from rich.console import Console
     from rich.table import Column, Table
@@ -100,6 +115,8 @@ def stats(paths: PathsArg, as_json: JsonOpt = False) -> None:
     for name in _SHOWN:
         value = numbers[name]
         shown = size(value) if name in _BYTES else f"{value:,.1f}".removesuffix(".0")
+        table.add_row(name, shown)
+    for name, shown in rows(wear) if wear is not None else ():
         table.add_row(name, shown)
     Console().print(table)
     if len(drives) > 1:

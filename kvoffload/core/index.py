@@ -6,13 +6,18 @@ policies told; it never touches the arena.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from kvoffload.core.policy.base import Policy
 from kvoffload.core.retire import first_retired
 from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
+
+if TYPE_CHECKING:
+    from kvoffload.core.admission import Fate
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,10 @@ class Entry:
     io: int = 0  # chunk-store jobs that read or write the slot
     dirty: bool = False  # READY and not known to be on NVMe
     dropped: bool = False  # no longer in the index
+    uses: int = 0  # since it got its slot, its own store not counted
+    fate: Fate | None = None  # what admission decided; None: nothing yet, or used since
+    draw: float = 0.0  # admission's coin, the same for all chunks that one request stored
+    reserved: bool = False  # waits to be written, stays until it is; its budget is spent
     hold_until: float = 0.0  # no reuse before this clock value (a late writer may exist)
     attempts: int = 0  # failed write-behind attempts
     owner: str | None = None  # prefetched for this owner and not used yet
@@ -69,8 +78,9 @@ class Entry:
         return not self.kept and self.unused()
 
     def unused(self) -> bool:
-        """Filled, and nobody reads or writes it."""
-        return self.state is SlotState.READY and not self.pins and not self.io and not self.dropped
+        """Filled, and nobody reads, writes or is about to write it."""
+        in_use = self.pins or self.io or self.reserved
+        return self.state is SlotState.READY and not in_use and not self.dropped
 
     def busy(self, now: float) -> bool:
         """Something may still read or write the slot, so it must not be reused."""
@@ -191,6 +201,9 @@ class Index:
     def touch(self, cls: int, chain: Sequence[ChunkKey]) -> None:
         """Resident chunks of one chain, root first, were used."""
         self._policies[cls].touch(chain)
+        for entry in filter(None, map(self._entries.get, chain)):
+            entry.uses += 1
+            entry.fate = None
         if self._retired:
             for key in self._retired.intersection(chain):
                 self._entries[key].retired = False
@@ -238,6 +251,42 @@ class Index:
         """What the policy would evict next from class ``cls``."""
         key = self._policies[cls].victim()
         return None if key is None else self._entries[key]
+
+    def coming(self, cls: int, most: int, going: Iterable[Entry]) -> list[Entry]:
+        """The next ``most`` victims of ``cls`` as far as the policy knows now, in order.
+
+        ``going`` will have gone by then: chunks that may not be evicted yet.
+        """
+        policy = self._policies[cls]
+        out: list[Entry] = []
+        gone: set[ChunkKey] = set()
+        held: list[ChunkKey] = []  # out of the policy's sight while we look behind them
+        bare: list[tuple[int, ChunkKey]] = []  # parents whose children are all gone: a heap
+
+        def go(entry: Entry) -> None:
+            gone.add(entry.key)
+            parent = self._entries.get(entry.parent) if entry.parent is not None else None
+            if parent is None or not parent.evictable_alone() or parent.cls != cls:
+                return
+            if self._children.get(parent.key, gone) <= gone:
+                heapq.heappush(bare, (policy.heat(parent.key), parent.key))
+
+        for entry in going:
+            go(entry)
+        while len(out) < most:
+            key = policy.victim()
+            if bare and (key is None or bare[0][0] <= policy.heat(key)):
+                key = heapq.heappop(bare)[1]
+            elif key is None:
+                break
+            else:
+                policy.withhold(key)
+                held.append(key)
+            out.append(self._entries[key])
+            go(out[-1])
+        for key in held:
+            policy.offer(key)
+        return out
 
     def family(self, roots: Sequence[Entry]) -> list[Entry] | None:
         """``roots`` and all their resident descendants, deepest first; None if any is in use."""

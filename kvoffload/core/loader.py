@@ -114,6 +114,8 @@ class Loader:
         if wanted is None:
             self._counters.lease_lost += 1
             return None
+        if self._nvme is not None:
+            self._nvme.writes.active(now)
         entries = self.hold(chain, wanted, now)
         return self._lease(owner, entries, start, end) if entries is not None else None
 

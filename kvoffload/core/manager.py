@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Lock
 
+from kvoffload.core.admission import admission, budget
 from kvoffload.core.alloc import SlotAllocator
 from kvoffload.core.audit import Parts, check, levels, occupancy
 from kvoffload.core.hashchain import Chain
@@ -43,7 +44,6 @@ from kvoffload.core.shadow import Check, Shadow
 from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
 from kvoffload.core.weigh import Weigher
 from kvoffload.core.why import GONE_BY_FAILURE, OFF, Gone, KeyMemory, Trace, fate, trace
-from kvoffload.core.writebehind import budget
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import (
     CacheLayout,
@@ -89,6 +89,7 @@ class Manager:
         load: str = "auto",
         write_tb_per_day: float | None = None,
         nvme_bytes: int = 0,
+        nvme_admission: str = "auto",
         writer_masks: Sequence[int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -113,8 +114,11 @@ class Manager:
         self._nvme: NvmeTier | None = None
         if store is not None:
             bucket = budget(write_tb_per_day, nvme_bytes, clock())
+            judge = admission(
+                nvme_admission, self._pool, self.counters, bucket, arena.data_bytes, nvme_bytes
+            )
             self._nvme = NvmeTier(
-                store, arena, self._pool, self.counters, guard, bucket, self._observe_read
+                store, arena, self._pool, self.counters, guard, bucket, self._observe_read, judge
             )
         self.keep = Keeper(
             layout, self._pool, self._nvme, self.counters, arena.data_bytes, self._lock, clock
@@ -302,6 +306,8 @@ class Manager:
                 for left in absent[len(out) :]:
                     self._memory.note(keys[left], Gone.NO_ROOM, now)
                 break
+            if self._nvme is not None:
+                self._nvme.stored(entry, now)
             out.append(StoreItem(group, i, entry.key, entry.ref))
         return out
 
@@ -493,7 +499,6 @@ class Manager:
             with self._lock:
                 now = self._clock()
                 self._collect(now)
-                nvme.writes.reorder(self._pool.index.hottest_first())
                 job = nvme.push_out(now)
                 clean = not len(nvme.writes)
             if job is None or now >= deadline:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
+from kvoffload.core.admission import Admission, TokenBucket
 from kvoffload.core.breaker import Breaker
 from kvoffload.core.index import Entry
 from kvoffload.core.pool import Pool
 from kvoffload.core.reads import Reads
 from kvoffload.core.stats import Counters, Guard
+from kvoffload.core.wear import HourOf, Wear, device_bytes
 from kvoffload.core.why import Gone
 from kvoffload.core.writebehind import (
     INFLIGHT_BUSY_BYTES,
     INFLIGHT_BYTES,
     INFLIGHT_FLOOR_BYTES,
-    TokenBucket,
     WriteBehind,
 )
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike, StoreDoneLike
@@ -45,6 +46,7 @@ class NvmeTier:
         guard: Guard,
         bucket: TokenBucket,
         observe_read: Callable[[int, float], None],
+        admission: Admission | None = None,
     ) -> None:
         self._store = store
         self._guard = guard
@@ -62,8 +64,13 @@ class NvmeTier:
         jobs = count(1)
         self.reads = Reads(store, arena, pool, counters, guard, self.breaker, jobs)
         self.writes = WriteBehind(
-            store, arena, pool, counters, guard, self.write_breaker, jobs, bucket
+            store, arena, pool, counters, guard, self.write_breaker, jobs, admission, bucket
         )
+        self.admission = admission
+        self._hour = HourOf()
+        pool.on_evict = self.writes.evicted
+        pool.spare = lambda entry, now: self.enabled and self.writes.spare(entry, now)
+        pool.unspare = self.writes.unspare
 
     def held(self, keys: Sequence[ChunkKey], now: float) -> Sequence[int]:
         """Per key whether the store holds it; all false while the breaker is open."""
@@ -106,7 +113,16 @@ class NvmeTier:
         """Start reading FILLING entries; see ``Reads.submit``."""
         if not self.reads.inflight:
             self._progress = now
+        self.writes.active(now)
+        if self.admission is not None:
+            self.admission.asked(sum(e.nbytes for e in entries))
         return self.reads.submit(entries, now)
+
+    def stored(self, entry: Entry, now: float) -> None:
+        """A chunk that no tier held got a slot."""
+        self.writes.active(now)
+        if self.admission is not None:
+            self.admission.stored(entry)
 
     def usable(self, now: float) -> bool:
         """Whether requests may count on it now."""
@@ -192,11 +208,15 @@ class NvmeTier:
         """Start writes; only a trickle while loads are being read, which go first."""
         if self.enabled:
             limit = INFLIGHT_BUSY_BYTES if busy else INFLIGHT_BYTES
+            self.writes.look_ahead(now)
+            self.writes.idle(now, limit)
             self.writes.submit(now, INFLIGHT_FLOOR_BYTES if self.reads.inflight else limit)
 
     def push_out(self, now: float) -> int | None:
-        """Start writes whatever is being read; returns a job to wait for, None when all is out."""
+        """Start writes, hottest first, whatever is being read; returns a job to wait for, None when
+        all is out."""
         if self.enabled:
+            self.writes.hottest(now, INFLIGHT_BYTES)
             self.writes.submit(now, INFLIGHT_BYTES)
         return next(iter(self.writes.inflight), None)
 
@@ -222,6 +242,18 @@ class NvmeTier:
         except Exception as error:
             self._guard.failed("store.stats", error)
             return {}
+
+    def wear(self, stats: Mapping[str, float], now: float) -> Wear:
+        """What was written to the drives, by the store's ``stats``, and what admission makes of
+        it."""
+        written = device_bytes(stats)
+        return Wear(
+            payload_bytes=self._counters.nvme_written_bytes,
+            device_bytes=written,
+            bytes_per_day=self._hour.per_day(written, now),
+            probability=self.admission.probability(now) if self.admission else 1.0,
+            value=self.admission.value() if self.admission else 0.0,
+        )
 
     def io_entries(self, reads_only: bool = False) -> list[Entry]:
         """Entries of all jobs in flight, once per job."""

@@ -72,6 +72,9 @@ class Pool:
         self.note: Callable[[Entry, Gone], None] = lambda entry, gone: None
         self.on_add: Callable[[Entry], None] = lambda entry: None
         self.make_room: Callable[[], bool] = lambda: False  # from what hints keep: the last resort
+        self.on_evict: Callable[[Entry], None] = lambda entry: None
+        self.spare: Callable[[Entry, float], bool] = lambda entry, now: False
+        self.unspare: Callable[[], bool] = lambda: False
         self.held_bytes = 0  # of resident and quarantined slots
         self.held_slots = 0
         self.changes = 0  # chunks that came or went
@@ -125,11 +128,11 @@ class Pool:
         if anchor is not None and anchor.evictable_alone():
             self.index.pin(anchor)
             try:
-                got = self._room(cls)
+                got = self._room(cls, now)
             finally:
                 self.index.unpin(anchor)
         else:
-            got = self._room(cls)
+            got = self._room(cls, now)
         if got is None:
             return None
         slot, offset = got
@@ -159,12 +162,13 @@ class Pool:
         self.on_add(entry)
         return entry
 
-    def _room(self, cls: int) -> tuple[int, int] | None:
+    def _room(self, cls: int, now: float) -> tuple[int, int] | None:
         while (got := self.alloc.alloc(cls)) is None:
             victim = self.index.victim(cls)
             if victim is not None:
-                self._evict(victim)
-            elif not self._reclaim(cls) and not self.make_room():
+                if not self.spare(victim, now):  # else it is written first: the next one goes
+                    self._evict(victim)
+            elif not self.unspare() and not self._reclaim(cls) and not self.make_room():
                 return None
         return got
 
@@ -192,6 +196,7 @@ class Pool:
         self._counters.evicted += 1
         self._counters.evicted_bytes += entry.nbytes
         self._counters.evicted_unwritten += entry.dirty
+        self.on_evict(entry)
         self.drop(entry, 0.0, Gone.EVICTED)
 
     # -- giving slots back

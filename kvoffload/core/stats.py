@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+from kvoffload.core.wear import Wear
 from kvoffload.types import Tier
 
 log = logging.getLogger("kvoffload.core")
@@ -51,6 +52,14 @@ class Counters:
     nvme_io_errors: int = 0
     nvme_no_space: int = 0
     nvme_dropped: int = 0
+    nvme_admitted_twice: int = 0  # chunks to be written (core/admission.py), by reason
+    nvme_admitted_coin: int = 0
+    nvme_admitted_idle: int = 0
+    nvme_refused_coin: int = 0  # chunks not to be written, by reason
+    nvme_refused_value: int = 0
+    nvme_refused_budget: int = 0
+    nvme_outrun: int = 0  # admitted, but evictions outran the disk
+    nvme_ghost_hits: int = 0  # chunks asked for again that had left unwritten
     nvme_breaker_trips: int = 0
     nvme_stalled: int = 0  # times that reads under way made no progress
     nvme_probes: int = 0  # reads made only to see whether a tier works again
@@ -117,6 +126,7 @@ class Levels:
     writing_bytes: int
     read_breaker: float
     write_breaker: float
+    wear: Wear | None  # of the NVMe tier
     bytes_per_s: Mapping[Tier, float]
     prefill_tokens_per_s: float
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from kvoffload.core.admission import Fate
 from kvoffload.core.planner import Plan
 from kvoffload.types import ChunkKey, LoadFailure, MissCause, SlotState, Tier
 
@@ -127,7 +128,8 @@ def fate(entry: Entry, gone: Gone, nvme: NvmeTier | None) -> Gone:
         return gone
     if not entry.dirty:
         return Gone.WRITTEN
-    return Gone.LIMITED if nvme.writes.limited else Gone.UNWRITTEN
+    limited = nvme.writes.limited if entry.fate is None else entry.fate is Fate.NO_BUDGET
+    return Gone.LIMITED if limited else Gone.UNWRITTEN
 
 
 def trace(

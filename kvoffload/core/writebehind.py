@@ -1,4 +1,10 @@
-"""Write-behind: filled chunks go to NVMe in order of arrival, under a write budget."""
+"""What goes to NVMe and when: victims of the DRAM tier before their turn, the rest in idle time.
+
+A chunk that will be evicted soon is judged (core/admission.py). Admitted, it waits in the queue and
+keeps its slot until it is written, and others are evicted meanwhile; so many bytes may wait. Where
+they are used up the disk is outrun, and chunks leave unwritten: nobody waits for a disk. With
+``admission="all"`` every chunk is queued as it arrives.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from kvoffload.core.admission import Admission, Fate, TokenBucket
 from kvoffload.core.breaker import Breaker
 from kvoffload.core.index import Entry
 from kvoffload.core.pool import Pool
@@ -19,39 +26,16 @@ INFLIGHT_BUSY_BYTES = 16 << 20  # while the engine runs steps
 INFLIGHT_FLOOR_BYTES = 4 << 20  # while loads are being read
 JOB_BYTES = 16 << 20
 MAX_ATTEMPTS = 3
-_DAY_S = 86400.0
-_MIN_BURST = 1 << 30
-
-
-class TokenBucket:
-    """``rate`` bytes per second, up to ``burst`` saved up; starts full."""
-
-    def __init__(self, rate: float, burst: float, now: float) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._level = burst
-        self._last = now
-
-    def take(self, nbytes: int, now: float) -> bool:
-        """Spend ``nbytes`` if they are there. A chunk over the burst passes when it is full."""
-        self._level = min(self._burst, self._level + max(0.0, now - self._last) * self._rate)
-        self._last = max(self._last, now)
-        if self._rate <= 0 or self._level < min(nbytes, self._burst):
-            return False
-        self._level -= nbytes
-        return True
-
-    def refund(self, nbytes: int) -> None:
-        """Bytes that were not written after all."""
-        self._level = min(self._burst, self._level + nbytes)
-
-
-def budget(write_tb_per_day: float | None, nvme_bytes: int, now: float) -> TokenBucket:
-    """The write budget: 10^12 bytes per day times ``write_tb_per_day``, by default ``nvme_bytes``
-    once a day; the burst is a tenth of ``nvme_bytes``, at least 1 GiB. Zero per day writes
-    nothing."""
-    per_day = nvme_bytes if write_tb_per_day is None else write_tb_per_day * 1e12
-    return TokenBucket(per_day / _DAY_S, max(nvme_bytes / 10, _MIN_BURST), now)
+HORIZON_PART = 32
+"""The victims of this part of the arena are judged ahead of their turn: about 3 %, what a prompt of
+a few ten thousand tokens takes, and hardly anything but the coldest."""
+RESERVED_PART = 8
+"""This part of the arena may wait to be written before it goes. Where more would, the disk is
+outrun; a chunk lost that way also loses those behind it, so a burst of requests must fit."""
+HORIZON_CHUNKS = 128  # judged in one go, at most: some 0.5 ms
+IDLE_S = 5.0
+"""Nothing was stored or loaded for so long: the engine is idle. Longer than pauses between bursts
+of requests, when writing what is hot (and stays) would cost what is cold its budget."""
 
 
 class WriteBehind:
@@ -66,6 +50,7 @@ class WriteBehind:
         guard: Guard,
         breaker: Breaker,
         job_ids: Iterator[int],
+        admission: Admission | None,
         bucket: TokenBucket,
     ) -> None:
         self._store = store
@@ -75,7 +60,14 @@ class WriteBehind:
         self._guard = guard
         self._breaker = breaker
         self._job_ids = job_ids
+        self._admission = admission  # None: all
         self._bucket = bucket
+        self._horizon = arena.data_bytes // HORIZON_PART
+        self._room = arena.data_bytes // RESERVED_PART
+        self._looked = -(1 << 30)  # chunks evicted when the next victims were last looked at
+        self._active = float("-inf")  # when something was last stored or loaded
+        self._idle: list[Entry] | None = None  # hottest first, made when the engine became idle
+        self.reserved_bytes = 0  # queued and keeping their slots
         self._queue: dict[ChunkKey, Entry] = {}
         self.inflight: dict[int, list[Entry]] = {}
         self.inflight_bytes = 0
@@ -87,17 +79,129 @@ class WriteBehind:
     def push(self, entry: Entry) -> None:
         """A chunk became READY and no tier below holds it."""
         entry.dirty = True
-        self._queue[entry.key] = entry
+        if self._admission is None:
+            self._queue[entry.key] = entry
 
     def forget(self, entry: Entry) -> None:
         """The chunk leaves DRAM."""
         if self._queue.get(entry.key) is entry:
             del self._queue[entry.key]
+        self._unreserve(entry, refund=True)
 
-    def reorder(self, hottest_first: Sequence[Entry]) -> None:
-        """Queue in this order (used at shutdown)."""
-        queue = self._queue
-        self._queue = {e.key: e for e in hottest_first if queue.get(e.key) is e and not e.retired}
+    def active(self, now: float) -> None:
+        """Something was stored or loaded."""
+        self._active = now
+        self._idle = None
+
+    # -- victims
+
+    def spare(self, entry: Entry, now: float) -> bool:
+        """Whether ``entry``, whose turn it is, is to be written first: it is no victim then."""
+        if self._admission is None or not entry.dirty or entry.attempts >= MAX_ATTEMPTS:
+            return False
+        if entry.retired:
+            return False  # nobody wants it back
+        if not self._admission.decide(entry, now):
+            return False
+        full = self.reserved_bytes and self.reserved_bytes + entry.nbytes > self._room
+        if full or not self._breaker.closed(now):
+            self._admission.withdraw(entry, Fate.OUTRUN)
+        elif not self._bucket.take(entry.nbytes, now):
+            self._admission.withdraw(entry, Fate.NO_BUDGET)
+        else:
+            self._reserve(entry)
+        return entry.reserved
+
+    def unspare(self) -> bool:
+        """No other victim is left: give up what waits to be written. False when nothing does."""
+        if not self.reserved_bytes:
+            return False
+        waiting = [e for e in self._queue.values() if e.reserved]
+        for entry in waiting:
+            del self._queue[entry.key]
+            self._unreserve(entry, refund=True)
+            if self._admission is not None:
+                self._admission.withdraw(entry, Fate.OUTRUN)
+            self._pool.index.refresh(entry)
+        return bool(waiting)
+
+    def evicted(self, entry: Entry) -> None:
+        """``entry`` is being evicted."""
+        if entry.dirty and self._admission is not None:
+            self._admission.gone(entry)
+
+    def look_ahead(self, now: float) -> None:
+        """Judge the next victims, so that those admitted are written when their turn comes."""
+        if not self._breaker.closed(now):
+            self.unspare()  # it may be long
+            return
+        evicted = self._counters.evicted
+        sizes = self._pool.alloc.slot_bytes
+        most = [min(HORIZON_CHUNKS, self._horizon // len(sizes) // size) for size in sizes]
+        nearly_full = self._pool.held_bytes + self._horizon >= self._arena.data_bytes
+        if not nearly_full or evicted - self._looked <= min(most) // 2:
+            return
+        self._looked = evicted
+        going = [e for e in self._queue.values() if e.reserved]
+        going += [e for part in self.inflight.values() for e in part if not e.dropped]
+        for cls, count in enumerate(most):
+            mine = [e for e in going if e.cls == cls]
+            for entry in self._pool.index.coming(cls, count, mine):
+                self.spare(entry, now)
+
+    def _reserve(self, entry: Entry) -> None:
+        entry.reserved = True
+        self.reserved_bytes += entry.nbytes
+        self._queue[entry.key] = entry
+        self._pool.index.refresh(entry)
+
+    def _unreserve(self, entry: Entry, refund: bool) -> None:
+        if entry.reserved:
+            entry.reserved = False
+            self.reserved_bytes -= entry.nbytes
+            if refund:
+                self._bucket.refund(entry.nbytes)
+
+    # -- idle time
+
+    def idle(self, now: float, limit_bytes: int) -> None:
+        """Queue what is hottest, up to ``limit_bytes`` waiting, if the engine is idle."""
+        if self._admission is not None and now - self._active >= IDLE_S:
+            if self._idle is None:
+                self._idle = [e for e in self._pool.index.hottest_first() if e.dirty]
+                self._idle.reverse()
+            self._queue_idle(self._idle, now, limit_bytes)
+
+    def hottest(self, now: float, limit_bytes: int) -> None:
+        """As ``idle``, whether or not the engine is idle (used at shutdown)."""
+        hot = self._pool.index.hottest_first()
+        if self._admission is None:
+            queue = self._queue
+            self._queue = {e.key: e for e in hot if queue.get(e.key) is e and not e.retired}
+        else:
+            self._queue_idle([e for e in reversed(hot) if e.dirty], now, limit_bytes)
+
+    def _queue_idle(self, coldest_first: list[Entry], now: float, limit_bytes: int) -> None:
+        if self._admission is None:
+            return
+        written = self._counters.nvme_written_bytes + self.inflight_bytes + self.reserved_bytes
+        left = self._admission.idle_bytes(written)
+        while coldest_first and self.inflight_bytes + self.reserved_bytes < limit_bytes:
+            entry = coldest_first[-1]
+            if self._may_idle(entry):
+                left -= entry.nbytes
+                if left < 0 or not self._bucket.take(entry.nbytes, now):
+                    return
+                self._admission.idle(entry)
+                self._reserve(entry)
+            coldest_first.pop()
+
+    @staticmethod
+    def _may_idle(entry: Entry) -> bool:
+        free = not (entry.dropped or entry.reserved or entry.io or entry.retired)
+        return free and entry.dirty and entry.attempts < MAX_ATTEMPTS
+
+    # -- writing
 
     def submit(self, now: float, limit_bytes: int) -> int:
         """Start puts until ``limit_bytes`` are in flight, the queue or the budget ends. Returns
@@ -120,7 +224,9 @@ class WriteBehind:
         """Head of the queue: one group and namespace, within room and budget; leaves the queue."""
         batch: list[Entry] = []
         for entry in self._queue.values():
-            if entry.retired:
+            if (
+                entry.retired and not entry.reserved
+            ):  # what is reserved cannot go but by being written
                 continue
             if batch and (entry.group, entry.namespace_id) != (
                 batch[0].group,
@@ -131,12 +237,15 @@ class WriteBehind:
             alone = not batch and not self.inflight_bytes
             if not alone and size > min(room, max(JOB_BYTES, entry.nbytes)):
                 break
-            self.limited = not self._bucket.take(entry.nbytes, now)
+            self.limited = not entry.reserved and not self._bucket.take(entry.nbytes, now)
             if self.limited:
                 break
             batch.append(entry)
         for entry in batch:
             del self._queue[entry.key]
+            self._unreserve(entry, refund=False)
+        if batch and batch[-1].chunk < batch[0].chunk:
+            batch.reverse()  # victims go leaf first: on disk a chain lies root first
         return batch
 
     def _not_held(self, batch: Sequence[Entry]) -> list[Entry]:
@@ -149,6 +258,7 @@ class WriteBehind:
             if there:
                 entry.dirty = False
                 self._bucket.refund(entry.nbytes)
+                self._pool.index.refresh(entry)
         return [e for e, there in zip(batch, held, strict=True) if not there]
 
     def _put(self, part: list[Entry], now: float) -> bool:
@@ -184,7 +294,9 @@ class WriteBehind:
     def _again(self, entry: Entry) -> None:
         self._bucket.refund(entry.nbytes)
         entry.attempts += 1
-        if entry.dirty and not entry.dropped and entry.attempts < MAX_ATTEMPTS:
+        if self._admission is not None:
+            self._pool.index.refresh(entry)  # it is judged again when its turn comes again
+        elif entry.dirty and not entry.dropped and entry.attempts < MAX_ATTEMPTS:
             self._queue[entry.key] = entry
 
     def finish(self, job: int, results: bytes, now: float) -> None:
@@ -202,6 +314,7 @@ class WriteBehind:
             elif result == StoreResult.NO_SPACE:
                 self._counters.nvme_no_space += 1  # the bound holds; trying again would not help
                 self._bucket.refund(entry.nbytes)
+                entry.attempts = MAX_ATTEMPTS
             else:
                 self._counters.nvme_io_errors += 1
                 self._breaker.failure(now)
@@ -212,7 +325,12 @@ class WriteBehind:
         """Raise AssertionError naming the first broken invariant."""
         for key, entry in self._queue.items():
             assert entry.key == key and entry.dirty and not entry.dropped, "queued but not dirty"
+            assert entry.reserved or self._admission is None, "queued without a budget"
             assert self._pool.index.get(key) is entry, "queued but not resident"
+        reserved = sum(e.nbytes for e in self._queue.values() if e.reserved)
+        assert self.reserved_bytes == reserved, "bytes reserved"
+        if self._admission is not None:
+            self._admission.check()
         writing = [e for part in self.inflight.values() for e in part]
         assert self.inflight_bytes == sum(e.nbytes for e in writing), "bytes in flight"
         assert not any(self._queue.get(e.key) is e for e in writing), "queued and being written"

@@ -81,7 +81,7 @@ def same(life: EngineLife, plain: dict[int, Output], numbers: Iterator[int] | ra
 
 
 def test_1_reload_damage_and_kill(path: Path, plain: dict[int, Output]) -> None:
-    extra = connector(nvme_path=str(path), nvme_gib=1, dram_gib=SMALL)
+    extra = connector(nvme_path=str(path), nvme_gib=1, dram_gib=SMALL, nvme_admission="all")
     with EngineLife(models.llama(), extra) as life:
         for i in PROMPTS:
             assert_same(plain[i], ask(life, i))
@@ -176,7 +176,8 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_6_disk_full(tiny_disk: Path, plain: dict[int, Output]) -> None:
-    extra = connector(nvme_path=str(tiny_disk / "store"), nvme_gib=1, dram_gib=SMALL)
+    store = str(tiny_disk / "store")
+    extra = connector(nvme_path=store, nvme_gib=1, dram_gib=SMALL, nvme_admission="all")
     with EngineLife(models.llama(), extra) as life:
         for i in PROMPTS:
             assert_same(plain[i], ask(life, i))

@@ -67,6 +67,7 @@ class ManagerMachine(RuleBasedStateMachine):
     LAYOUT: CacheLayout = layout_of(full_group())
     SLOTS = 8
     POLICY = "lru"
+    ADMISSION = "all"
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,6 +83,7 @@ class ManagerMachine(RuleBasedStateMachine):
             policy=self.POLICY,
             write_tb_per_day=1000.0,
             nvme_bytes=1 << 40,
+            nvme_admission=self.ADMISSION,
             clock=self.clock,
         )
         self.out: list[Out] = []
@@ -438,6 +440,23 @@ class AdaptiveMachine(ManagerMachine):
     POLICY = "adaptive"
 
 
+class AdmissionMachine(ManagerMachine):
+    """Victims are judged and written before their turn; idle time writes what is hot."""
+
+    ADMISSION = "auto"
+    SLOTS = 16
+
+
+class TwoGroupsAdmissionMachine(ManagerMachine):
+    """The same with two slot classes."""
+
+    ADMISSION = "auto"
+    LAYOUT = layout_of(
+        full_group(0, blocks=2, slot_bytes=2 * UNIT), sliding_group(1, window=40, slot_bytes=UNIT)
+    )
+    SLOTS = 24
+
+
 class TwoGroupsMachine(ManagerMachine):
     """Different slot sizes: extents change class; hits need both groups."""
 
@@ -466,7 +485,19 @@ TestArc = ArcMachine.TestCase
 TestAdaptive = AdaptiveMachine.TestCase
 TestTwoGroups = TwoGroupsMachine.TestCase
 TestTwoRanks = TwoRanksMachine.TestCase
-for case in (TestLru, TestFifo, TestS3Fifo, TestArc, TestAdaptive, TestTwoGroups, TestTwoRanks):
+TestAdmission = AdmissionMachine.TestCase
+TestTwoGroupsAdmission = TwoGroupsAdmissionMachine.TestCase
+for case in (
+    TestLru,
+    TestFifo,
+    TestS3Fifo,
+    TestArc,
+    TestAdaptive,
+    TestTwoGroups,
+    TestTwoRanks,
+    TestAdmission,
+    TestTwoGroupsAdmission,
+):
     case.settings = MACHINE
 
 

@@ -95,6 +95,7 @@ class MiniEngine:
             self.store,
             load="always",
             nvme_bytes=o.nvme_bytes if self.store is not None else 0,
+            nvme_admission="all",
             clock=self.clock,
         )
         self.namespaces = FakeNamespaces()  # the same in every engine: a restart finds its chunks

@@ -39,6 +39,8 @@ def test_good_values_are_typed_exactly(tmp_path: Path) -> None:
             "nvme_path": [str(tmp_path) + "/"],
             "nvme_gib": 0.5,
             "nvme_write_tb_per_day": 1,
+            "nvme_admission": "all",
+            "nvme_tbw": 14000,
             "io_engine": "threads",
             "chunk_tokens": 128,
             "load": "never",

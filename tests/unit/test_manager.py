@@ -107,6 +107,7 @@ def make(
         load=load,
         write_tb_per_day=write_tb_per_day,
         nvme_bytes=1 << 40,
+        nvme_admission="all",  # what is judged: test_admission.py
         clock=clock,
     )
     return Rig(layout, arena, store, manager, clock)
@@ -476,7 +477,9 @@ def test_the_write_budget_holds() -> None:
     assert not rig.store.queue
     clock, arena = FakeClock(), FakeArena(2048 * UNIT, 2048)
     store = FakeStore(clock=clock)
-    manager = Manager(ONE, arena, store, nvme_bytes=86400 * UNIT // 8, clock=clock)
+    manager = Manager(
+        ONE, arena, store, nvme_bytes=86400 * UNIT // 8, nvme_admission="all", clock=clock
+    )
     chain = chain_of(ONE, "q" * 2000)
     for item in manager.begin_store(chain, 0, chain.tokens):
         arena.worker_store(item)
@@ -946,7 +949,7 @@ def test_without_a_store_and_with_the_null_store() -> None:
     arena = FakeArena(4 * UNIT, 4)
     chain = chain_of(ONE, "ab")
     for store in (None, NullStore()):
-        manager = Manager(ONE, arena, store, write_tb_per_day=1.0)
+        manager = Manager(ONE, arena, store, write_tb_per_day=1.0, nvme_admission="all")
         for item in manager.begin_store(chain, 0, 32):
             arena.worker_store(item)
         manager.tick(False)

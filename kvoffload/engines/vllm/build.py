@@ -141,6 +141,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         load=config.load,
         write_tb_per_day=config.nvme_write_tb_per_day,
         nvme_bytes=_bound(store) if store is not None else 0,
+        nvme_admission=config.nvme_admission,
     )
     half = SchedulerHalf(
         config,
@@ -157,6 +158,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         recorder=_recorder(config, layout) if refused is None else None,
     )
     half.metrics.failure("drive_open", len(_unopened(store)))
+    half.metrics.set("kvoffload_nvme_endurance_bytes", (config.nvme_tbw or 0) * 1e12)
     half.why.write_to(*_for_why(vllm_config, config, arena, store))
     _announce(config, layout, arena, store)
     return SchedulerSide(half, Ticker(half), arena, store, namespaces)

@@ -75,6 +75,8 @@ def report_levels(manager: Manager, metrics: Recorder) -> None:
             "entries": use.nvme_entries,
         }
     metrics.manager(counters.as_dict(), nvme)
+    if use.wear is not None:
+        metrics.wear(use.wear)
     metrics.planner(use.bytes_per_s, use.prefill_tokens_per_s)
     if use.nvme_max:
         metrics.queue(use.reading_bytes, use.writing_bytes, use.read_breaker, use.write_breaker)

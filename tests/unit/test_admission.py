@@ -1,0 +1,431 @@
+"""What is written to NVMe: the judge by itself, and victims, idle time and budget in the Manager."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kvoffload.core import admission
+from kvoffload.core.admission import FREE_BYTES, SHARE, WORTH, Admission, Ghost, budget
+from kvoffload.core.hashchain import Chain
+from kvoffload.core.index import Entry, Index
+from kvoffload.core.manager import Manager, slots_needed
+from kvoffload.core.policy import make_policy
+from kvoffload.core.stats import Counters
+from kvoffload.core.writebehind import IDLE_S, MAX_ATTEMPTS
+from kvoffload.errors import ConfigError
+from kvoffload.types import ChunkKey, SlotRef, SlotState, StoreResult, Tier
+from tests.support.fakes import (
+    UNIT,
+    FakeArena,
+    FakeClock,
+    FakeStore,
+    chain_of,
+    full_group,
+    layout_of,
+)
+
+ONE = layout_of(full_group())
+HOUR = 3600.0
+
+
+# -- the budget
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 16 << 20, 300 << 20])
+@pytest.mark.parametrize("tb_per_day", [0.05, 1.0, 40.0])
+def test_no_hour_writes_more_than_5_percent_above_the_budget(tb_per_day: float, chunk: int) -> None:
+    hourly = tb_per_day * 1e12 / 24
+    rng = random.Random(f"{tb_per_day} {chunk}")
+    bucket = budget(tb_per_day, 1 << 40, 0.0)
+    now = 0.0
+    written: list[tuple[float, int]] = []  # when, how many bytes
+    while now < 3 * HOUR:
+        now += rng.choice([0.01, 1.0, 30.0, 150.0])
+        chunks = 0
+        while bucket.take(chunk, now):  # bursts after pauses: the worst for a bucket
+            chunks += 1
+        written.append((now, chunks * chunk))
+    for i, (begin, _) in enumerate(written):
+        inside = sum(nbytes for t, nbytes in written[i:] if t < begin + HOUR)
+        # A chunk larger than the burst is let through whole.
+        assert inside <= 1.05 * hourly + chunk, begin
+    assert sum(n for _, n in written) >= 0.95 * 3 * hourly - 2 * chunk, "the budget can be used"
+
+
+def test_the_default_budget_is_per_day_with_a_burst() -> None:
+    bucket = budget(None, 240 << 30, 0.0)
+    assert bucket.take(24 << 30, 0.0) and not bucket.take(1 << 30, 0.0)
+    assert bucket.take(1 << 30, 360.0) and not bucket.take(1 << 30, 360.0)
+    assert budget(None, 1 << 30, 0.0).take(1 << 30, 0.0), "at least 1 GiB"
+    none = budget(0.0, 1 << 40, 0.0)
+    assert not none.take(1, 0.0) and none.full(1e9) == 0.0
+    half = budget(1.0, 0, 0.0)
+    assert half.full(0.0) == 1.0
+    assert half.take(int(1e12 / 24 / 40), 0.0) and half.full(0.0) == pytest.approx(0.5, abs=0.01)
+
+
+# -- the judge
+
+ARENA = 64 * UNIT
+
+
+def key(n: int) -> ChunkKey:
+    return ChunkKey(random.Random(n).randbytes(16))
+
+
+class Judge:
+    def __init__(self) -> None:
+        self.index = Index([make_policy("lru", iter(range(1, 1 << 30)))])
+        self.counters = Counters()
+        self.it = Admission(self.index, self.counters, budget(1e3, 0, 0.0), ARENA, 1 << 12)
+        self._n = 0
+
+    def entry(self, n: int, parent: int | None = None) -> Entry:
+        """A new chunk in DRAM."""
+        self._n += 1
+        entry = Entry(
+            key(n),
+            0,
+            0,
+            0,
+            UNIT,
+            SlotRef(self._n, 1, 0),
+            Tier.DRAM,
+            None if parent is None else key(parent),
+            0,
+            0.0,
+            SlotState.READY,
+        )
+        self.index.add(entry)
+        self.it.stored(entry)
+        return entry
+
+    def leave(self, entry: Entry) -> bool:
+        """``entry`` is judged and leaves, whether or not it was written."""
+        written = self.it.decide(entry, 0.0)
+        self.index.remove(entry)
+        if not written:
+            self.it.gone(entry)
+        self.it.check()
+        return written
+
+
+def test_nothing_is_written_while_what_left_is_not_asked_for() -> None:
+    judge = Judge()
+    written = 0
+    for n in range(2000):
+        entry = judge.entry(n)
+        entry.uses = 3
+        written += judge.leave(entry)
+    assert judge.it.value() < WORTH and judge.it.probability(0.0) == 0.0
+    assert written <= ARENA // UNIT // admission.TRUST_PART + 1, "only what is let go on trust"
+    assert judge.counters.nvme_refused_value == 2000 - written
+
+
+def test_what_was_refused_and_asked_for_again_opens_the_gate() -> None:
+    judge = Judge()
+    for n in range(500):
+        judge.leave(judge.entry(n))
+    assert judge.it.value() < WORTH
+    for n in range(480, 500):  # its memory is as long as the tier
+        again = judge.entry(n)
+        assert again.uses == 1, "used twice, though not while it was in DRAM"
+        judge.index.remove(again)
+    assert judge.counters.nvme_ghost_hits == 20
+    assert judge.it.value() >= WORTH and judge.it.probability(0.0) > 0
+    assert judge.entry(1000).uses == 0
+    back = judge.entry(400)
+    assert judge.leave(back) and judge.counters.nvme_admitted_twice == 1
+
+
+def test_nvme_hits_keep_the_gate_open_and_silence_closes_it() -> None:
+    judge = Judge()
+    for n in range(1000):
+        judge.leave(judge.entry(n))
+        judge.it.asked(UNIT // 8)
+    assert judge.it.value() == pytest.approx(1 / 8, rel=0.2)
+    for n in range(1000, 1600):
+        judge.leave(judge.entry(n))
+    assert judge.it.value() < WORTH
+
+
+def test_the_share_written_is_kept() -> None:
+    judge = Judge()
+    written = 0
+    for n in range(4000):
+        entry = judge.entry(n)
+        entry.uses = int(n % 4 == 0)  # a quarter is used twice
+        written += judge.leave(entry)
+        judge.it.asked(UNIT // 4)
+    assert written / 4000 == pytest.approx(SHARE, abs=0.03)
+    assert judge.counters.nvme_admitted_twice >= 990, "whatever the coin says"
+    assert judge.counters.nvme_admitted_coin > 1000
+
+
+def test_an_empty_budget_takes_the_coin_out() -> None:
+    judge = Judge()
+    judge.it.asked(100 * UNIT)
+    judge.entry(0)
+    before = judge.it.probability(0.0)
+    assert before > 0
+    while judge.it.bucket.take(1 << 30, 0.0):
+        pass
+    assert judge.it.probability(0.0) < before / 10
+    assert judge.it.probability(HOUR) == pytest.approx(before)
+
+
+def test_one_coin_per_request_and_a_written_chunk_keeps_those_before_it() -> None:
+    judge = Judge()
+    root = judge.entry(1)
+    second, third = judge.entry(2, 1), judge.entry(3, 2)
+    assert root.draw == second.draw == third.draw
+    judge.index.touch(0, [key(1), key(2)])  # another request comes by and goes on elsewhere
+    other = judge.entry(4, 2)
+    assert other.draw != root.draw and (root.uses, second.uses, third.uses) == (1, 1, 0)
+    judge.it.asked(100 * UNIT)
+    third.uses, root.uses, second.uses = 1, 0, 0
+    root.draw = second.draw = 1.0  # no coin would take them
+    assert judge.it.decide(third, 0.0)
+    judge.index.remove(third)
+    assert judge.it.decide(second, 0.0)
+    judge.index.remove(other)
+    judge.index.remove(second)
+    assert judge.it.decide(root, 0.0)
+
+
+def test_a_use_reopens_the_question() -> None:
+    judge = Judge()
+    judge.it.asked(100 * UNIT)
+    entry = judge.entry(1)
+    entry.draw = 1.0
+    assert not judge.it.decide(entry, 0.0) and not judge.it.decide(entry, 0.0)
+    assert judge.counters.nvme_refused_coin == 1, "judged once"
+    judge.index.touch(0, [key(1)])
+    assert judge.it.decide(entry, 0.0)
+
+
+def test_ghost_remembers_the_latest_and_forgets_what_it_gave() -> None:
+    ghost = Ghost(1 << 30)
+    assert len(ghost._tags) == 1 << 20, "bounded"
+    small = Ghost(10)
+    for n in range(3000):
+        small.add(key(n))
+    found = sum(small.take(key(n)) for n in range(2000, 3000))
+    assert found > 800
+    assert not any(small.take(key(n)) for n in range(2000, 3000))
+    assert not any(small.take(key(n)) for n in range(5000, 6000))
+
+
+# -- in the Manager
+
+
+class Rig:
+    def __init__(self, slots: int = 64, tb: float | None = 1e4, mode: str = "auto") -> None:
+        self.clock = FakeClock()
+        self.arena = FakeArena(slots * UNIT, slots_needed(ONE, slots * UNIT))
+        self.store = FakeStore(clock=self.clock)
+        self.manager = Manager(
+            ONE,
+            self.arena,
+            self.store,
+            write_tb_per_day=tb,
+            nvme_bytes=1 << 40,
+            nvme_admission=mode,
+            clock=self.clock,
+        )
+        self.c = self.manager.counters
+
+    @property
+    def judge(self) -> Admission:
+        assert self.manager._nvme is not None and self.manager._nvme.admission is not None
+        return self.manager._nvme.admission
+
+    def chain(self, text: str) -> Chain:
+        return chain_of(ONE, text)
+
+    def put(self, text: str) -> None:
+        chain = self.chain(text)
+        for item in self.manager.begin_store(chain, 0, chain.tokens):
+            self.arena.worker_store(item)
+        self.manager.poll()
+        self.manager.check()
+
+    def tick(self, busy: bool = True) -> None:
+        self.manager.tick(busy)
+        self.store.step()
+        self.manager.poll()
+        self.manager.check()
+
+    def idle(self, ticks: int = 8) -> None:
+        self.clock.advance(IDLE_S)
+        for _ in range(ticks):
+            self.tick(False)
+
+    def hit(self, text: str) -> int:
+        chain = self.chain(text)
+        return self.manager.lookup(chain, 0, chain.tokens).end // 16
+
+    def worth_it(self) -> None:
+        """As if NVMe had given much: every victim is worth writing."""
+        self.judge.asked(1 << 34)
+        self.judge._pay(-(1 << 34))
+
+
+def test_nothing_is_written_before_it_has_to_go() -> None:
+    rig = Rig()
+    rig.put("a" * 60)
+    for _ in range(5):
+        rig.tick()
+    assert rig.c.nvme_written == 0 and not rig.store.queue
+
+
+def test_an_idle_engine_writes_a_small_cache_out_and_a_restart_finds_it() -> None:
+    rig = Rig()
+    rig.put("abcdef")
+    rig.idle()
+    assert rig.c.nvme_written == rig.c.nvme_admitted_idle == 6
+    assert rig.manager.occupancy().dirty_chunks == 0
+    rig.manager.reset()
+    assert rig.hit("abcdef") == 6
+
+
+def test_idle_means_that_nothing_moved_for_a_while() -> None:
+    rig = Rig()
+    rig.put("ab")
+    rig.clock.advance(IDLE_S - 0.1)
+    rig.tick(False)
+    lease = rig.manager.acquire("r", rig.chain("ab"), 0, 32)
+    assert lease is not None
+    rig.manager.release(lease.id)
+    rig.clock.advance(IDLE_S - 0.1)
+    rig.tick(True)  # a step that moves no KV
+    assert rig.c.nvme_written == 0
+    rig.clock.advance(0.2)
+    rig.tick(False)
+    assert rig.c.nvme_written == 2
+
+
+def test_idle_writing_is_bounded_until_nvme_was_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert FREE_BYTES >= 1 << 30
+    monkeypatch.setattr(admission, "FREE_BYTES", 4 * UNIT)
+    rig = Rig(slots=64)
+    rig.put("a" * 60)
+    rig.idle()
+    assert rig.c.nvme_written == 8, "an eighth of the arena"
+    assert [k for _, k in rig.store.order] == list(rig.chain("a" * 60).keys(0)[:8]), "hottest first"
+    rig.worth_it()
+    rig.idle()
+    assert rig.c.nvme_written == 8 + int(SHARE * 64)
+
+
+def test_drain_writes_hottest_first_within_the_same_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admission, "FREE_BYTES", 4 * UNIT)
+    rig = Rig(slots=64)
+    rig.put("xyz")
+    rig.put("a" * 10)
+    assert rig.hit("xyz") == 3
+    assert rig.manager.acquire("r", rig.chain("xyz"), 0, 48) is not None
+    assert rig.manager.drain(5.0)
+    written = [k for _, k in rig.store.order]
+    assert written == [*rig.chain("xyz").keys(0), *rig.chain("a" * 10).keys(0)[:5]]
+
+
+def test_victims_are_written_before_their_turn_and_then_evicted() -> None:
+    rig = Rig(slots=256)
+    rig.worth_it()
+    for n in range(32):
+        rig.put(chr(97 + n) * 8)
+    rig.tick()
+    for n in range(32):
+        rig.put(chr(200 + n) * 4)
+        rig.tick()
+    c = rig.c
+    assert c.evicted == 128 and c.nvme_outrun == 0
+    assert c.nvme_admitted_coin == c.nvme_written > 128
+    assert c.evicted_unwritten <= 4, "at most those before the first look ahead"
+    assert [rig.hit(chr(97 + n) * 8) for n in range(15)] == [8] * 15, "whole chains"
+
+
+def test_a_victim_that_is_being_written_is_passed_over() -> None:
+    rig = Rig(slots=64)
+    rig.worth_it()
+    rig.put("a" * 32)
+    rig.put("b" * 32)
+    rig.put("cdef")  # four leave: the coldest are reserved, and others go in their place
+    waiting = [e for e in rig.manager._pool.index if e.reserved]
+    assert waiting and all(rig.manager._pool.index.get(e.key) is e for e in waiting)
+    assert rig.c.evicted == 4
+    rig.tick()
+    assert all(not e.reserved and not e.dirty for e in waiting)
+
+
+def test_a_disk_that_is_outrun_costs_chunks_not_time() -> None:
+    rig = Rig(slots=64)
+    rig.worth_it()
+    rig.store.hung = True
+    rig.put("a" * 64)
+    for text in ("b" * 40, "c" * 40, "d" * 40):
+        rig.put(text)
+        rig.manager.tick(True)
+    c = rig.c
+    assert c.nvme_outrun > 0 and c.evicted_unwritten == c.evicted and c.store_skipped_full == 0
+    occupied = rig.manager.occupancy()
+    assert occupied.nvme_inflight_write_bytes <= 16 * UNIT
+    assert rig.hit("d" * 40) == 40
+
+
+def test_without_other_victims_what_waits_gives_way() -> None:
+    rig = Rig(slots=8)
+    rig.worth_it()
+    rig.store.raising = {"put_slots"}
+    rig.put("abcdefgh")
+    lease = rig.manager.acquire("r", rig.chain("abcdefg"), 0, 7 * 16)
+    assert lease is not None
+    rig.put("z")  # its only victim is h: reserved, then given up
+    assert rig.hit("z") == 1 and rig.c.nvme_outrun == 1 and rig.hit("abcdefgh") == 7
+
+
+def test_a_spent_budget_refuses_and_says_so() -> None:
+    rig = Rig(slots=64, tb=1e-5)  # 10 MB a day
+    rig.worth_it()
+    rig.judge.bucket.take(1, rig.clock.now)
+    for n in range(8):
+        rig.put(chr(97 + n) * 32)
+        for _ in range(4):
+            rig.manager.prefetch("x", rig.chain(chr(97 + n)), 0, 16)
+        rig.tick()
+    c = rig.c
+    assert c.nvme_written <= 2
+    assert c.nvme_refused_budget + c.nvme_refused_coin >= 180
+
+
+def test_a_disk_without_room_does_not_hold_slots_for_ever() -> None:
+    rig = Rig(slots=64)
+    rig.worth_it()
+    rig.store.write_result = StoreResult.NO_SPACE
+    for n in range(8):
+        rig.put(chr(97 + n) * 32)
+        rig.tick()
+    assert rig.c.nvme_no_space > 0 and rig.c.nvme_written == 0
+    assert all(e.attempts <= MAX_ATTEMPTS for e in rig.manager._pool.index)
+    assert rig.c.evicted >= 8 * 32 - 64 - 8
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"nvme_admission='some'.*auto, all"):
+        Rig(mode="some")
+
+
+def test_what_nvme_gave_counts_as_value() -> None:
+    rig = Rig(slots=64)
+    rig.put("abcd")
+    rig.idle()
+    rig.manager.reset()
+    before = rig.judge.value()
+    chain = rig.chain("abcd")
+    assert rig.manager.acquire("r", chain, 0, chain.tokens) is not None
+    assert rig.judge.value() > before
