@@ -294,7 +294,7 @@ def difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
 
 
 def wait_written(server: Server) -> float:
-    """Wait until every chunk in DRAM is on NVMe too, or nothing moves for 8 s; returns seconds."""
+    """Wait until every chunk in DRAM is on NVMe too, or nothing moves for 15 s; returns seconds."""
     begin = since = time.monotonic()
     last: dict[str, float] = {}
     while time.monotonic() - begin < FLUSH_TIMEOUT_S:
@@ -308,7 +308,7 @@ def wait_written(server: Server) -> float:
             break
         if entries != last:
             last, since = entries, time.monotonic()
-        if time.monotonic() - since > 8:
+        if time.monotonic() - since > 15:
             break
         time.sleep(0.5)
     return time.monotonic() - begin

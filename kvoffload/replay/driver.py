@@ -79,8 +79,7 @@ def manager_options(setup: Setup) -> dict[str, Any]:
     admission = setup.nvme_admission
     if setup.write_everything:
         out["write_tb_per_day"] = UNLIMITED_TB_PER_DAY
-        # Without the option write-behind takes everything anyway.
-        admission = "all" if "nvme_admission" in known else None
+        admission = "all"
     if admission is not None:
         out["nvme_admission"] = admission
     for name in out:

@@ -68,6 +68,7 @@ def test_a_recorded_stream_replays_to_the_same_hits(tmp_path: Path, seed: int, n
             dram_chunks=slots,
             nvme_chunks=options.nvme_bytes // SLOT if nvme else 0,
             load="always",
+            nvme_admission="all",  # as the harness's Manager has it
         )
     )
     replayed = []

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from kvoffload.config import Config
-from kvoffload.core import planner
+from kvoffload.core import fit, planner
 from kvoffload.core.why import Report
-from kvoffload.engines.vllm import lookups
 from kvoffload.engines.vllm.why import WhyMiss
 from kvoffload.types import Decision, MissCause
 from tests.support.steps import MiniEngine, Options, tokens
@@ -214,7 +213,7 @@ def test_no_room_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = MiniEngine()
     engine.ask(tokens(40))
     engine.forget_hbm()
-    monkeypatch.setattr(lookups, "LEASE_TRIES", 0)
+    monkeypatch.setattr(fit, "LEASE_TRIES", 0)
     assert asked(engine, tokens(40)).cause is MissCause.NO_ROOM
     engine.finish()
 
