@@ -32,6 +32,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dram-frac", help="of the unique blocks, comma-separated")
     parser.add_argument("--nvme-frac", help="likewise; 0: none")
     parser.add_argument("--admission", default="budget", help="budget, or all: no budget")
+    parser.add_argument(
+        "--write-tb-per-day",
+        type=float,
+        default=1000.0,
+        help="NVMe write budget; ample: what admission itself lets through is measured",
+    )
     parser.add_argument("--hint-accuracy", type=float, help="of last-use hints; none without")
     parser.add_argument("--synthetic", type=int, default=0, help="requests of 100 chunks to time")
 
@@ -72,7 +78,11 @@ def _run_trace(
     trace = Trace(path)
     facts = trace.facts()
     setup = Setup(
-        chunk_tokens=trace.chunk_tokens, kv_bytes_per_token=131072, dram_chunks=1, load="always"
+        chunk_tokens=trace.chunk_tokens,
+        kv_bytes_per_token=131072,
+        dram_chunks=1,
+        load="always",
+        nvme_write_tb_per_day=options.write_tb_per_day,
     )
     out = []
     for policy, (dram, nvme, every, hints) in product(options.policy.split(","), _sizes(options)):
@@ -134,7 +144,10 @@ def run(context: Context, options: argparse.Namespace) -> Json:
         out["million"] = _million(context, options.synthetic or 200)
     if len(out["runs"]) == 1:
         out |= out["runs"][0]
-    out["config"] = {"trace": [str(p.name) for p in paths]}
+    out["config"] = {
+        "trace": [str(p.name) for p in paths],
+        "write_tb_per_day": options.write_tb_per_day,
+    }
     return out
 
 
