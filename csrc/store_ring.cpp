@@ -72,6 +72,11 @@ class Ring {
             release_held();
             if (handed_over_) continue;  // ended without a transfer: room for others
             arm_wake();
+            if (own_) {  // the disk has its next transfers first
+                submit();
+                finish_op(q_, std::move(own_));
+                continue;
+            }
             wait();
             reap();
             hand_over();
@@ -86,20 +91,15 @@ class Ring {
         {
             std::lock_guard lk(q_.mu);
             for (;;) {
-                bool reads = !q_.ready_reads.empty();
-                bool writes = !q_.ready_writes.empty() && writes_ < kWriteDepth;
-                if ((!reads && !writes) || q_.moving >= kDepth) break;
-                bool write = turns_.write_next(reads, writes);
-                auto& from = write ? q_.ready_writes : q_.ready_reads;
-                got.push_back(std::move(from.front()));
-                from.pop_front();
-                ++q_.moving;
-                writes_ += write;
+                bool reads = next(false), writes = next(true);
+                if (!reads && !writes) break;
+                got.push_back(pop(turns_.write_next(reads, writes)));
             }
+            q_.wake_worker();  // what follows may be for a worker
             for (auto& r : q_.new_regions) regions_.add(r);
             q_.new_regions.clear();
-            q_.ring_asleep = !q_.stopped || q_.in_io;
-            if (!q_.ring_asleep) return false;
+            q_.ring_asleep = !own_;
+            if (q_.stopped && !q_.in_io && !own_) return false;
         }
         regions_.drop_dead();
         for (auto& op : got) begin(std::move(op));
@@ -107,7 +107,31 @@ class Ring {
         return true;
     }
 
+    bool next(bool write) const {  // q_.mu held
+        auto& ready = write ? q_.ready_writes : q_.ready_reads;
+        return (!ready.empty() && q_.ring_room(write)) || q_.ring_next(write);
+    }
+
+    OpPtr pop(bool write) {  // q_.mu held
+        auto* from = write ? &q_.ready_writes : &q_.ready_reads;
+        bool fresh = from->empty();
+        if (fresh) from = write ? &q_.new_writes : &q_.new_reads;
+        OpPtr op = std::move(from->front());
+        from->pop_front();
+        op->prepared = !fresh;
+        ++q_.moving;
+        q_.writes_moving += write;
+        if (fresh) {
+            ++q_.in_io;
+            q_.writes_in_io += write;
+            ++q_.busy;
+            q_.busy_bytes += op->r->bytes;
+        }
+        return op;
+    }
+
     void begin(OpPtr op) {
+        if (!op->prepared && (op->err = prepare_op(*op))) return complete(std::move(op));
         op->iov = op->r->iov;
         merge(op->iov);
         for (auto& v : op->iov) op->total += v.iov_len;
@@ -210,6 +234,11 @@ class Ring {
         wake_armed_ = true;
     }
 
+    void submit() {
+        // What the kernel does not take now stays in the queue for wait().
+        io_uring_submit(&ring_);
+    }
+
     void wait() {
         int n;
         if (held_.empty() && wake_armed_) {
@@ -274,26 +303,43 @@ class Ring {
 
     void hand_over() {
         if (completed_.empty()) return;
-        std::lock_guard lk(q_.mu);
-        for (auto& op : completed_) {
-            --q_.in_io;
-            --q_.moving;
-            writes_ -= op->r->write;
-            q_.writes_in_io -= op->r->write;
-            (op->r->write ? q_.done_writes : q_.done_reads).push_back(std::move(op));
+        std::vector<OpPtr> light;
+        {
+            std::lock_guard lk(q_.mu);
+            q_.ring_asleep = false;  // take() comes next
+            for (auto& op : completed_) {
+                bool write = op->r->write;
+                --q_.in_io;
+                --q_.moving;
+                q_.writes_moving -= write;
+                q_.writes_in_io -= write;
+                if (op->r->finish_bytes == 0)
+                    light.push_back(std::move(op));
+                else if (!own_ && finish_myself(*op))
+                    own_ = std::move(op);
+                else
+                    (write ? q_.done_writes : q_.done_reads).push_back(std::move(op));
+            }
+            completed_.clear();
+            handed_over_ = true;
+            q_.wake_worker();
         }
-        completed_.clear();
-        handed_over_ = true;
-        q_.wake_worker();
+        for (auto& op : light) finish_op(q_, std::move(op));
+    }
+
+    // The disk is busy for longer than that takes, or nothing else is there to do.
+    bool finish_myself(const Op& op) const {  // q_.mu held
+        bool alone = !q_.moving && completed_.size() == 1 && q_.new_reads.empty();
+        return op.r->finish_bytes <= kOwnBytes && (q_.moving >= kOwnBehind || alone);
     }
 
     Queues& q_;
     io_uring ring_{};
     Regions regions_;
     std::vector<OpPtr> held_, completed_;
+    OpPtr own_;  // to be finished by this thread
     bool wake_armed_ = false, vectored_ = false, handed_over_ = false;
     Turns turns_;
-    unsigned writes_ = 0;  // of q_.moving
 };
 
 }  // namespace
