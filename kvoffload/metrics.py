@@ -52,6 +52,7 @@ _TIERS = tuple((t.value,) for t in Tier)
 _MISSES = ("no_hit", "namespace_unknown", "lease_refused", "verify_sample")
 _DECISIONS = tuple(d.value for d in Decision)
 _FAILURES = (*((f.value,) for f in LoadFailure), ("verify",))
+_WHO = ("model", "tenant")
 _MOVES = tuple((t.value, d) for t in Tier for d in ("load", "store"))
 
 
@@ -165,6 +166,43 @@ METRICS: dict[str, Metric] = {
         _gauge("kvoffload_drive_used_bytes", "With several nvme_path: bytes under each.", "path"),
         _counter("kvoffload_drive_errors_total", "Failed transfers of a drive.", "path"),
         _counter("kvoffload_drive_trips_total", "Times a drive was left alone.", "path"),
+        _counter("kvoffload_ledger_requests_total", "Requests that are over.", *_WHO),
+        _counter(
+            "kvoffload_ledger_tokens_total",
+            "Prompt tokens of such requests: from HBM, loaded from a tier, or computed (miss).",
+            *_WHO,
+            "source",
+        ),
+        _counter("kvoffload_ledger_loads_total", "Loads that ended.", *_WHO, "tier"),
+        _counter(
+            "kvoffload_ledger_bytes_total", "Bytes moved for them.", *_WHO, "tier", "direction"
+        ),
+        _counter(
+            "kvoffload_ledger_saved_gpu_seconds_total",
+            "Prefill time that loads saved beyond their own, times the ranks.",
+            *_WHO,
+            "tier",
+        ),
+        _counter(
+            "kvoffload_ledger_lost_gpu_seconds_total",
+            "By how much loads were the slower way, and time of failed loads, times the ranks.",
+            *_WHO,
+            "tier",
+        ),
+        _counter("kvoffload_ledger_load_seconds_total", "Wall time of loads.", *_WHO, "tier"),
+        _counter(
+            "kvoffload_ledger_lookup_seconds_total",
+            "Scheduler time of lookups for requests that loaded nothing.",
+            *_WHO,
+        ),
+        _gauge(
+            "kvoffload_curve_hit_ratio",
+            "Expected hits of a tier of this many times its size, as a share of all prompt tokens; "
+            "nvme: on top of DRAM as it is.",
+            "tier",
+            "factor",
+        ),
+        _gauge("kvoffload_curve_tokens", "Prompt tokens that these expectations rest on."),
     )
 }
 
@@ -219,6 +257,7 @@ class Recorder:
         self._now = empty_payload()
         self._totals: dict[str, float] = {}
         self._levels: dict[str, float] = {}
+        self._events: dict[str, float] = {}  # totals as last seen; one thread reports them
 
     # -- primitives
 
@@ -374,8 +413,11 @@ class Recorder:
         self, counters: Mapping[str, float], nvme: Mapping[str, float] | None = None
     ) -> None:
         """Running totals of the Manager (each becomes an event) and of the NVMe store's stats()."""
-        for event, value in counters.items():
-            self.total("kvoffload_events_total", value, event)
+        before = self._events
+        for event, value in counters.items():  # dozens, of which a step changes a few
+            if before.get(event, 0) != value:
+                before[event] = value
+                self.total("kvoffload_events_total", value, event)
         if nvme is not None:
             self.total("kvoffload_bytes_total", nvme.get("bytes_read", 0), "nvme", "load")
             self.total("kvoffload_bytes_total", nvme.get("bytes_written", 0), "nvme", "store")

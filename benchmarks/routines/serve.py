@@ -4,6 +4,10 @@ Three workloads, closed loop, one server life per system: multi-turn chat (the a
 of the next prompt), many users of a few shared system prompts, and questions on long documents.
 Requests are ordered so that a prefix comes back after others pushed it out of HBM. `none` runs a
 second time at the end: the difference between its two lives is the floor for ``wrong_outputs``.
+
+On request two more, in this order: ``shared_cold``, one new prefix after the other, each asked for
+by twice as many requests as there are clients, which arrive together; and ``shared_warm``, the same
+prefixes again with other endings, when HBM has held others since.
 """
 
 from __future__ import annotations
@@ -62,11 +66,12 @@ class Turn:
 
 
 class Builder:
-    """Deterministic workloads from one seed; sizes in tokens."""
+    """Deterministic workloads from one seed for so many clients; sizes in tokens."""
 
-    def __init__(self, vocab: int, seed: int, scale: float, quick: bool) -> None:
-        self._rng, self._vocab = random.Random(seed), vocab
+    def __init__(self, vocab: int, seed: int, scale: float, quick: bool, clients: int) -> None:
+        self._rng, self._vocab, self._clients = random.Random(seed), vocab, clients
         self._scale, self._quick = scale, quick
+        self._shared: list[tuple[int, ...]] = []
 
     def _tokens(self, n: int) -> tuple[int, ...]:
         return tuple(self._rng.randrange(3, self._vocab) for _ in range(n))
@@ -103,6 +108,21 @@ class Builder:
         """A few system prompts, many users, in turn."""
         rounds = 2 if self._quick else 10
         return self._common_prefix(self._count(6), self._size(3072), rounds, self._size(128))
+
+    def _together(self, clients: int) -> list[Turn]:
+        """Every shared prefix in turn, for all clients at once, twice."""
+        if not self._shared:
+            self._shared = [self._tokens(self._size(3072)) for _ in range(self._count(8))]
+        turns = [head for head in self._shared for _ in range(2 * clients)]
+        return [Turn(n, 0, head + self._tokens(128), False) for n, head in enumerate(turns)]
+
+    def shared_cold(self) -> list[Turn]:
+        """Prefixes that nobody asked for before, in flight together."""
+        return self._together(self._clients)
+
+    def shared_warm(self) -> list[Turn]:
+        """The prefixes of ``shared_cold`` once more."""
+        return self._together(self._clients)
 
     def document_qa(self) -> list[Turn]:
         """Long documents, several questions each; a document returns after all others."""
@@ -306,7 +326,9 @@ class Run:
 
     def __init__(self, context: Context, options: argparse.Namespace) -> None:
         self.context, self.options = context, options
-        builder = Builder(context.shape.vocab, options.seed, options.scale, context.quick)
+        builder = Builder(
+            context.shape.vocab, options.seed, options.scale, context.quick, options.concurrency
+        )
         self.workloads = {n: getattr(builder, n)() for n in options.workloads.split(",")}
         self.warm = builder.warm(options.concurrency)
         self.place = context.workplace(

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 LAZY = {
     "doctor": ("kvoffload.cli.doctor", "Check this machine, vLLM and a configuration."),
     "store": ("kvoffload.cli.store", "NVMe chunk stores: stats, ls, verify, export, import."),
+    "report": ("kvoffload.cli.report", "What the cache saved or cost, for whom; sizing advice."),
     "top": ("kvoffload.cli.top", "Watch a running server: hits, traffic, occupancy, failures."),
 }
 

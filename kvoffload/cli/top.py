@@ -54,6 +54,11 @@ def scrape(url: str, timeout_s: float = TIMEOUT_S) -> Sample:
     Proxies of the environment are not used: metrics are an internal address. Raises ScrapeError.
     """
     at, text = _fetch(url, timeout_s)
+    return parse(at, text, url)
+
+
+def parse(at: float, text: str, where: str) -> Sample:
+    """Prometheus text as a sample; ``where`` it came from is named in ScrapeError."""
     from prometheus_client.parser import text_string_to_metric_families
 
     try:
@@ -66,10 +71,10 @@ def scrape(url: str, timeout_s: float = TIMEOUT_S) -> Sample:
             ),
         )
     except (ValueError, IndexError) as error:
-        raise ScrapeError(f"{url}: the answer is not Prometheus text") from error
+        raise ScrapeError(f"{where}: the answer is not Prometheus text") from error
     if not sample.has_ours:
         raise ScrapeError(
-            f"{url}: no kvoffload metrics; was the server started with KVOffloadConnector?"
+            f"{where}: no kvoffload metrics; was the server started with KVOffloadConnector?"
         )
     return sample
 

@@ -17,8 +17,9 @@ from enum import Enum
 
 from kvoffload.core.stats import Counters
 
-COOL_S = 5.0
-"""Pause before a probe: a tier that is back is used again within 10 s."""
+COOL_S = 2.0
+"""Pause before a probe: a tier that is back is used again within 10 s, with room to spare for a
+probe that was sent just before and hangs."""
 
 
 class BreakerState(str, Enum):

@@ -52,6 +52,10 @@ class Loader:
                 mine += entry.nbytes
         return max(0, self._nvme.reads.inflight_bytes() - mine)
 
+    def standstill_s(self) -> float:
+        """For how long reads from NVMe have been under way without any getting on."""
+        return self._nvme.standstill_s() if self._nvme is not None else 0.0
+
     def _probe(self, keys: Sequence[ChunkKey], now: float) -> list[Tier | None]:
         # The scheduler pays for this per chunk of every prompt, and an enum's member costs as much
         # to look up as its key.
@@ -173,6 +177,15 @@ class Loader:
             mine = sorted((e for e in entries if e.group == g.group), key=lambda e: e.chunk)
             if mine:
                 self._pool.index.touch(mine[0].cls, [e.key for e in mine])
+
+    def touch(self, chain: Chain, start: int, end: int) -> None:
+        """A load of [start, end) will come: what it needs and DRAM holds goes last."""
+        for g in self._layout.groups:
+            chunks = span(g, start, end)
+            keys = chain.keys(g.group)[chunks.start : chunks.stop]
+            here = [key for key in keys if key in self._pool.index]
+            if here:
+                self._pool.index.touch(self._pool.class_of(g.group), here)
 
     def release(self, lease_id: int, now: float) -> None:
         """See Manager.release."""

@@ -135,6 +135,20 @@ class Search:
             by_tier[Tier.DRAM] = left
         return Hit(end, chunks, by_tier)
 
+    def whole(self, start: int, end: int) -> Step | None:
+        """The one boundary a planner need look at where all of the hit lies in DRAM; else None.
+
+        What a load from one tier saves is convex in its length (prefill's seconds are, its own are
+        linear), so that the whole or nothing saves most.
+        """
+        nbytes = 0
+        for g in self._layout.groups:
+            known, chunks = self._tiers[g.group], span(g, start, end)
+            if any(known.get(i) is not Tier.DRAM for i in chunks):
+                return None
+            nbytes += len(chunks) * g.slot_bytes
+        return Step(end, {Tier.DRAM: nbytes}) if nbytes else None
+
     def steps(self, start: int, end: int) -> list[Step]:
         """The boundaries a planner may choose up to ``end``, with the bytes each needs per tier.
 

@@ -21,7 +21,7 @@ from kvoffload.tiers.base import ArenaLike, ChunkStoreLike, StoreDoneLike
 from kvoffload.types import ChunkKey, Tier
 
 _WAIT_MS = 50
-STALL_S = 1.0
+STALL_S = 0.5
 """Reads under way of which none makes progress for this long: the tier hangs. A disk that is only
 busy finishes something every few tens of milliseconds."""
 MAX_HUNG_JOBS = 8
@@ -56,6 +56,8 @@ class NvmeTier:
         self._unlearned = 0  # bytes read whose time went to a job that ended later
         self._learned_to = float("-inf")
         self._progress = 0.0  # when a read last got on, or began with no other under way
+        self._looked = 0.0  # when that was last looked at
+        self._hung_at = float("-inf")  # reads begun before say nothing about the tier's rate
         jobs = count(1)
         self.reads = Reads(store, arena, pool, counters, guard, self.breaker, jobs)
         self.writes = WriteBehind(
@@ -97,6 +99,7 @@ class NvmeTier:
 
     def watch(self, now: float) -> None:
         """Trip the breaker when reads hang; probe a tier that may work again."""
+        self._looked = now
         if not self.enabled:
             return
         stalled = bool(self.reads.inflight) and now - self._progress > STALL_S
@@ -105,9 +108,14 @@ class NvmeTier:
         elif self.breaker.probe_due(now) and len(self.reads.inflight) < MAX_HUNG_JOBS:
             self._probe(now)
 
+    def standstill_s(self) -> float:
+        """For how long no read under way had got on when that was last looked at. Who asks for
+        more now waits at least as long again, as far as anyone can tell."""
+        return max(0.0, self._looked - self._progress) if self.reads.inflight else 0.0
+
     def _stalled(self, now: float) -> None:
         """Nothing moves: whoever waits is told now, and nobody else begins to wait."""
-        self._progress = now
+        self._progress = self._hung_at = now
         self._counters.nvme_stalled += 1
         self.breaker.trip(now)
         hung = [e for e in self.io_entries(reads_only=True) if not e.dropped]
@@ -142,7 +150,12 @@ class NvmeTier:
                 self.writes.finish(job.job, job.results, now)
 
     def _learn(self, done: Sequence[StoreDoneLike]) -> None:
-        """The rate of reads that overlap is their bytes over the time that any was under way."""
+        """The rate of reads that overlap is their bytes over the time that any was under way.
+
+        Reads that hung do not count: a tier that is back is as fast as before, not bytes over the
+        time it was away, which would keep requests from it for long after.
+        """
+        done = [j for j in done if self.reads.began(j.job) > self._hung_at]
         spans = sorted(
             (self.reads.began(j.job) + j.ns / 1e9, self.reads.began(j.job)) for j in done
         )

@@ -13,28 +13,40 @@ class Ewma:
     """Amount per second from (amount, seconds) samples, recent ones counting more.
 
     Sums decay by ``keep`` per sample, so a sample counts by its duration. Known after ``warm``
-    samples.
+    samples. A tier that changes for good (a slow disk that recovers) is not waited for that long:
+    where sums that decay by ``quick`` say more than ``apart`` times as much or as little, what was
+    before is forgotten.
     """
 
-    def __init__(self, keep: float = 0.9, warm: int = 3) -> None:
-        self._keep = keep
-        self._warm = warm
+    def __init__(
+        self, keep: float = 0.9, warm: int = 3, quick: float = 0.5, apart: float = 2.0
+    ) -> None:
+        self._keep, self._warm, self._quick, self._apart = keep, warm, quick, apart
         self._samples = 0
-        self._amount = 0.0
-        self._seconds = 0.0
+        self._slow = (0.0, 0.0)  # amount, seconds
+        self._fast = (0.0, 0.0)
 
     def add(self, amount: float, seconds: float) -> None:
         """Samples of nothing, or of no time, say nothing and are ignored."""
         if amount <= 0 or seconds <= 0:
             return
         self._samples += 1
-        self._amount = self._amount * self._keep + amount
-        self._seconds = self._seconds * self._keep + seconds
+        self._slow = _decayed(self._slow, self._keep, amount, seconds)
+        self._fast = _decayed(self._fast, self._quick, amount, seconds)
+        ratio = (self._fast[0] / self._fast[1]) / (self._slow[0] / self._slow[1])
+        if not 1 / self._apart <= ratio <= self._apart:
+            self._slow = self._fast
 
     @property
     def rate(self) -> float | None:
         """Amount per second, None until known."""
-        return self._amount / self._seconds if self._samples >= self._warm else None
+        return self._slow[0] / self._slow[1] if self._samples >= self._warm else None
+
+
+def _decayed(
+    sums: tuple[float, float], keep: float, amount: float, seconds: float
+) -> tuple[float, float]:
+    return sums[0] * keep + amount, sums[1] * keep + seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +89,13 @@ class Rates:
         corrected = self.step_s + self.STEP_SHARE * (took_s - expected_s)
         self.step_s = min(self.STEP_MAX_S, max(0.0, corrected))
 
-    def tiers(self, queued: Mapping[Tier, int] | None = None) -> dict[Tier, TierRate]:
+    def tiers(
+        self,
+        queued: Mapping[Tier, int] | None = None,
+        standstill_s: Mapping[Tier, float] | None = None,
+    ) -> dict[Tier, TierRate]:
         """The tiers whose rate is known. ``queued``: bytes that go first, by tier.
+        ``standstill_s``: for how long nothing has come out of a tier that works on something.
 
         DRAM's latency includes ``step_s``: every load crosses the DRAM hop.
         """
@@ -86,6 +103,7 @@ class Rates:
         for tier, ewma in self._tiers.items():
             if ewma.rate is not None:
                 ahead = (queued or {}).get(tier, 0) / ewma.rate
+                ahead += (standstill_s or {}).get(tier, 0.0)
                 extra = self.step_s if tier is Tier.DRAM else 0.0
                 out[tier] = TierRate(ewma.rate, self.LATENCY_S[tier] + extra + ahead)
         return out

@@ -67,7 +67,10 @@ class Counters:
 
     def as_dict(self) -> dict[str, int]:
         """Name -> count."""
-        return {f.name: int(getattr(self, f.name)) for f in fields(self)}
+        return {name: getattr(self, name) for name in _COUNTS}
+
+
+_COUNTS = tuple(f.name for f in fields(Counters))
 
 
 @dataclass(frozen=True, slots=True)

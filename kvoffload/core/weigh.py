@@ -8,7 +8,7 @@ from dataclasses import replace
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.lease import Prefetches
 from kvoffload.core.loader import Loader
-from kvoffload.core.lookup import Hit
+from kvoffload.core.lookup import Hit, Search
 from kvoffload.core.planner import LoadMode, Plan, Step, explore, plan
 from kvoffload.core.rates import Rates
 from kvoffload.core.stats import Counters
@@ -45,11 +45,15 @@ class Weigher:
     def plan(self, chain: Chain, start: int, limit: int, now: float) -> tuple[Plan, Hit]:
         """See Manager.plan; also the hit as far as it is to be loaded."""
         search, held = self._loader.search(chain, start, limit, now)
-        steps = search.steps(start, held)
-        if not steps:
+        if held <= start:
             return Plan(start, Decision.MISS), Hit(start, 0, {})
+        made = self._all_in_dram(search, start, held)
+        if made is not None:
+            return made, search.hit(start, held)
+        steps = search.steps(start, held)
         ahead = self._loader.ahead(chain, start, held)
-        tiers = self._rates.tiers({Tier.NVME: ahead})
+        still = self._loader.standstill_s()
+        tiers = self._rates.tiers({Tier.NVME: ahead}, {Tier.NVME: still})
         made = plan(start, steps, tiers, self._rates.prefill.seconds, self._mode)
         if ahead and Tier.NVME in tiers and made.load_s is not None:
             queue_s = min(made.load_s, ahead / tiers[Tier.NVME].bytes_per_s)
@@ -59,6 +63,14 @@ class Weigher:
         if made.decision is Decision.REFUSED:
             made = self._explore(chain, start, steps, made, now)
         return made, search.hit(start, made.end)
+
+    def _all_in_dram(self, search: Search, start: int, held: int) -> Plan | None:
+        """The plan of most hits, without weighing every boundary; None where that is not it."""
+        step = search.whole(start, held)
+        if step is None:
+            return None
+        made = plan(start, [step], self._rates.tiers(), self._rates.prefill.seconds, self._mode)
+        return made if made.decision is Decision.WHOLE else None
 
     def _explore(
         self, chain: Chain, start: int, steps: Sequence[Step], refused: Plan, now: float
@@ -74,8 +86,12 @@ class Weigher:
         return refused
 
     def worth_prefetching(self, chain: Chain, start: int, limit: int, now: float) -> int:
-        """The boundary up to which a later load will pay, whatever the queue is now."""
+        """The boundary up to which a later load will pay, whatever the queue is now; ``start``
+        where all of it is in DRAM already, where it then ages as if it were used."""
         search, end = self._loader.search(chain, start, limit, now)
+        if end > start and search.whole(start, end) is not None:
+            self._loader.touch(chain, start, end)
+            return start
         if self._mode is LoadMode.AUTO:
             tiers, prefill = self._rates.tiers(), self._rates.prefill.seconds
             end = plan(start, search.steps(start, end), tiers, prefill).end

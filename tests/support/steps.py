@@ -183,13 +183,20 @@ class MiniEngine:
     # -- requests
 
     def add(
-        self, prompt: Sequence[int], max_tokens: int = 1, *, salt: bytes = b"", skip: bool = False
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 1,
+        *,
+        salt: bytes = b"",
+        skip: bool = False,
+        params: dict[str, Any] | None = None,
     ) -> MiniRequest:
         """A new request; ids are never used twice, as in vLLM."""
         self._number += 1
         rid = f"r{self._number}"
         chain = TokenChain(prompt, salt, self.layout.hash_tokens)
         request = MiniRequest(rid, chain, len(prompt), max_tokens, skip)
+        request.kv_transfer_params = params
         self.known[rid] = Known(request, salt)
         self.scheduler.add(request)
         return request
@@ -288,9 +295,16 @@ class MiniEngine:
                 return
         raise AssertionError("stores do not settle")
 
-    def ask(self, prompt: Sequence[int], max_tokens: int = 1, *, salt: bytes = b"") -> MiniRequest:
+    def ask(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 1,
+        *,
+        salt: bytes = b"",
+        params: dict[str, Any] | None = None,
+    ) -> MiniRequest:
         """One request from start to end, engine idle afterwards."""
-        request = self.add(prompt, max_tokens, salt=salt)
+        request = self.add(prompt, max_tokens, salt=salt, params=params)
         self.run()
         self.settle()
         assert request.is_finished() and request.num_output_tokens == max_tokens

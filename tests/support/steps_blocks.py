@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +97,7 @@ class MiniRequest:
     last_sched_seq: int = 0
     loads: int = 0  # attempts vLLM parked it for
     deferred_external: int = field(default=0)  # 0.33: update_state_after_alloc still owed
+    kv_transfer_params: dict[str, Any] | None = None
 
     @property
     def block_hashes(self) -> list[bytes]:

@@ -332,3 +332,12 @@ def test_load_routines_of_native(routine: str) -> None:
         native = result["workloads"]["chat"]["systems"]["native"]
         assert native["errors"] == 0 and native["wrong_outputs"] == 0
         assert native["ttft_ms"]["p50"] > 0
+
+
+def test_mrc_keys() -> None:
+    """The curve is within a point of the exact simulation, at all sizes and in a small table."""
+    result = bench("mrc")
+    assert result["worst_points"] < 1 and result["crowded_worst_points"] < 1
+    case = result["cases"][0]
+    assert len(case["exact"]) == len(result["fractions"]) == len(case["stamps"]["error_points"])
+    assert case["stamps"]["us_per_request"] > 0 and case["sampled"]["seeds"] == 2

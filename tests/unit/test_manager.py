@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from kvoffload.core import weigh
 from kvoffload.core.breaker import COOL_S
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.lookup import span
+from kvoffload.core.lookup import Search, span
 from kvoffload.core.manager import Lease, Manager, slots_needed
 from kvoffload.core.nvme import MAX_HUNG_JOBS, STALL_S
 from kvoffload.core.pool import STORE_TIMEOUT_S
@@ -600,6 +601,35 @@ def test_plan_refuses_what_costs_more_than_it_saves(monkeypatch: pytest.MonkeyPa
     rig.manager.check()
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_hit_in_dram_is_planned_as_if_every_boundary_were_weighed(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    rig = make(slots=32)
+    keys = "abcdefghijklmnop"
+    rig.put(keys)
+    chain = rig.chain(keys)
+    for _ in range(4):
+        rig.manager.observe_load(Tier.DRAM, UNIT, 10 ** rng.uniform(-4, -1))
+        base = rng.randrange(4096)
+        work = PrefillWork.span(base, base + 512)
+        rig.manager.observe_prefill(work, 10 ** rng.uniform(-3, 0))
+    ranges = [(TOK * i, TOK * rng.randint(i + 1, 16)) for i in (0, 3, 9)]
+    quick = [rig.manager.plan(chain, *r).end for r in ranges]
+    monkeypatch.setattr(Search, "whole", lambda self, start, end: None)
+    assert quick == [rig.manager.plan(chain, *r).end for r in ranges]
+
+
+def test_a_prompt_that_dram_holds_ages_like_a_used_one_at_arrival() -> None:
+    rig = make(slots=4)
+    rig.put("ab")
+    rig.put("xy")
+    assert rig.manager.prefetch("r", rig.chain("ab"), 0, 2 * TOK) == 0
+    rig.put("p")
+    assert rig.hit("ab") == 2 * TOK and rig.hit("xy") == TOK
+
+
 def test_load_never() -> None:
     rig = make(load="never")
     rig.put("ab")
@@ -802,6 +832,62 @@ def test_reads_that_hang_are_given_up_before_any_deadline() -> None:
     rig.manager.check()
     assert rig.hit("abcdefgh") == 128, "one answer is enough"
     assert rig.manager.occupancy().slots_quarantined == 0
+
+
+def _nvme_rate(rig: Rig, keys: str = "abcdefghijkl") -> float:
+    """Learn it from a few reads: one chunk takes a millisecond beyond the fixed cost."""
+    rig.to_nvme(keys)
+    for i in range(4):
+        lease = rig.load(keys[: i + 1], start=i * TOK)
+        assert lease is not None
+        rig.clock.advance(0.002)
+        rig.store.job_ns = 2_000_000
+        rig.store.step()
+        rig.manager.poll()
+        rig.manager.release(lease.id)
+    rate = rig.manager.rates.tiers()[Tier.NVME].bytes_per_s
+    assert rate == pytest.approx(UNIT * 1000, rel=0.01)
+    return rate
+
+
+def test_reads_that_hung_teach_no_rate() -> None:
+    rig = make(slots=32)
+    rate = _nvme_rate(rig)
+    rig.store.hung = True
+    assert rig.load("abcdefgh", start=4 * TOK) is not None
+    rig.clock.advance(STALL_S * 1.1)
+    rig.manager.tick(False)
+    assert rig.manager.counters.nvme_stalled == 1
+    rig.clock.advance(30.0)
+    rig.store.hung = False
+    rig.store.job_ns = 30_000_000_000
+    rig.store.step()
+    rig.manager.tick(False)
+    assert rig.manager.rates.tiers()[Tier.NVME].bytes_per_s == pytest.approx(rate)
+    assert rig.hit("abcdefghijkl") == 12 * TOK, "and it is used again"
+
+
+def test_while_nothing_moves_nobody_else_begins_to_wait() -> None:
+    """Long before the tier counts as hung: at 0.1 s only what saves more than that is loaded."""
+    rig = make(slots=32)
+    _nvme_rate(rig)
+    chain = rig.chain("abcdefghijkl")
+    for _ in range(4):
+        rig.manager.observe_load(Tier.DRAM, UNIT, 0.001)
+        rig.manager.observe_prefill(PrefillWork.span(0, 1000), 0.1)
+    wanted = (4 * TOK, 12 * TOK)
+    rig.manager.tick(True)
+    assert rig.manager.plan(chain, *wanted).end == 12 * TOK
+    rig.store.hung = True
+    assert rig.load("abcdef", start=4 * TOK) is not None
+    rig.clock.advance(0.1)
+    rig.manager.tick(True)
+    assert rig.manager.counters.nvme_stalled == 0
+    assert rig.manager.plan(chain, *wanted).end == 4 * TOK
+    rig.store.hung = False
+    rig.store.step()
+    rig.manager.tick(True)
+    assert rig.manager.plan(chain, *wanted).end == 12 * TOK
 
 
 def test_a_slow_disk_is_not_a_hung_one() -> None:

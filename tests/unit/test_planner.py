@@ -126,6 +126,27 @@ def test_estimates_follow_and_forget() -> None:
     assert ewma.rate == pytest.approx(10, rel=0.02)
 
 
+def test_a_tier_that_has_changed_is_believed_soon() -> None:
+    """A slow spell has long samples, which would outweigh many short ones after it."""
+    ewma = Ewma()
+    for _ in range(20):
+        ewma.add(4, 10.0)
+    for _ in range(5):
+        ewma.add(4, 1.0)
+    assert ewma.rate is not None and ewma.rate > 2
+    for _ in range(20):
+        ewma.add(4, 1.0 if _ % 2 else 1.5)
+    assert ewma.rate == pytest.approx(3.2, rel=0.1), "noise is averaged over"
+
+
+def test_a_standstill_is_waited_for() -> None:
+    rates = Rates()
+    for _ in range(5):
+        rates.observe(NVME, 1_000_000, 0.002)
+    usual = rates.tiers()[NVME].latency_s
+    assert rates.tiers(None, {NVME: 0.3})[NVME].latency_s == pytest.approx(usual + 0.3)
+
+
 def test_rates_subtract_the_fixed_cost() -> None:
     rates = Rates()
     assert rates.tiers() == {}

@@ -149,10 +149,18 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         follow=bool(vllm_config.cache_config.enable_prefix_caching),
         fail_by_blocks=compat.is_reduced(compat.vllm_version()),
         formats=_comparable(config, kv_cache_config, layout) if refused is None else {},
+        model=_model_name(vllm_config),
     )
     half.metrics.failure("drive_open", len(_unopened(store)))
     _announce(config, layout, arena, store)
     return SchedulerSide(half, Ticker(half), arena, store, namespaces)
+
+
+def _model_name(vllm_config: Any) -> str:
+    """The name that requests use: the first served one."""
+    model = vllm_config.model_config
+    served = getattr(model, "served_model_name", None) or model.model
+    return str(served if isinstance(served, str) else served[0])
 
 
 def _comparable(

@@ -14,6 +14,7 @@ from kvoffload.core.follow import Leaders
 from kvoffload.core.loads import Attempt, LoadTable
 from kvoffload.core.manager import Lease, Manager
 from kvoffload.core.planner import deadline_s
+from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.guard import HookGuard
 from kvoffload.engines.vllm.meta import FailOrder, LoadOrder, WorkerReport
 from kvoffload.engines.vllm.orders import BlockTables, load_copies
@@ -45,7 +46,9 @@ class Loads:
         deadline_ms: int | None,
         clock: Callable[[], float],
         fail_by_blocks: bool = False,
+        accounts: Accounts | None = None,
     ) -> None:
+        self._accounts = accounts
         self._layout = layout
         self._manager = manager
         self._metrics = metrics
@@ -202,6 +205,7 @@ class Loads:
         if attempt.request_id not in self._states:
             self._table.forget(attempt.request_id)  # aborted while loading: no ban to keep
         self._manager.release(attempt.lease.id)
+        self._account(attempt)
         if attempt.failed:
             # Take in what else of this load is bad, so that the recomputed chunks are stored anew.
             self._manager.poll()
@@ -213,6 +217,12 @@ class Loads:
             seconds = self._clock() - attempt.opened
             self._metrics.load_done(seconds, attempt.end - attempt.start)
             self._learn(attempt, seconds)
+
+    def _account(self, attempt: Attempt) -> None:
+        if self._accounts is not None:
+            seconds = self._clock() - attempt.opened
+            recompute = self._manager.recompute_seconds(attempt.start, attempt.end)
+            self._accounts.loaded(attempt, seconds, recompute)
 
     def _learn(self, attempt: Attempt, seconds: float) -> None:
         """What the load saved, and how far off its plan was."""

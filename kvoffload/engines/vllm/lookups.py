@@ -15,6 +15,7 @@ from kvoffload.core.hashchain import Chain
 from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Lease, Manager
 from kvoffload.core.planner import Plan
+from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.loads import Loads
 from kvoffload.engines.vllm.requests import LEASE_S, ProvisionalLease, Refusal, RequestState
 from kvoffload.engines.vllm.shadow import ShadowCheck
@@ -41,7 +42,9 @@ class Lookups:
         eagle: bool,
         follow: bool,
         shadow: ShadowCheck | None = None,
+        accounts: Accounts | None = None,
     ) -> None:
+        self._accounts = accounts
         self._layout = layout
         self._manager = manager
         self._metrics = metrics
@@ -106,6 +109,8 @@ class Lookups:
             planned = replace(planned, end=end)
         if first:
             self._metrics.lookup(queried=max(0, limit - start), hit=max(0, end - start))
+            if self._accounts is not None:
+                self._accounts.asked(state, chain, start)
         if state.decision is not planned.decision:
             state.decision = planned.decision
             self._metrics.plan(planned.decision.value)
@@ -128,6 +133,8 @@ class Lookups:
             self._metrics.plan(Decision.FOLLOW.value)
         if start >= waiting.end:
             self._metrics.follower("hit_hbm", waiting.end // self._primary.block_tokens)
+            if self._accounts is not None:
+                self._accounts.ledger.followed(state.request_id, start)
         elif now < waiting.until and self._leader(state, chain, waiting.end) is not None:
             return True
         else:

@@ -17,6 +17,7 @@ from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Manager
 from kvoffload.core.pages import PageFormat
 from kvoffload.core.prefill import PrefillWork
+from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.attach import AttachWatch
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.loads import Loads
@@ -77,6 +78,7 @@ class SchedulerHalf:
         fail_by_blocks: bool = False,
         follow: bool = False,
         formats: Mapping[int, PageFormat] | None = None,
+        model: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.guard = HookGuard("scheduler")
@@ -90,6 +92,10 @@ class SchedulerHalf:
         self._eagle = eagle
         self._clock = clock
         self._states: dict[str, RequestState] = {}
+        use = manager.levels()
+        self._accounts = Accounts(
+            layout, self.metrics, self.guard, model, use.bytes_total, use.nvme_max
+        )
         self._loads = Loads(
             layout,
             manager,
@@ -99,6 +105,7 @@ class SchedulerHalf:
             config.load_deadline_ms,
             clock,
             fail_by_blocks,
+            self._accounts,
         )
         self._shadow: ShadowCheck | None = None
         if config.verify_sample and formats:
@@ -112,9 +119,12 @@ class SchedulerHalf:
             eagle=eagle,
             follow=follow,
             shadow=self._shadow,
+            accounts=self._accounts,
         )
         self._fence = Fence(arena, layout)
-        self._stores = StorePlanner(layout, manager, self._fence, self.guard, eagle=eagle)
+        self._stores = StorePlanner(
+            layout, manager, self._fence, self.guard, eagle=eagle, accounts=self._accounts
+        )
         self._attach = AttachWatch(arena, layout.world_size, clock)
         self._said_unsupported = False
         self._dram_only = False
@@ -181,7 +191,9 @@ class SchedulerHalf:
         if num_computed > 0 and self._hbm_stale():
             state.tainted = True  # its HBM hit may hold KV of the old weights
             return 0, False
+        began = time.perf_counter()
         offered = self._lookups.offer(state, chain, num_computed)
+        self._accounts.ledger.lookup(state.request_id, time.perf_counter() - began)
         return (None, False) if offered is None else (offered, offered > 0)
 
     def _hbm_stale(self) -> bool:
@@ -329,6 +341,7 @@ class SchedulerHalf:
                 self.manager.sample_over(state.request_id)
         self.manager.cancel_prefetch(str(request.request_id))
         self._loads.forget(str(request.request_id))
+        self._accounts.ended(str(request.request_id), state.chain if state is not None else None)
 
     # ---------------------------------------------------------------- engine state
 
@@ -378,6 +391,7 @@ class SchedulerHalf:
             return None  # a plain decode step: its own time travels with the next message
         self._last_stats = now
         report_levels(self.manager, self.metrics)
+        self._accounts.report(now)
         payload = self.metrics.take()
         return None if is_empty(payload) else payload
 
@@ -391,6 +405,7 @@ class SchedulerHalf:
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         self._loads.check()
+        self._accounts.check()
         self.manager.check()
 
     # ---------------------------------------------------------------- small helpers
@@ -408,6 +423,7 @@ class SchedulerHalf:
                         "kvoffload: streaming-input sessions are neither loaded nor stored."
                     )
             self._states[request_id] = state
+            self._accounts.arrived(request)
         return state
 
     def _chain(self, state: RequestState) -> Chain | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Manager
+from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.guard import HookGuard
 from kvoffload.engines.vllm.meta import StoreOrder
 from kvoffload.engines.vllm.orders import Fence, store_copies
@@ -29,7 +30,9 @@ class StorePlanner:
         guard: HookGuard,
         *,
         eagle: bool = False,
+        accounts: Accounts | None = None,
     ) -> None:
+        self._accounts = accounts
         self._layout = layout
         self._manager = manager
         self._fence = fence
@@ -110,4 +113,6 @@ class StorePlanner:
             self._manager.abort_store(items)
             raise
         self._number += 1
+        if self._accounts is not None:
+            self._accounts.stored(state.request_id, items)
         return order
