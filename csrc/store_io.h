@@ -109,7 +109,7 @@ struct IoRequest {
     std::vector<iovec> iov;  // set by prepare at the latest
     AlignedBuf bounce;       // taken from the engine's pool by prepare, given back after finish
     // Bytes that prepare and finish copy or hash; kMayBlock: they do I/O or wait for something.
-    // What is little an engine may run on its I/O thread, where handing it over costs more.
+    // 0: an engine may run it on its I/O thread, where handing it over costs more.
     static constexpr uint64_t kMayBlock = UINT64_MAX;
     uint64_t prepare_bytes = kMayBlock, finish_bytes = kMayBlock;
     // Both run on an engine thread that holds no lock. prepare returns 0, or an errno: then the

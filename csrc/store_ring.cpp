@@ -72,11 +72,6 @@ class Ring {
             release_held();
             if (handed_over_) continue;  // ended without a transfer: room for others
             arm_wake();
-            if (own_) {  // the disk has its next transfers first
-                submit();
-                finish_op(q_, std::move(own_));
-                continue;
-            }
             wait();
             reap();
             hand_over();
@@ -98,8 +93,8 @@ class Ring {
             q_.wake_worker();  // what follows may be for a worker
             for (auto& r : q_.new_regions) regions_.add(r);
             q_.new_regions.clear();
-            q_.ring_asleep = !own_;
-            if (q_.stopped && !q_.in_io && !own_) return false;
+            q_.ring_asleep = true;
+            if (q_.stopped && !q_.in_io) return false;
         }
         regions_.drop_dead();
         for (auto& op : got) begin(std::move(op));
@@ -234,11 +229,6 @@ class Ring {
         wake_armed_ = true;
     }
 
-    void submit() {
-        // What the kernel does not take now stays in the queue for wait().
-        io_uring_submit(&ring_);
-    }
-
     void wait() {
         int n;
         if (held_.empty() && wake_armed_) {
@@ -315,8 +305,6 @@ class Ring {
                 q_.writes_in_io -= write;
                 if (op->r->finish_bytes == 0)
                     light.push_back(std::move(op));
-                else if (!own_ && finish_myself(*op))
-                    own_ = std::move(op);
                 else
                     (write ? q_.done_writes : q_.done_reads).push_back(std::move(op));
             }
@@ -327,17 +315,10 @@ class Ring {
         for (auto& op : light) finish_op(q_, std::move(op));
     }
 
-    // The disk is busy for longer than that takes, or nothing else is there to do.
-    bool finish_myself(const Op& op) const {  // q_.mu held
-        bool alone = !q_.moving && completed_.size() == 1 && q_.new_reads.empty();
-        return op.r->finish_bytes <= kOwnBytes && (q_.moving >= kOwnBehind || alone);
-    }
-
     Queues& q_;
     io_uring ring_{};
     Regions regions_;
     std::vector<OpPtr> held_, completed_;
-    OpPtr own_;  // to be finished by this thread
     bool wake_armed_ = false, vectored_ = false, handed_over_ = false;
     Turns turns_;
 };

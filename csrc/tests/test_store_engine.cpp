@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <string>
 #include <thread>
 
@@ -264,18 +265,27 @@ void slow_finish(const std::string& kind, const std::string& dir) {
     MUST(e->stop(5000));
 }
 
-// Short steps need no worker: with all of them busy, requests that prepare nothing and finish at
-// once go on, and so does a checksum where nothing else is to do.
+// Steps without bytes need no worker: with all of them busy, requests of such steps go on, all on
+// the ring thread. A checksum never runs there: alone or among many, it waits for a worker.
 void short_steps(const std::string& dir) {
     auto e = make("uring", 2, std::make_shared<Faults>());
     FilePtr f = pattern_file(dir + "/short", 1 << 20);
     AlignedBuf b(64 * 4096);
-    Count gate(1), entered(2), slow(2), left(40), sum(1), long_sum(1);
-    std::vector<Outcome> out(44);
+    Count gate(1), entered(2), slow(2), left(40), sum(1), sums(16), more(16);
+    std::vector<Outcome> out(59);
+    std::mutex mu;
+    std::set<std::thread::id> ring, others;  // that finished steps without and with bytes
     auto submit = [&](size_t i, bool write, uint64_t finish_bytes, Count& count) {
         auto r = request(f, write, (i + 4) * 4096, {{b.data() + i * 4096, 4096}}, out[i], count);
         r->prepare_bytes = 0;
         r->finish_bytes = finish_bytes;
+        r->finish = [&, finish_bytes, inner = r->finish](IoRequest& q, int err, size_t done) {
+            {
+                std::lock_guard lk(mu);
+                (finish_bytes ? others : ring).insert(std::this_thread::get_id());
+            }
+            inner(q, err, done);
+        };
         e->submit(std::move(r));
     };
     for (size_t i = 40; i < 42; ++i) {
@@ -291,11 +301,17 @@ void short_steps(const std::string& dir) {
     for (size_t i = 0; i < 40; ++i) submit(i, i % 4 == 0, 0, left);
     MUST(left.wait());
     submit(42, false, 4096, sum);
-    MUST(sum.wait());
-    submit(43, false, 2 << 20, long_sum);  // too long for the ring thread
-    MUST(!long_sum.wait(50) && !slow.wait(0));
+    MUST(!sum.wait(50));
+    for (size_t i = 43; i < 59; ++i) submit(i, false, 4096, sums);
+    for (size_t i = 0; i < 16; ++i) submit(i, i % 4 == 0, 0, more);  // nothing waits behind them
+    MUST(more.wait() && !sums.wait(50) && !slow.wait(0));
+    {
+        std::lock_guard lk(mu);
+        MUST(ring.size() == 1 && others.empty());
+    }
     gate.down();
-    MUST(slow.wait() && long_sum.wait());
+    MUST(slow.wait() && sum.wait() && sums.wait());
+    MUST(others.size() <= 2 && !others.contains(*ring.begin()));
     for (auto& o : out) MUST(o.err == 0);
     MUST(e->stop(5000));
 }
