@@ -274,6 +274,9 @@ void bind_store(py::module_& m) {
         .def(
             "wait", [](PyStore& p, int64_t job, int ms) { return p.store().wait(job, ms); },
             py::arg("job"), py::arg("timeout_ms"), nogil)
+        .def(
+            "wait_any", [](PyStore& p, int ms) { return p.store().wait_any(ms); },
+            py::arg("timeout_ms"), nogil)
         .def("contains", &contains, py::arg("keys"))
         .def(
             "longest_prefix",

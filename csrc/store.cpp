@@ -356,6 +356,9 @@ std::vector<StoreDone> SegmentStore::poll() {
 bool SegmentStore::wait(int64_t id, int timeout_ms) {
     return s_->wait(id, timeout_ms);
 }
+bool SegmentStore::wait_any(int timeout_ms) {
+    return s_->wait_any(timeout_ms);
+}
 
 void SegmentStore::contains(std::span<const Key> keys, uint8_t* out) {
     std::lock_guard lk(s_->mu);

@@ -89,6 +89,7 @@ class SegmentStore {
     size_t cancel(int64_t job);
     std::vector<StoreDone> poll();
     bool wait(int64_t job, int timeout_ms);
+    bool wait_any(int timeout_ms);  // poll() has something; false: timeout, or no job is out
 
     void contains(std::span<const Key> keys, uint8_t* out);
     size_t longest_prefix(std::span<const Key> keys);  // leading keys held; stops at the first miss

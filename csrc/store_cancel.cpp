@@ -104,9 +104,21 @@ bool StoreImpl::wait(int64_t id, int timeout_ms) {
         else if (now >= until)
             return false;
         else
-            done_cv.wait_until(lk, job->given_up ? until : std::min(until, job->deadline));
+            job_cv.wait_until(lk, job->given_up ? until : std::min(until, job->deadline));
     }
     return true;
+}
+
+bool StoreImpl::wait_any(int timeout_ms) {
+    std::unique_lock lk(mu);
+    auto until = Clock::now() + std::chrono::milliseconds(timeout_ms);
+    for (;;) {
+        expire();
+        if (!finished.empty()) return true;
+        if (jobs.empty() || Clock::now() >= until) return false;
+        auto next = deadlines.empty() ? until : std::min(until, deadlines.begin()->first);
+        job_cv.wait_until(lk, next);
+    }
 }
 
 }  // namespace kvo::store

@@ -144,6 +144,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     bool start_group(StoreGroup& g, bool write);  // takes mu; false: nothing of it is left
     size_t cancel(int64_t id);                    // takes mu
     bool wait(int64_t id, int timeout_ms);        // takes mu
+    bool wait_any(int timeout_ms);                // takes mu
 
     // -- store.cpp, mu held unless said
     void publish(StoreSegment& seg, const Record& r);
@@ -210,6 +211,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
 
     // -- store_segments.cpp
     FilePtr file_of(StoreSegment& seg, int& err);
+    FilePtr file_if_open(StoreSegment& seg);  // never waits
     uint64_t foreign_gen(StoreSegment& seg);  // 0: unreadable
     bool flush(int timeout_ms);
     bool close(int timeout_ms, bool kill);
@@ -224,16 +226,17 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     StoreCounters n;
 
     mutable std::mutex mu;
+    std::condition_variable job_cv;  // a job is done: for who waits for jobs
     std::condition_variable done_cv, keeper_cv, keeper_gone_cv, tidy_cv;
     KeyIndex index;
     std::unordered_map<Key, uint64_t, KeyHash> tombs;     // seq of the newest delete
     std::vector<std::unique_ptr<StoreSegment>> segments;  // never shrinks: pointers stay valid
     StoreSegment* open = nullptr;
-    std::deque<StoreSegment*> clean;   // in order of generation, which is that of filling
-    StoreSegment* rescuing = nullptr;  // pinned; the tidy thread writes its hot chunks again
-    uint64_t rescue_credit = 0;        // bytes it may write
-    uint64_t reads_out = 0;            // requests at the engine
-    uint64_t payload_bytes = 0;        // of all entries
+    std::deque<StoreSegment*> clean;         // in order of generation, which is that of filling
+    StoreSegment* rescuing = nullptr;        // pinned; the tidy thread writes its hot chunks again
+    uint64_t rescue_credit = 0;              // bytes it may write
+    uint64_t reads_out = 0, writes_out = 0;  // requests at the engine
+    uint64_t payload_bytes = 0;              // of all entries
 
     std::unordered_map<int64_t, StoreJobPtr> jobs;
     std::vector<StoreJobPtr> finished;

@@ -322,9 +322,10 @@ class ThreadEngine : public IoEngine {
     AlignedBuf take_buffer(size_t n) override { return s_->buffers.take(n); }
     const char* name() const override { return "threads"; }
     // Big enough to be cheap, small enough that all threads have one.
-    uint64_t merge_bytes(uint64_t total, bool) const override {
-        return std::clamp<uint64_t>(total / count_, 256 << 10, 4 << 20);
+    uint64_t merge_bytes(uint64_t total, bool write) const override {
+        return std::clamp<uint64_t>(total / count_, (write ? 1024 : 256) << 10, 4 << 20);
     }
+    unsigned write_depth() const override { return 2 * count_; }
 
   private:
     unsigned count_;

@@ -108,6 +108,10 @@ struct IoRequest {
     FilePtr file;            // set by prepare at the latest
     std::vector<iovec> iov;  // set by prepare at the latest
     AlignedBuf bounce;       // taken from the engine's pool by prepare, given back after finish
+    // Bytes that prepare and finish copy or hash; kMayBlock: they do I/O or wait for something.
+    // 0: an engine may run it on its I/O thread, where handing it over costs more.
+    static constexpr uint64_t kMayBlock = UINT64_MAX;
+    uint64_t prepare_bytes = kMayBlock, finish_bytes = kMayBlock;
     // Both run on an engine thread that holds no lock. prepare returns 0, or an errno: then the
     // transfer is left out and finish gets the errno. ECANCELED: the engine was stopped before.
     std::function<int(IoRequest&)> prepare;
@@ -151,6 +155,8 @@ class IoEngine {
     virtual const char* name() const = 0;
     // The best size of one request where `total` bytes are to be moved together.
     virtual uint64_t merge_bytes(uint64_t total, bool write) const = 0;
+    // With so many writes given to it, it always has a next one.
+    virtual unsigned write_depth() const = 0;
     virtual EngineStats stats() const { return {}; }
 };
 

@@ -59,6 +59,7 @@ void StoreImpl::settle(const StoreJobPtr& job, uint32_t i, uint8_t result, uint6
         ticket_of.erase(t);
     }
     finished.push_back(job);
+    job_cv.notify_all();
     done_cv.notify_all();
 }
 
@@ -151,7 +152,8 @@ void StoreImpl::place() {
     if (discard) return;
     place_tombs();
     uint64_t limit = engine->merge_bytes(queued, true);
-    while (!put_queue.empty() && next_segment()) {
+    // More wait here than at the engine: what comes meanwhile is written together.
+    while (!put_queue.empty() && writes_out < engine->write_depth() && next_segment()) {
         auto g = std::make_shared<StoreGroup>();
         g->seg = open;
         g->gen = open->gen;
@@ -185,6 +187,7 @@ void StoreImpl::place() {
             continue;
         }
         ++g->seg->pins;
+        ++writes_out;
         send(std::move(g), true);
     }
 }
@@ -195,6 +198,11 @@ void StoreImpl::send(std::shared_ptr<StoreGroup> g, bool write) {
     r->offset = g->off;
     r->bytes = g->bytes;
     auto self = shared_from_this();
+    r->file = file_if_open(*g->seg);
+    if (r->file && g->seg->own) {
+        r->prepare_bytes = g->bounce ? g->bytes : 0;
+        r->finish_bytes = write ? 0 : g->bounce ? 2 * g->bytes : g->bytes;
+    }
     if (write) {
         r->prepare = [self, g](IoRequest& q) { return self->prepare_put(*g, q); };
         r->finish = [self, g](IoRequest&, int err, size_t) { self->finish_put(*g, err); };
@@ -210,7 +218,7 @@ void StoreImpl::send(std::shared_ptr<StoreGroup> g, bool write) {
 int StoreImpl::prepare_put(StoreGroup& g, IoRequest& r) {
     int err = 0;
     if (!start_group(g, true)) return ECANCELED;
-    r.file = file_of(*g.seg, err);
+    if (!r.file) r.file = file_of(*g.seg, err);
     if (!r.file) return err;
     std::vector<uint64_t> leaves;
     uint64_t ended = 0;  // their extents are written as well, with zeros
@@ -256,6 +264,7 @@ void StoreImpl::finish_put(StoreGroup& g, int err) {
     std::lock_guard lk(mu);
     StoreSegment& seg = *g.seg;
     --seg.pins;
+    --writes_out;
     if (err && err != ECANCELED) {
         ++n.io_errors;
         if (open == &seg) close_open();  // abandoned: what it holds stays, nothing more goes in
@@ -349,7 +358,7 @@ void StoreImpl::submit_get(int64_t id, std::shared_ptr<Arena> arena, std::vector
 int StoreImpl::prepare_get(StoreGroup& g, IoRequest& r) {
     int err = 0;
     if (!start_group(g, false)) return ECANCELED;
-    r.file = file_of(*g.seg, err);
+    if (!r.file) r.file = file_of(*g.seg, err);
     if (!r.file) return err;
     if (g.bounce) {
         r.bounce = engine->take_buffer(g.bytes);

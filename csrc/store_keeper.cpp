@@ -276,6 +276,7 @@ bool StoreImpl::close(int timeout_ms, bool kill) {
         job->done = true;
         finished.push_back(job);
     }
+    job_cv.notify_all();
     done_cv.notify_all();
     lk.unlock();
     for (auto* t : {&keeper_thread, &tidy_thread}) {

@@ -86,20 +86,15 @@ class Ring {
         {
             std::lock_guard lk(q_.mu);
             for (;;) {
-                bool reads = !q_.ready_reads.empty();
-                bool writes = !q_.ready_writes.empty() && writes_ < kWriteDepth;
-                if ((!reads && !writes) || q_.moving >= kDepth) break;
-                bool write = turns_.write_next(reads, writes);
-                auto& from = write ? q_.ready_writes : q_.ready_reads;
-                got.push_back(std::move(from.front()));
-                from.pop_front();
-                ++q_.moving;
-                writes_ += write;
+                bool reads = next(false), writes = next(true);
+                if (!reads && !writes) break;
+                got.push_back(pop(turns_.write_next(reads, writes)));
             }
+            q_.wake_worker();  // what follows may be for a worker
             for (auto& r : q_.new_regions) regions_.add(r);
             q_.new_regions.clear();
-            q_.ring_asleep = !q_.stopped || q_.in_io;
-            if (!q_.ring_asleep) return false;
+            q_.ring_asleep = true;
+            if (q_.stopped && !q_.in_io) return false;
         }
         regions_.drop_dead();
         for (auto& op : got) begin(std::move(op));
@@ -107,7 +102,31 @@ class Ring {
         return true;
     }
 
+    bool next(bool write) const {  // q_.mu held
+        auto& ready = write ? q_.ready_writes : q_.ready_reads;
+        return (!ready.empty() && q_.ring_room(write)) || q_.ring_next(write);
+    }
+
+    OpPtr pop(bool write) {  // q_.mu held
+        auto* from = write ? &q_.ready_writes : &q_.ready_reads;
+        bool fresh = from->empty();
+        if (fresh) from = write ? &q_.new_writes : &q_.new_reads;
+        OpPtr op = std::move(from->front());
+        from->pop_front();
+        op->prepared = !fresh;
+        ++q_.moving;
+        q_.writes_moving += write;
+        if (fresh) {
+            ++q_.in_io;
+            q_.writes_in_io += write;
+            ++q_.busy;
+            q_.busy_bytes += op->r->bytes;
+        }
+        return op;
+    }
+
     void begin(OpPtr op) {
+        if (!op->prepared && (op->err = prepare_op(*op))) return complete(std::move(op));
         op->iov = op->r->iov;
         merge(op->iov);
         for (auto& v : op->iov) op->total += v.iov_len;
@@ -274,17 +293,26 @@ class Ring {
 
     void hand_over() {
         if (completed_.empty()) return;
-        std::lock_guard lk(q_.mu);
-        for (auto& op : completed_) {
-            --q_.in_io;
-            --q_.moving;
-            writes_ -= op->r->write;
-            q_.writes_in_io -= op->r->write;
-            (op->r->write ? q_.done_writes : q_.done_reads).push_back(std::move(op));
+        std::vector<OpPtr> light;
+        {
+            std::lock_guard lk(q_.mu);
+            q_.ring_asleep = false;  // take() comes next
+            for (auto& op : completed_) {
+                bool write = op->r->write;
+                --q_.in_io;
+                --q_.moving;
+                q_.writes_moving -= write;
+                q_.writes_in_io -= write;
+                if (op->r->finish_bytes == 0)
+                    light.push_back(std::move(op));
+                else
+                    (write ? q_.done_writes : q_.done_reads).push_back(std::move(op));
+            }
+            completed_.clear();
+            handed_over_ = true;
+            q_.wake_worker();
         }
-        completed_.clear();
-        handed_over_ = true;
-        q_.wake_worker();
+        for (auto& op : light) finish_op(q_, std::move(op));
     }
 
     Queues& q_;
@@ -293,7 +321,6 @@ class Ring {
     std::vector<OpPtr> held_, completed_;
     bool wake_armed_ = false, vectored_ = false, handed_over_ = false;
     Turns turns_;
-    unsigned writes_ = 0;  // of q_.moving
 };
 
 }  // namespace

@@ -208,6 +208,11 @@ int StoreImpl::make_clean(StoreSegment& seg, uint64_t gen) {
     return 0;
 }
 
+FilePtr StoreImpl::file_if_open(StoreSegment& seg) {
+    std::unique_lock fl(files_mu, std::try_to_lock);  // held while another one is opened
+    return fl ? seg.file : nullptr;
+}
+
 FilePtr StoreImpl::file_of(StoreSegment& seg, int& err) {
     std::lock_guard fl(files_mu);
     err = 0;

@@ -47,6 +47,32 @@ bool same_owner(const std::weak_ptr<const void>& a, const std::shared_ptr<const 
     return !a.owner_before(b) && !b.owner_before(a);
 }
 
+}  // namespace
+
+int prepare_op(Op& op) {
+    try {
+        return op.r->prepare(*op.r);
+    } catch (const std::bad_alloc&) {
+        return ENOMEM;
+    }
+}
+
+void finish_op(Queues& q, OpPtr op) {
+    IoRequest& r = *op->r;
+    r.finish(r, op->err, op->done);
+    q.buffers.give(std::move(r.bounce));
+    {
+        std::lock_guard lk(q.mu);
+        --q.busy;
+        q.busy_bytes -= r.bytes;
+        if (q.stopped && !q.busy) q.work.notify_all();
+        if (q.ring_next(false) || q.ring_next(true)) q.wake_ring();  // it waited for busy_bytes
+    }
+    // Destroys the request, perhaps with it the store and this engine.
+}
+
+namespace {
+
 // ---- workers
 
 enum class Step { kNone, kPrepare, kFinish };
@@ -57,8 +83,7 @@ Step next_step(Queues& q, OpPtr& op) {
         op = std::move(d.front());
         d.pop_front();
     };
-    bool reads = !q.new_reads.empty() && q.may_start(false);
-    bool writes = !q.new_writes.empty() && q.may_start(true);
+    bool reads = q.worker_next(false), writes = q.worker_next(true);
     bool write = false;
     if (reads) {
         write = q.turns.write_next(true, writes);
@@ -82,25 +107,8 @@ Step next_step(Queues& q, OpPtr& op) {
     return Step::kPrepare;
 }
 
-void finish(Queues& q, OpPtr op) {
-    IoRequest& r = *op->r;
-    r.finish(r, op->err, op->done);
-    q.buffers.give(std::move(r.bounce));
-    {
-        std::lock_guard lk(q.mu);
-        --q.busy;
-        q.busy_bytes -= r.bytes;
-        if (q.stopped && !q.busy) q.work.notify_all();
-    }
-    // Destroys the request, perhaps with it the store and this engine.
-}
-
 void prepare(Queues& q, OpPtr op) {
-    try {
-        op->err = op->r->prepare(*op->r);
-    } catch (const std::bad_alloc&) {
-        op->err = ENOMEM;
-    }
+    op->err = prepare_op(*op);
     {
         std::lock_guard lk(q.mu);
         if (!op->err && q.stopped) op->err = ECANCELED;
@@ -113,7 +121,7 @@ void prepare(Queues& q, OpPtr op) {
         q.writes_in_io -= op->r->write;
         if (q.stopped) q.wake_ring();
     }
-    finish(q, std::move(op));
+    finish_op(q, std::move(op));
 }
 
 void worker(std::shared_ptr<Queues> q, unsigned i) {
@@ -134,7 +142,7 @@ void worker(std::shared_ptr<Queues> q, unsigned i) {
         if (step == Step::kPrepare)
             prepare(*q, std::move(op));
         else
-            finish(*q, std::move(op));
+            finish_op(*q, std::move(op));
         lk.lock();
     }
     if (--q->alive == 0) q->gone.notify_all();
@@ -170,8 +178,9 @@ class UringEngine : public IoEngine {
                 auto op = std::make_unique<Op>();
                 op->r = std::move(r);
                 auto& to = op->r->write ? q_->new_writes : q_->new_reads;
+                bool write = op->r->write;
                 to.push_back(std::move(op));
-                q_->wake_worker();
+                q_->ring_next(write) ? q_->wake_ring() : q_->wake_worker();
                 return;
             }
         }
@@ -232,8 +241,10 @@ class UringEngine : public IoEngine {
     const char* name() const override { return "uring"; }
     uint64_t merge_bytes(uint64_t total, bool write) const override {
         uint64_t each = total / (write ? kWriteDepth : kDepth);
-        return std::clamp<uint64_t>(each, 256 << 10, write ? kWriteBytes : kReadBytes);
+        return std::clamp(each, write ? kMinWriteBytes : kMinReadBytes,
+                          write ? kWriteBytes : kReadBytes);
     }
+    unsigned write_depth() const override { return 2 * kWriteDepth; }
     EngineStats stats() const override {
         return {q_->fixed_bytes, q_->registered_bytes, q_->register_errors};
     }

@@ -286,6 +286,8 @@ class SegmentStore:
         started ends by itself, and the job with it. 0 when the job is done or unknown."""
     def poll(self) -> list[StoreDone]: ...
     def wait(self, job: int, timeout_ms: int) -> bool: ...
+    def wait_any(self, timeout_ms: int) -> bool:
+        """Block until ``poll`` has something. False: not within the time, or no job is out."""
     def contains(self, keys: bytes) -> bytes:
         """One byte per key, 1 if held. No I/O."""
     def longest_prefix(self, keys: bytes) -> int:

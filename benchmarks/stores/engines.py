@@ -49,7 +49,6 @@ class Kvoffload:
         self._slots = slots
         self._generations = np.zeros(rows, dtype=np.uint64)
         self._done: list[tuple[int, bool]] = []
-        self._open: list[int] = []
 
     def prepare(self, chunks: list[int], rows: list[int], write: bool) -> None:
         if not self._slots:
@@ -63,7 +62,6 @@ class Kvoffload:
 
     def start(self, job: int, chunks: list[int], rows: list[int], write: bool) -> None:
         keys = b"".join(map(key_of, chunks))
-        self._open.append(job)
         if not self._slots:
             buffers = [self.ring.data[r] for r in rows]
             (self._store.put if write else self._store.get)(job, keys, buffers)
@@ -81,17 +79,10 @@ class Kvoffload:
             self._store.get_slots(job, self._arena, keys, *where, self.ring.size)
 
     def next_done(self) -> tuple[int, bool]:
-        until = time.monotonic() + WAIT_MS / 1e3
-        while not self._done:
-            if len(self._open) == 1:
-                self._store.wait(self._open[0], WAIT_MS)
-            for item in self._store.poll():
-                self._open.remove(item.job)
-                self._done.append((item.job, not any(item.results)))
-            if not self._done:
-                if time.monotonic() > until:
-                    raise TimeoutError("the store finished no job in a minute")
-                time.sleep(50e-6)  # any job may be the next: as vLLM's tier is polled
+        if not self._done:
+            if not self._store.wait_any(WAIT_MS):
+                raise TimeoutError("the store finished no job in a minute")
+            self._done = [(item.job, not any(item.results)) for item in self._store.poll()]
         return self._done.pop()
 
     def forget(self, chunks: list[int]) -> None:

@@ -16,6 +16,7 @@
 #include "../errors.h"
 #include "../store.h"
 #include "../store_format.h"
+#include "../store_impl.h"
 #include "../store_io.h"
 #include "test_store.h"
 
@@ -42,6 +43,31 @@ StoreOptions options(const fs::path& p, uint64_t max = 8 << 20) {
 
 Bytes put(SegmentStore& s, uint64_t from, uint64_t to) {
     return store_test::put(s, from, to, kMostPayload);
+}
+
+// Small puts that come faster than the disk writes them are written together.
+void merged(const fs::path& p) {
+    constexpr uint64_t kPuts = 600, kSize = 16 << 10;
+    StoreOptions o = store_test::options(p.string(), 64 << 20, 16 << 20, 3);
+    o.io_engine = engine;
+    auto s = std::make_shared<StoreImpl>(o);
+    s->start();
+    std::vector<Bytes> data;
+    for (uint64_t i = 0; i < kPuts; ++i) data.emplace_back(kSize, uint8_t(i));
+    auto put = [&](uint64_t i) {
+        std::vector<StoreItem> one{{key_of(i), data[i].data(), kSize}};
+        s->submit_put(int64_t(i), nullptr, one, 7, 0);
+    };
+    put(0);
+    MUST(s->wait(0, 20000));  // from here on a segment is open: nothing waits for that
+    uint64_t before = s->faults->writes;
+    for (uint64_t i = 1; i < kPuts; ++i) put(i);
+    for (uint64_t i = 1; i < kPuts; ++i) MUST(s->wait(int64_t(i), 20000));
+    uint64_t writes = s->faults->writes - before;
+    std::printf("merged: %d puts, %d writes\n", int(kPuts), int(writes));
+    MUST(writes < kPuts / 2);
+    s->check();
+    MUST(s->close(5000, false));
 }
 
 // Number of hits; a hit with other bytes than were put ends the test.
@@ -388,6 +414,7 @@ int main(int argc, char** argv) {
         fs::create_directories(here);
         test_engine(e, here.string());
         basics(here / "basics");
+        merged(here / "merged");
         slots(here / "slots");
         threads(here / "threads");
         life(here / "life");

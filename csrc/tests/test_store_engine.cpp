@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <string>
 #include <thread>
 
@@ -264,6 +265,57 @@ void slow_finish(const std::string& kind, const std::string& dir) {
     MUST(e->stop(5000));
 }
 
+// Steps without bytes need no worker: with all of them busy, requests of such steps go on, all on
+// the ring thread. A checksum never runs there: alone or among many, it waits for a worker.
+void short_steps(const std::string& dir) {
+    auto e = make("uring", 2, std::make_shared<Faults>());
+    FilePtr f = pattern_file(dir + "/short", 1 << 20);
+    AlignedBuf b(64 * 4096);
+    Count gate(1), entered(2), slow(2), left(40), sum(1), sums(16), more(16);
+    std::vector<Outcome> out(59);
+    std::mutex mu;
+    std::set<std::thread::id> ring, others;  // that finished steps without and with bytes
+    auto submit = [&](size_t i, bool write, uint64_t finish_bytes, Count& count) {
+        auto r = request(f, write, (i + 4) * 4096, {{b.data() + i * 4096, 4096}}, out[i], count);
+        r->prepare_bytes = 0;
+        r->finish_bytes = finish_bytes;
+        r->finish = [&, finish_bytes, inner = r->finish](IoRequest& q, int err, size_t done) {
+            {
+                std::lock_guard lk(mu);
+                (finish_bytes ? others : ring).insert(std::this_thread::get_id());
+            }
+            inner(q, err, done);
+        };
+        e->submit(std::move(r));
+    };
+    for (size_t i = 40; i < 42; ++i) {
+        auto r = request(f, false, 0, {{b.data() + i * 4096, 4096}}, out[i], slow);
+        r->finish = [&, inner = r->finish](IoRequest& q, int err, size_t done) {
+            entered.down();
+            gate.wait();
+            inner(q, err, done);
+        };
+        e->submit(std::move(r));
+    }
+    MUST(entered.wait());
+    for (size_t i = 0; i < 40; ++i) submit(i, i % 4 == 0, 0, left);
+    MUST(left.wait());
+    submit(42, false, 4096, sum);
+    MUST(!sum.wait(50));
+    for (size_t i = 43; i < 59; ++i) submit(i, false, 4096, sums);
+    for (size_t i = 0; i < 16; ++i) submit(i, i % 4 == 0, 0, more);  // nothing waits behind them
+    MUST(more.wait() && !sums.wait(50) && !slow.wait(0));
+    {
+        std::lock_guard lk(mu);
+        MUST(ring.size() == 1 && others.empty());
+    }
+    gate.down();
+    MUST(slow.wait() && sum.wait() && sums.wait());
+    MUST(others.size() <= 2 && !others.contains(*ring.begin()));
+    for (auto& o : out) MUST(o.err == 0);
+    MUST(e->stop(5000));
+}
+
 // Hung reads: others go on, stop() gives up in time, and all ends when the disk is back.
 void hung(const std::string& kind, const std::string& dir) {
     auto faults = std::make_shared<Faults>();
@@ -381,9 +433,13 @@ void stress(const std::string& kind, const std::string& dir) {
         std::vector<std::thread> ts;
         for (size_t t = 0; t < 4; ++t)
             ts.emplace_back([&, t] {
-                for (size_t i = t * per; i < (t + 1) * per; ++i)
-                    e->submit(request(f, i % 3 == 0, (i % 256) * 4096,
-                                      {{b.data() + i * 4096, 4096}}, out[i], left));
+                for (size_t i = t * per; i < (t + 1) * per; ++i) {
+                    auto r = request(f, i % 3 == 0, (i % 256) * 4096, {{b.data() + i * 4096, 4096}},
+                                     out[i], left);
+                    if (i / 8 % 2) r->prepare_bytes = i % 5 ? 0 : 4096;
+                    if (i % 2) r->finish_bytes = i % 7 ? 4096 : 0;
+                    e->submit(std::move(r));
+                }
             });
         if (round == 2) MUST(e->stop(20000));
         for (auto& t : ts) t.join();
@@ -407,6 +463,7 @@ void test_engine(const std::string& kind, const std::string& dir) {
     write_gets_a_turn(kind, dir);
     order_and_cancel(kind, dir);
     slow_finish(kind, dir);
+    if (kind == "uring") short_steps(dir);
     hung(kind, dir);
     regions(kind, dir);
     if (kind == "uring") no_memlock(dir);

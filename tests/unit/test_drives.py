@@ -218,6 +218,32 @@ class TestPlacement:
             assert all(bytes(arena.view(i * CHUNK, CHUNK)) == payload_of(i) for i in range(7))
             store.check()
 
+    def test_waiting_for_any_job(self, tmp_path: Path) -> None:
+        store = opened(paths_of(tmp_path, 2))
+        native = striped(store)
+        assert not native.wait_any(10_000), "no job is out"
+        for i in range(8):
+            native.put(i, key_of(i), [payload_of(i)])
+        done = 0
+        while done < 8:
+            assert native.wait_any(10_000)
+            done += len(native.poll())
+        assert not native.wait_any(10_000)
+        assert [on(store, i).stats()["puts"] for i in (0, 1)] == [4, 4]
+        on(store, 1).inject("hang_read", 1)
+        for i in range(8):
+            native.get(i, key_of(i), [bytearray(CHUNK)])
+        done = 0
+        while done < 4:
+            assert native.wait_any(10_000)
+            done += len(native.poll())
+        assert not native.wait_any(20), "the rest hangs"
+        on(store, 1).inject("hang_read", 0)
+        while done < 8:
+            assert native.wait_any(10_000)
+            done += len(native.poll())
+        native.close()
+
     def test_many_threads(self, tmp_path: Path) -> None:
         with opened(paths_of(tmp_path, 3)) as store:
             failed: list[BaseException] = []

@@ -95,6 +95,13 @@ class TestDeadline:
         time.sleep(0.1)
         assert len(store.poll()) >= GETS // 3
 
+    def test_waiting_for_any_ends_with_the_first_deadline(self, store: SegmentStore) -> None:
+        hang(store)
+        store.get(GETS, key_of(1), [bytearray(CHUNK)], 80)
+        begin = time.monotonic()
+        assert store.wait_any(10_000) and 0.07 < time.monotonic() - begin < 3
+        assert [(done.job, done.results) for done in store.poll()] == [(GETS, DROPPED)]
+
     def test_a_deadline_that_is_kept(self, store: SegmentStore) -> None:
         store.get(1, key_of(1), [buffer := bytearray(CHUNK)], 5000)
         assert results(store, [1]) == {1: OK} and buffer == payload_of(1)
@@ -226,3 +233,33 @@ class TestCancel:
             if job % 2 == 0 and found[0] == StoreResult.OK:
                 assert store.length(key_of(job)) == CHUNK
         store.check()
+
+
+class TestWaitAny:
+    def test_any_job_wakes_it(self, store: SegmentStore) -> None:
+        assert not store.wait_any(10_000), "no job is out"
+        hang(store)
+        assert not store.wait_any(20), "none is done"
+        free = threading.Timer(0.1, store.inject, ("hang_read", 0))
+        free.start()
+        done = 0
+        while done < GETS:
+            assert store.wait_any(10_000)
+            done += len(store.poll())
+        free.join()
+        assert not store.wait_any(10_000)
+
+    def test_a_job_that_ended_before(self, store: SegmentStore) -> None:
+        store.get(1, key_of(1), [bytearray(CHUNK)])
+        assert store.wait(1, 10_000)
+        assert store.wait_any(0) and store.wait_any(0), "until it is polled"
+        assert len(store.poll()) == 1 and not store.wait_any(0)
+
+    def test_close_ends_it(self, store: SegmentStore) -> None:
+        hang(store)
+        woken: list[bool] = []
+        waiter = threading.Thread(target=lambda: woken.append(store.wait_any(60_000)))
+        waiter.start()
+        store.close(200)
+        waiter.join(10)
+        assert woken == [True]

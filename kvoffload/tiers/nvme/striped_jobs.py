@@ -185,6 +185,22 @@ class StripedJobs:
             assert part.drive.store is not None
             part.drive.store.wait(inner, min(left, _WAIT_SLICE_MS))
 
+    def wait_any(self, timeout_ms: int) -> bool:
+        """See SegmentStore; with jobs at several drives, up to a millisecond late."""
+        until = time.monotonic() + timeout_ms / 1000
+        while True:
+            with self._lock:
+                self._pump()
+                if self._finished or not self._jobs:
+                    return bool(self._finished)
+                drives = list({id(p.drive): p.drive for p in self._parts.values()}.values())
+            left = int((until - time.monotonic()) * 1000)
+            if left <= 0:
+                return False
+            store = drives[0].store
+            assert store is not None
+            store.wait_any(min(left, _WAIT_SLICE_MS if len(drives) == 1 else 1))
+
     def _pump(self) -> None:
         now = self._clock()
         for drive in self._drives:
