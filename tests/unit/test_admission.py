@@ -10,7 +10,7 @@ from kvoffload.core import admission
 from kvoffload.core.admission import FREE_BYTES, SHARE, WORTH, Admission, Ghost, budget
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Entry, Index
-from kvoffload.core.kinds import KINDS, Kinds, Origin
+from kvoffload.core.kinds import FADE, KINDS, Kinds, Origin
 from kvoffload.core.manager import Manager, slots_needed
 from kvoffload.core.policy import make_policy
 from kvoffload.core.stats import Counters
@@ -77,10 +77,10 @@ def key(n: int) -> ChunkKey:
 
 
 class Judge:
-    def __init__(self) -> None:
+    def __init__(self, arena: int = ARENA) -> None:
         self.index = Index([make_policy("lru", iter(range(1, 1 << 30)))])
         self.counters = Counters()
-        self.it = Admission(self.index, self.counters, budget(1e3, 0, 0.0), ARENA, 1 << 12)
+        self.it = Admission(self.index, self.counters, budget(1e3, 0, 0.0), arena, 1 << 12)
         self._n = 0
 
     def entry(self, n: int, parent: int | None = None) -> Entry:
@@ -266,7 +266,7 @@ def test_nothing_is_known_of_a_kind_at_first_and_one_request_proves_little() -> 
 
 @pytest.mark.parametrize("dear", [1, 8])
 def test_the_kind_that_is_asked_for_again_is_what_is_written(dear: int) -> None:
-    judge = Judge()
+    judge = Judge(16 * ARENA)  # a request is little of it
     came, written = {1: 0, 8: 0}, {1: 0, 8: 0}
     for turn in range(400):
         for size in (1,) * 8 + (8,):
@@ -278,6 +278,25 @@ def test_the_kind_that_is_asked_for_again_is_what_is_written(dear: int) -> None:
                 judge.it.read(chunks)  # a quarter of this kind is wanted again
     assert 0.4 < written[dear] / 3200 < SHARE + 0.05, "of all that came since it was known"
     assert written[9 - dear] < 0.2 * written[dear], written
+
+
+def test_what_was_refused_tells_what_its_kind_is_worth_and_is_forgotten_slowly() -> None:
+    judge = Judge()
+    kinds, kind = judge.it._kinds, Origin(0.0, 0, 1).kind()
+    for n in range(640):
+        judge.leave(judge.entry(n))
+    assert judge.counters.nvme_refused_value > 500
+    fades = 640 * UNIT // ARENA  # arenas that left
+    left = sum(64 * FADE**n for n in range(1, fades + 1))
+    assert kinds._left[kind] == pytest.approx(left, rel=0.05) and not sum(kinds._asked)
+    for n in range(600, 640):
+        judge.index.remove(judge.entry(n))
+    assert kinds._asked[kind] == judge.counters.nvme_ghost_hits == sum(kinds._asked) == 40
+    used = judge.entry(1000)
+    used.uses = 1  # not what the coin is about
+    judge.leave(used)
+    judge.entry(1000)
+    assert sum(kinds._asked) == 40
 
 
 # -- in the Manager
