@@ -28,7 +28,7 @@ MODES = ("auto", "all")
 
 SHARE = 0.59
 """Of the bytes that reach DRAM for the first time this part is written. On conversations 60 % of
-the writes bring 93 % of the hits: what more of the chunks used once would add is small."""
+the writes bring 94 % of the hits: what more of the chunks used once would add is small."""
 WORTH = 1 / 32
 """Below so many bytes asked for again per byte that left, nothing is written. Where NVMe is of use
 it is 1/7 and more, where DRAM is enough 1/180 and less: this is the geometric mean of the two."""
