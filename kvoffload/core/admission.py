@@ -3,18 +3,20 @@
 Drives wear out by writing, and most of what leaves DRAM is never asked for again. Each chunk is
 judged once, at the end of its time in DRAM: used twice, it is written; else a coin decides. The
 coin's probability follows a purse (a share of the bytes that come goes in, what is written goes
-out) and the level of the budget. Nothing is written while what leaves DRAM is not asked for again,
-which is seen without writing: keys of chunks that left unwritten are remembered. Why these numbers:
-docs/decisions/0010-nvme-admission.md.
+out), the level of the budget, and what such requests' chunks were worth so far (core/kinds.py).
+Nothing is written while what leaves DRAM is not asked for again, which is seen without writing:
+keys of chunks that left are remembered. Why these numbers: docs/decisions/0010-nvme-admission.md.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from kvoffload.core.index import Entry, Index
+from kvoffload.core.kinds import KINDS, Kinds, Origin
 from kvoffload.core.stats import Counters
 from kvoffload.errors import ConfigError
 from kvoffload.types import ChunkKey
@@ -26,7 +28,7 @@ MODES = ("auto", "all")
 
 SHARE = 0.59
 """Of the bytes that reach DRAM for the first time this part is written. On conversations 60 % of
-the writes bring 93 % of the hits: what more of the chunks used once would add is small."""
+the writes bring 94 % of the hits: what more of the chunks used once would add is small."""
 WORTH = 1 / 32
 """Below so many bytes asked for again per byte that left, nothing is written. Where NVMe is of use
 it is 1/7 and more, where DRAM is enough 1/180 and less: this is the geometric mean of the two."""
@@ -38,8 +40,10 @@ more than one request brings, so that the coin's probability does not jump."""
 FREE_BYTES, FREE_PART = 1 << 30, 8
 """What may be written in idle time before anything is known: 1 GiB wears no drive, and a restart of
 a small cache then finds everything; of a large arena, an eighth."""
-ALWAYS = -1.0  # a draw below every probability
-_GHOST_MIN, _GHOST_MAX = 1 << 12, 1 << 20
+_NUMBER = 63  # mask of the bits of a ghost's number
+_USED = 63  # a number that is no kind: the chunk was used in DRAM
+assert KINDS <= _USED
+_GHOST_MIN, _GHOST_MAX = 1 << 12, 1 << 21
 _HOUR_S, _DAY_S = 3600.0, 86400.0
 _MIN_BURST = 1 << 30
 
@@ -103,9 +107,10 @@ class Fate(Enum):
 
 
 class Ghost:
-    """Keys of chunks that left unwritten, the latest about ``slots`` of them: 4 bytes each.
+    """Keys of chunks that left DRAM, the latest about ``slots`` of them, each with a number of 0 to
+    63: 4 bytes together.
 
-    A newer key takes the place of an older one. Once in 2^32 a key that was never added is found.
+    A newer key takes the place of an older one. Once in 2^26 a key that was never added is found.
     """
 
     def __init__(self, slots: int) -> None:
@@ -116,28 +121,30 @@ class Ghost:
         self._tags = array("I", bytes(4 * size))
 
     def _place(self, key: ChunkKey) -> tuple[int, int]:
-        tag = int.from_bytes(key[:4], "little") or 1
+        # One bit is always set: a free place is 0.
+        tag = int.from_bytes(key[:4], "little") & ~_NUMBER | (_NUMBER + 1)
         return int.from_bytes(key[4:8], "little") & self._mask, tag
 
-    def add(self, key: ChunkKey) -> None:
-        """The chunk left unwritten."""
+    def add(self, key: ChunkKey, number: int) -> None:
+        """The chunk left."""
         at, tag = self._place(key)
-        self._tags[at] = tag
+        self._tags[at] = tag | number
 
-    def take(self, key: ChunkKey) -> bool:
-        """Whether it is remembered; afterwards it is not any more."""
+    def take(self, key: ChunkKey) -> int | None:
+        """Its number, None where it is not remembered; afterwards it is not any more."""
         at, tag = self._place(key)
-        found = self._tags[at] == tag
-        if found:
-            self._tags[at] = 0
-        return found
+        held = self._tags[at]
+        if held & ~_NUMBER != tag:
+            return None
+        self._tags[at] = 0
+        return held & _NUMBER
 
 
 class Admission:
     """Decides which chunks are written to NVMe. Not thread safe: the Manager's lock guards it.
 
     Bytes are slot bytes. ``arena_bytes`` is the scale of all it remembers, ``chunks`` how many keys
-    of chunks gone it remembers at least (at most 2^20). Every call is O(1).
+    of chunks gone it remembers at least (twice as many, at most 2^21). Calls are O(chunks given).
     """
 
     def __init__(
@@ -152,7 +159,8 @@ class Admission:
         self._index = index
         self._counters = counters
         self._arena_bytes = arena_bytes
-        self._ghost = Ghost(chunks)
+        self._ghost = Ghost(2 * chunks)
+        self._kinds = Kinds()
         # Bytes of late (half of what it was after each arena full that left). A start on trust:
         # as if twice what is worth it had been asked for again.
         self._left = arena_bytes / TRUST_PART
@@ -164,17 +172,33 @@ class Admission:
     # -- what is seen
 
     def stored(self, entry: Entry) -> None:
-        """A chunk that no tier held got a slot. Did it leave unwritten before?"""
+        """A chunk that no tier held got a slot. Did it leave before?"""
         parent = self._index.get(entry.parent) if entry.parent is not None else None
-        # One coin per request: a chunk is of no use without those before it.
-        same = parent is not None and not parent.uses
-        entry.draw = parent.draw if parent is not None and same else _draw(entry.key)
-        if self._ghost.take(entry.key):
+        # A parent that nobody has used yet was stored by the same request.
+        origin = parent.origin if parent is not None and not parent.uses else None
+        if origin is None:
+            origin = Origin(_draw(entry.key), entry.chunk)
+        origin.chunks += 1
+        entry.origin = origin
+        if self._back(entry):
             entry.uses += 1
             self._counters.nvme_ghost_hits += 1
             self.asked(entry.nbytes)
         else:
             self._pay(-SHARE * entry.nbytes)
+
+    def read(self, entries: Sequence[Entry]) -> None:
+        """Chunks are read from NVMe."""
+        for entry in entries:
+            self._back(entry)
+        self.asked(sum(e.nbytes for e in entries))
+
+    def _back(self, entry: Entry) -> bool:
+        """Whether it had left; its kind is told then."""
+        number = self._ghost.take(entry.key)
+        if number is not None and number != _USED:
+            self._kinds.asked(number)
+        return number is not None
 
     def asked(self, nbytes: int) -> None:
         """Bytes that had left DRAM are wanted again: NVMe gave them, or would have."""
@@ -182,8 +206,13 @@ class Admission:
         self._asked += nbytes
 
     def gone(self, entry: Entry) -> None:
-        """A chunk left DRAM and is nowhere now."""
-        self._ghost.add(entry.key)
+        """A chunk left DRAM, written or not: both tell what its kind is worth."""
+        if entry.origin is not None and not entry.uses:
+            kind = entry.origin.kind()
+            self._kinds.left(kind)
+            self._ghost.add(entry.key, kind)
+        elif entry.dirty:
+            self._ghost.add(entry.key, _USED)
 
     def _leaves(self, nbytes: int) -> None:
         self._left += nbytes
@@ -192,6 +221,7 @@ class Admission:
             self._until_half = float(self._arena_bytes)
             self._left /= 2
             self._asked /= 2
+            self._kinds.fade()
 
     def _pay(self, nbytes: float) -> None:
         # Neither a quiet month nor a bad hour is held against the next day.
@@ -205,11 +235,14 @@ class Admission:
         return self._asked / self._left if self._left else 0.0
 
     def probability(self, now: float) -> float:
-        """Of writing a chunk that was used once. 0 to 1."""
+        """Of writing a chunk that was used once, of a request of average worth. 0 to 1."""
+        return self._probability(1.0, now)
+
+    def _probability(self, odds: float, now: float) -> float:
         if self.value() < WORTH:
             return 0.0
-        share = self._purse / (self._arena_bytes / SWING_PART)
-        return min(1.0, max(0.0, share)) * self.bucket.full(now)
+        share = max(0.0, self._purse / (self._arena_bytes / SWING_PART))
+        return min(1.0, odds * share) * self.bucket.full(now)
 
     def decide(self, entry: Entry, now: float) -> bool:
         """Whether ``entry``, which will leave soon, is to be written. Sets its fate, which stays
@@ -221,7 +254,7 @@ class Admission:
                 self._pay(entry.nbytes)
                 parent = self._index.get(entry.parent) if entry.parent is not None else None
                 if parent is not None:
-                    parent.draw = ALWAYS  # else this one could not be reached
+                    parent.carries = True  # else this one could not be reached
         return entry.fate.admitted
 
     def _judge(self, entry: Entry, now: float) -> Fate:
@@ -230,7 +263,13 @@ class Admission:
             return Fate.NO_VALUE
         if entry.uses:
             return Fate.TWICE
-        return Fate.COIN if entry.draw < self.probability(now) else Fate.NOT_COIN
+        return Fate.COIN if entry.carries or self._coin(entry, now) else Fate.NOT_COIN
+
+    def _coin(self, entry: Entry, now: float) -> bool:
+        origin = entry.origin
+        if origin is None:
+            return _draw(entry.key) < self.probability(now)
+        return origin.draw < self._probability(self._kinds.odds(origin.kind()), now)
 
     def _tally(self, fate: Fate) -> None:
         c = self._counters
@@ -262,6 +301,7 @@ class Admission:
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant."""
         assert self._left >= 0 and self._asked >= 0, "bytes seen"
+        self._kinds.check()
         assert self._until_half > 0, "what was seen long ago must count less"
         assert abs(self._purse) <= SHARE * self._arena_bytes, "the purse"
 

@@ -18,6 +18,7 @@ from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
 
 if TYPE_CHECKING:
     from kvoffload.core.admission import Fate
+    from kvoffload.core.kinds import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ class Entry:
     dropped: bool = False  # no longer in the index
     uses: int = 0  # since it got its slot, its own store not counted
     fate: Fate | None = None  # what admission decided; None: nothing yet, or used since
-    draw: float = 0.0  # admission's coin, the same for all chunks that one request stored
+    origin: Origin | None = None  # what the request was that stored it; None: read from NVMe
+    carries: bool = False  # a chunk behind it is written, and of no use without it
     reserved: bool = False  # waits to be written, stays until it is; its budget is spent
     hold_until: float = 0.0  # no reuse before this clock value (a late writer may exist)
     attempts: int = 0  # failed write-behind attempts

@@ -115,7 +115,7 @@ class NvmeTier:
             self._progress = now
         self.writes.active(now)
         if self.admission is not None:
-            self.admission.asked(sum(e.nbytes for e in entries))
+            self.admission.read(entries)
         return self.reads.submit(entries, now)
 
     def stored(self, entry: Entry, now: float) -> None:

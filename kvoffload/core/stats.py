@@ -59,7 +59,7 @@ class Counters:
     nvme_refused_value: int = 0
     nvme_refused_budget: int = 0
     nvme_outrun: int = 0  # admitted, but evictions outran the disk
-    nvme_ghost_hits: int = 0  # chunks asked for again that had left unwritten
+    nvme_ghost_hits: int = 0  # chunks asked for again that had left and were nowhere
     nvme_breaker_trips: int = 0
     nvme_stalled: int = 0  # times that reads under way made no progress
     nvme_probes: int = 0  # reads made only to see whether a tier works again

@@ -127,7 +127,7 @@ class WriteBehind:
 
     def evicted(self, entry: Entry) -> None:
         """``entry`` is being evicted."""
-        if entry.dirty and self._admission is not None:
+        if self._admission is not None:
             self._admission.gone(entry)
 
     def look_ahead(self, now: float) -> None:

@@ -10,6 +10,7 @@ from kvoffload.core import admission
 from kvoffload.core.admission import FREE_BYTES, SHARE, WORTH, Admission, Ghost, budget
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Entry, Index
+from kvoffload.core.kinds import FADE, KINDS, Kinds, Origin
 from kvoffload.core.manager import Manager, slots_needed
 from kvoffload.core.policy import make_policy
 from kvoffload.core.stats import Counters
@@ -76,19 +77,20 @@ def key(n: int) -> ChunkKey:
 
 
 class Judge:
-    def __init__(self) -> None:
+    def __init__(self, arena: int = ARENA) -> None:
         self.index = Index([make_policy("lru", iter(range(1, 1 << 30)))])
         self.counters = Counters()
-        self.it = Admission(self.index, self.counters, budget(1e3, 0, 0.0), ARENA, 1 << 12)
+        self.it = Admission(self.index, self.counters, budget(1e3, 0, 0.0), arena, 1 << 12)
         self._n = 0
 
     def entry(self, n: int, parent: int | None = None) -> Entry:
         """A new chunk in DRAM."""
         self._n += 1
+        before = None if parent is None else self.index.get(key(parent))
         entry = Entry(
             key(n),
             0,
-            0,
+            0 if before is None else before.chunk + 1,
             0,
             UNIT,
             SlotRef(self._n, 1, 0),
@@ -102,12 +104,16 @@ class Judge:
         self.it.stored(entry)
         return entry
 
+    def request(self, n: int, chunks: int) -> list[Entry]:
+        """What a request stored: numbers from ``n`` on, root first."""
+        return [self.entry(n + i, n + i - 1 if i else None) for i in range(chunks)]
+
     def leave(self, entry: Entry) -> bool:
         """``entry`` is judged and leaves, whether or not it was written."""
         written = self.it.decide(entry, 0.0)
         self.index.remove(entry)
-        if not written:
-            self.it.gone(entry)
+        entry.dirty = not written
+        self.it.gone(entry)
         self.it.check()
         return written
 
@@ -180,13 +186,14 @@ def test_one_coin_per_request_and_a_written_chunk_keeps_those_before_it() -> Non
     judge = Judge()
     root = judge.entry(1)
     second, third = judge.entry(2, 1), judge.entry(3, 2)
-    assert root.draw == second.draw == third.draw
+    assert root.origin is second.origin is third.origin is not None
     judge.index.touch(0, [key(1), key(2)])  # another request comes by and goes on elsewhere
     other = judge.entry(4, 2)
-    assert other.draw != root.draw and (root.uses, second.uses, third.uses) == (1, 1, 0)
+    assert other.origin is not None and other.origin.draw != root.origin.draw
+    assert (root.uses, second.uses, third.uses) == (1, 1, 0)
     judge.it.asked(100 * UNIT)
     third.uses, root.uses, second.uses = 1, 0, 0
-    root.draw = second.draw = 1.0  # no coin would take them
+    root.origin.draw = 1.0  # no coin would take them
     assert judge.it.decide(third, 0.0)
     judge.index.remove(third)
     assert judge.it.decide(second, 0.0)
@@ -199,7 +206,8 @@ def test_a_use_reopens_the_question() -> None:
     judge = Judge()
     judge.it.asked(100 * UNIT)
     entry = judge.entry(1)
-    entry.draw = 1.0
+    assert entry.origin is not None
+    entry.origin.draw = 1.0
     assert not judge.it.decide(entry, 0.0) and not judge.it.decide(entry, 0.0)
     assert judge.counters.nvme_refused_coin == 1, "judged once"
     judge.index.touch(0, [key(1)])
@@ -208,14 +216,87 @@ def test_a_use_reopens_the_question() -> None:
 
 def test_ghost_remembers_the_latest_and_forgets_what_it_gave() -> None:
     ghost = Ghost(1 << 30)
-    assert len(ghost._tags) == 1 << 20, "bounded"
+    assert len(ghost._tags) == 1 << 21, "bounded"
     small = Ghost(10)
     for n in range(3000):
-        small.add(key(n))
-    found = sum(small.take(key(n)) for n in range(2000, 3000))
-    assert found > 800
-    assert not any(small.take(key(n)) for n in range(2000, 3000))
-    assert not any(small.take(key(n)) for n in range(5000, 6000))
+        small.add(key(n), n % 64)
+    found = [n for n in range(2000, 3000) if small.take(key(n)) == n % 64]
+    assert len(found) > 800
+    assert all(small.take(key(n)) is None for n in range(2000, 3000))
+    assert all(small.take(key(n)) is None for n in range(5000, 6000))
+
+
+def test_a_request_is_of_a_kind_by_what_was_new_and_what_was_known() -> None:
+    powers = [1 << n for n in range(16)]
+    kinds = {Origin(0.0, known, new).kind() for known in range(600) for new in powers}
+    assert kinds == set(range(KINDS))
+    assert Origin(0.0, 1, 200).kind() == Origin(0.0, 0, 255).kind() != Origin(0.0, 2, 200).kind()
+    assert Origin(0.0, 0, 3).kind() != Origin(0.0, 0, 4).kind()
+    judge = Judge()
+    first = judge.request(0, 5)
+    judge.index.touch(0, [key(n) for n in range(5)])
+    second = [judge.entry(5, 4), judge.entry(6, 5)]
+    for chunks, known in ((first, 0), (second, 5)):
+        assert len({id(e.origin) for e in chunks}) == 1
+        origin = chunks[0].origin
+        assert origin is not None and (origin.known, origin.chunks) == (known, len(chunks))
+
+
+def test_nothing_is_known_of_a_kind_at_first_and_one_request_proves_little() -> None:
+    kinds, small, large = Kinds(), Origin(0.0, 0, 1).kind(), Origin(0.0, 0, 64).kind()
+    assert kinds.odds(small) == kinds.odds(large) == 1.0
+    for _ in range(300):
+        kinds.left(small)
+    for _ in range(100):
+        kinds.asked(small)
+    for _ in range(64):
+        kinds.left(large)  # one request, not asked for again: still about average
+    assert 0.2 < kinds.odds(large) < 1.0 < kinds.odds(small) < 2.5
+    for n in range(64 * 60):
+        kinds.left(large)
+        kinds.left(small)
+        if n % 3 == 0:
+            kinds.asked(small)
+    assert kinds.odds(large) < 0.05 < 1.0 < kinds.odds(small)
+    for _ in range(99):
+        kinds.fade()
+        kinds.check()
+    assert 0.9 < kinds.odds(large) < kinds.odds(small) < 1.3, "long ago"
+
+
+@pytest.mark.parametrize("dear", [1, 8])
+def test_the_kind_that_is_asked_for_again_is_what_is_written(dear: int) -> None:
+    judge = Judge(16 * ARENA)  # a request is little of it
+    came, written = {1: 0, 8: 0}, {1: 0, 8: 0}
+    for turn in range(400):
+        for size in (1,) * 8 + (8,):
+            chunks = judge.request((turn * 9 + came[1] + came[8]) * 10, size)
+            kept = [judge.leave(e) for e in reversed(chunks)]
+            came[size] += size
+            written[size] += sum(kept) if turn >= 200 else 0
+            if size == dear and turn % 4 == 0:
+                judge.it.read(chunks)  # a quarter of this kind is wanted again
+    assert 0.4 < written[dear] / 3200 < SHARE + 0.05, "of all that came since it was known"
+    assert written[9 - dear] < 0.2 * written[dear], written
+
+
+def test_what_was_refused_tells_what_its_kind_is_worth_and_is_forgotten_slowly() -> None:
+    judge = Judge()
+    kinds, kind = judge.it._kinds, Origin(0.0, 0, 1).kind()
+    for n in range(640):
+        judge.leave(judge.entry(n))
+    assert judge.counters.nvme_refused_value > 500
+    fades = 640 * UNIT // ARENA  # arenas that left
+    left = sum(64 * FADE**n for n in range(1, fades + 1))
+    assert kinds._left[kind] == pytest.approx(left, rel=0.05) and not sum(kinds._asked)
+    for n in range(600, 640):
+        judge.index.remove(judge.entry(n))
+    assert kinds._asked[kind] == judge.counters.nvme_ghost_hits == sum(kinds._asked) == 40
+    used = judge.entry(1000)
+    used.uses = 1  # not what the coin is about
+    judge.leave(used)
+    judge.entry(1000)
+    assert sum(kinds._asked) == 40
 
 
 # -- in the Manager
