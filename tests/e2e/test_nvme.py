@@ -132,9 +132,14 @@ def test_3_restart_serves_from_nvme(path: Path, plain: dict[int, Output]) -> Non
     with EngineLife(models.llama(), extra) as life:
         assert same(life, plain, range(6)) == [TOKENS] * 6
         metrics = life.metrics()
-        assert total(metrics, "kvoffload_hit_tokens_total", tier="nvme") == 6 * TOKENS
+        # What has come up before it is looked up (the machine is busy) counts as a hit in DRAM.
+        nvme = total(metrics, "kvoffload_hit_tokens_total", tier="nvme")
+        assert (
+            nvme and nvme + total(metrics, "kvoffload_hit_tokens_total", tier="dram") == 6 * TOKENS
+        )
+        assert total(metrics, "kvoffload_bytes_total", tier="nvme", direction="load") == 48 << 20
         source = "vllm:prompt_tokens_cached_by_source_total"
-        assert total(metrics, source, source="disk") == 6 * TOKENS
+        assert total(metrics, source, source="disk") == nvme
         assert total(metrics, "kvoffload_failed_loads_total") == 0
 
         # Weights written in place (the same ones here): everything stored before is a miss.
