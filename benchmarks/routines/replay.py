@@ -108,15 +108,16 @@ def _run_trace(
 
 def _million(context: Context, requests: int) -> Json:
     """CPU time of the driver on a synthetic trace of 70 % hits, 100 chunks a request."""
-    from kvoffload.replay.driver import Replay, Setup
+    from kvoffload.replay.driver import Replay, Setup, uncollected
     from kvoffload.replay.trace import Trace
 
     trace = Trace(_toy(context.scratch / "synthetic.jsonl", requests, shared=70, fresh=30))
     replay = Replay(Setup(chunk_tokens=64, kv_bytes_per_token=131072, dram_chunks=100_000))
     context.progress(f"{requests} requests of 100 chunks")
     began, wall = time.thread_time(), time.monotonic()
-    for request in trace:
-        replay.serve(request)
+    with uncollected():
+        for request in trace:
+            replay.serve(request)
     cpu_s = time.thread_time() - began
     replay.check()
     return {

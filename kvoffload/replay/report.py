@@ -12,7 +12,7 @@ import numpy as np
 
 from kvoffload.config import GIB
 from kvoffload.errors import ConfigError
-from kvoffload.replay.driver import Replay, Setup, last_use_bits
+from kvoffload.replay.driver import Replay, Setup, last_use_bits, uncollected
 from kvoffload.replay.trace import Facts, Trace
 
 PERCENTILES = (50, 95, 99)
@@ -122,10 +122,11 @@ def run(
     began = time.monotonic()
     replay = Replay(setup)
     bits = iter(last_use_bits(trace, hint_accuracy, seed)) if hint_accuracy is not None else None
-    for n, request in enumerate(trace):
-        replay.serve(request, next(bits) if bits is not None else None)
-        if progress is not None and n % _EVERY == 0:
-            progress(trace.position())
+    with uncollected():
+        for n, request in enumerate(trace):
+            replay.serve(request, next(bits) if bits is not None else None)
+            if progress is not None and n % _EVERY == 0:
+                progress(trace.position())
     if not replay.requests:
         raise ConfigError(f"{trace.path}: holds no request")
     return _result(replay, trace, dram, nvme, facts, hint_accuracy, time.monotonic() - began)
