@@ -100,8 +100,8 @@ def arena_bytes(chunks: int, chunk_bytes: int) -> int:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """No cyclic garbage collection: nothing here makes cycles, and its passes over a large index take
-    an eighth of a replay's time."""
+    """No cyclic garbage collection: nothing here makes cycles, and its passes over a large index
+    take an eighth of a replay's time."""
     was = gc.isenabled()
     gc.disable()
     try:
