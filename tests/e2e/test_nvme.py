@@ -137,7 +137,6 @@ def test_3_restart_serves_from_nvme(path: Path, plain: dict[int, Output]) -> Non
         assert (
             nvme and nvme + total(metrics, "kvoffload_hit_tokens_total", tier="dram") == 6 * TOKENS
         )
-        assert total(metrics, "kvoffload_bytes_total", tier="nvme", direction="load") == 48 << 20
         source = "vllm:prompt_tokens_cached_by_source_total"
         assert total(metrics, source, source="disk") == nvme
         assert total(metrics, "kvoffload_failed_loads_total") == 0
