@@ -111,7 +111,7 @@ class NvmeTier:
 
     def read_up(self, entries: Sequence[Entry], now: float) -> bool:
         """Start reading FILLING entries; see ``Reads.submit``."""
-        if not self.reads.inflight:
+        if not self._waiting():
             self._progress = now
         self.writes.active(now)
         if self.admission is not None:
@@ -137,7 +137,7 @@ class NvmeTier:
         self._looked = now
         if not self.enabled:
             return
-        stalled = bool(self.reads.inflight) and now - self._progress > STALL_S
+        stalled = self._waiting() and now - self._progress > STALL_S
         if stalled and self.breaker.relied_on(now):
             self._stalled(now)
         elif self.breaker.probe_due(now) and len(self.reads.inflight) < MAX_HUNG_JOBS:
@@ -146,7 +146,12 @@ class NvmeTier:
     def standstill_s(self) -> float:
         """For how long no read under way had got on when that was last looked at. Who asks for
         more now waits at least as long again, as far as anyone can tell."""
-        return max(0.0, self._looked - self._progress) if self.reads.inflight else 0.0
+        return max(0.0, self._looked - self._progress) if self._waiting() else 0.0
+
+    def _waiting(self) -> bool:
+        """Whether reads are under way that nobody has given up yet: one that hangs for good must
+        not make the tier look still for ever."""
+        return any(self.reads.began(job) > self._hung_at for job in self.reads.inflight)
 
     def _stalled(self, now: float) -> None:
         """Nothing moves: whoever waits is told now, and nobody else begins to wait."""

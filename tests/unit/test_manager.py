@@ -870,6 +870,26 @@ def test_reads_that_hung_teach_no_rate() -> None:
     assert rig.hit("abcdefghijkl") == 12 * TOK, "and it is used again"
 
 
+def test_a_read_that_never_returns_does_not_keep_requests_away() -> None:
+    rig = make(slots=32)
+    _nvme_rate(rig)
+    for _ in range(4):
+        rig.manager.observe_load(Tier.DRAM, UNIT, 0.001)
+        rig.manager.observe_prefill(PrefillWork.span(0, 1000), 1.0)
+    rig.store.hung = True
+    assert rig.load("abcdef", start=4 * TOK) is not None
+    rig.clock.advance(STALL_S * 1.1)
+    rig.manager.tick(True)
+    tier = rig.manager._nvme
+    assert tier is not None and tier.reads.inflight and rig.manager.counters.nvme_stalled == 1
+    tier.breaker.success()  # others work again
+    for _ in range(5):
+        rig.clock.advance(STALL_S * 1.1)
+        rig.manager.tick(True)
+    assert rig.manager.counters.nvme_stalled == 1
+    assert rig.manager.plan(rig.chain("abcdefghijkl"), 8 * TOK, 12 * TOK).end == 12 * TOK
+
+
 def test_while_nothing_moves_nobody_else_begins_to_wait() -> None:
     """Long before the tier counts as hung: at 0.1 s only what saves more than that is loaded."""
     rig = make(slots=32)
