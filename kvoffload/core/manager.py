@@ -42,6 +42,7 @@ from kvoffload.core.prefill import PrefillWork
 from kvoffload.core.rates import Rates
 from kvoffload.core.shadow import Check, Shadow
 from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
+from kvoffload.core.storer import Storer
 from kvoffload.core.weigh import Weigher
 from kvoffload.core.why import GONE_BY_FAILURE, OFF, Gone, KeyMemory, Trace, fate, trace
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
@@ -124,6 +125,7 @@ class Manager:
             layout, self._pool, self._nvme, self.counters, arena.data_bytes, self._lock, clock
         )
         self._loader = Loader(layout, self._pool, self._nvme, self._prefetches, self.counters)
+        self._storer = Storer(layout, self._pool, self._nvme, self._memory, self.counters)
         self._weigher = Weigher(
             self._loader, self._prefetches, self.rates, self.counters, load_mode(load)
         )
@@ -275,41 +277,11 @@ class Manager:
         back. Without room the rest of a group is skipped and counted. Give items that never reach
         the workers back with ``abort_store``.
         """
-        out: list[StoreItem] = []
         with self._lock:
             if self._closed or not self._serving:
-                return out
+                return []
             now = self._clock() if now_s is None else now_s
-            for g in self._layout.groups:
-                stop = min(end // g.chunk_tokens, chain.n_chunks(g.group))
-                filtered = need if g.kind is GroupKind.SLIDING else None
-                chunks = range(start // g.chunk_tokens, stop)
-                wanted = [i for i in chunks if filtered is None or filtered(g.group, i)]
-                out += self._store_group(chain, g.group, wanted, now)
-        return out
-
-    def _store_group(
-        self, chain: Chain, group: int, chunks: Sequence[int], now: float
-    ) -> list[StoreItem]:
-        index, keys = self._pool.index, chain.keys(group)
-        entries = index.find([keys[i] for i in chunks])
-        index.touch(self._pool.class_of(group), [e.key for e in entries if e is not None])
-        absent = [i for i, e in zip(chunks, entries, strict=True) if e is None]
-        if self._nvme is not None:
-            held = self._nvme.held([keys[i] for i in absent], now)
-            absent = [i for i, there in zip(absent, held, strict=True) if not there]
-        out: list[StoreItem] = []
-        for i in absent:
-            entry = self._pool.take(chain, group, i, Tier.DRAM, now)
-            if entry is None:
-                self.counters.store_skipped_full += len(absent) - len(out)
-                for left in absent[len(out) :]:
-                    self._memory.note(keys[left], Gone.NO_ROOM, now)
-                break
-            if self._nvme is not None:
-                self._nvme.stored(entry, now)
-            out.append(StoreItem(group, i, entry.key, entry.ref))
-        return out
+            return self._storer.begin(chain, start, end, need, now)
 
     def retire(self, keys: Sequence[ChunkKey]) -> None:
         """These chunks of one chain are not expected to be used again: evict them first, unless
@@ -320,12 +292,7 @@ class Manager:
     def abort_store(self, items: Sequence[StoreItem]) -> None:
         """Take back items of ``begin_store`` that no worker was or will be told about."""
         with self._lock:
-            for item in reversed(items):
-                entry = self._pool.index.get(item.key)
-                if entry is None or entry.ref != item.ref or entry.state is SlotState.READY:
-                    continue
-                self.counters.store_aborted += 1
-                self._pool.undo(entry, self._clock())
+            self._storer.abort(items, self._clock())
 
     def spoil_store(self, slot: int, generation: int) -> bool:
         """A store's source blocks are about to be overwritten: its bytes must not become READY.
