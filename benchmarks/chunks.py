@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ Ids = npt.NDArray[np.int32]
 class ArenaChunks:
     """Chunks of about 1 MiB, their pages faulted in. One job at a time."""
 
-    def __init__(self, block_bytes: int, blocks: int) -> None:
+    def __init__(self, block_bytes: int, blocks: int, hugepages: bool = True) -> None:
         from kvoffload import _core
 
         per_chunk = max(1, (1 << 20) // block_bytes)
@@ -24,9 +25,12 @@ class ArenaChunks:
         chunks = self._shape[0]
         self.shard = -(-block_bytes * per_chunk // LEAF) * LEAF
         total = chunks * self.shard
-        self.arena = _core.Arena.create(max(4 << 20, total + (2 << 20)), chunks, 1)
+        size = max(4 << 20, total + (2 << 20))
+        self.arena = _core.Arena.create(size, chunks, 1, hugepages)
         self.arena.set_attached(0)
-        self.arena.view(0, total)[:] = bytes(total)  # fault the pages in
+        self.arena.prefault_start()
+        while self.arena.prefaulted_bytes() < self.arena.data_bytes:
+            time.sleep(0.01)
         self.slots = np.arange(chunks, dtype=np.uint32)
         self.offsets = np.arange(chunks, dtype=np.uint64) * self.shard
         self.keys = b"".join(

@@ -23,6 +23,11 @@ Request = tuple[int, list[bytes]]  # input tokens, keys of its full blocks, root
 DEEP = 30_600  # a token at this depth costs twice as much to compute as the first one
 
 
+def seconds(start: int, end: int) -> float:
+    """What computing tokens [start, end) of a prompt takes; the first token takes 1."""
+    return (end - start) * (1 + (start + end) / (2 * DEEP))
+
+
 @dataclass(frozen=True)
 class Trace:
     """Requests in order of arrival; ``block`` tokens per key."""
@@ -91,9 +96,10 @@ class Result:
 class Cache:
     """Blocks in one tier of ``room``; the policy is one of kvoffload.core.policy."""
 
-    def __init__(self, policy, room: int) -> None:
+    def __init__(self, policy, room: int, block: int) -> None:
         self._policy = policy
         self._room = room
+        self._block = block  # tokens
         self._children: dict[bytes, int] = {}  # resident blocks
         self._parent: dict[bytes, bytes] = {}
 
@@ -109,10 +115,14 @@ class Cache:
         at = keys[run - 1] if run else None
         if at is not None and run < len(keys) and not resident[at]:
             policy.withhold(at)  # in use, and about to be a parent
-        for key in keys[run:]:
+        for depth, key in enumerate(keys[run:], run):
             if len(resident) >= self._room:
                 self._evict(at)
-            policy.insert(key, at)
+            if policy.weighs:
+                start = depth * self._block
+                policy.insert(key, at, seconds(start, start + self._block))
+            else:
+                policy.insert(key, at)
             resident[key] = 0
             if at is not None:
                 self._parent[key] = at
@@ -138,7 +148,7 @@ def replay(trace: Trace, policy, share: float, hints: Iterator[list[bool]] | Non
     """The whole trace through a cache of ``share`` of its unique blocks."""
     from kvoffload.core.retire import first_retired
 
-    cache = Cache(policy, max(1, int(share * trace.unique)))
+    cache = Cache(policy, max(1, int(share * trace.unique)), trace.block)
     hit = total = blocks = 0
     saved = work = 0.0
     start = time.thread_time_ns()
@@ -147,8 +157,8 @@ def replay(trace: Trace, policy, share: float, hints: Iterator[list[bool]] | Non
         hit += got
         total += tokens
         blocks += len(keys)
-        saved += got + got * got / (2 * DEEP)
-        work += tokens + tokens * tokens / (2 * DEEP)
+        saved += seconds(0, got)
+        work += seconds(0, tokens)
         if hints is not None:
             policy.retire(keys[first_retired(next(hints)) :])
     took = time.thread_time_ns() - start

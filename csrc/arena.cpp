@@ -2,20 +2,23 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <csignal>
 #include <cstddef>
 #include <cstring>
+#include <ctime>
 #include <new>
 #include <utility>
 
 #include "futex.h"
 
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
@@ -132,6 +135,29 @@ static bool shmem_thp() {
     return n > 0 && !std::strstr(text, "[never]") && !std::strstr(text, "[deny]");
 }
 
+// Makes the 2 MiB at `p` one huge page, whatever that switch says except "deny" (Linux 6.1 on);
+// what is in it stays. Without one page that is there already it is refused.
+static bool collapse(uint8_t* p) {
+    return ::madvise(p, 4096, MADV_POPULATE_WRITE) == 0 && ::madvise(p, kHuge, MADV_COLLAPSE) == 0;
+}
+
+// Touches the 2 MiB at `p`. False: out of memory; to touch them one by one would be a SIGBUS.
+static bool populate(uint8_t* p) {
+    int err = 0;
+    do err = ::madvise(p, kHuge, MADV_POPULATE_WRITE) ? errno : 0;
+    while (err == EINTR || err == EAGAIN);
+    if (err != EINVAL) return err == 0;
+    // A kernel before 5.14. The OR of nothing keeps bytes others are writing meanwhile.
+    for (uint64_t at = 0; at < kHuge; at += 4096) __atomic_fetch_or(p + at, 0, __ATOMIC_RELAXED);
+    return true;
+}
+
+static double thread_cpu_ms() {
+    timespec t;
+    ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return double(t.tv_sec) * 1e3 + double(t.tv_nsec) / 1e6;
+}
+
 void Arena::map(int fd, uint64_t total, bool hugepages) {
     // Reserve more than needed so that the data area can start on a huge page boundary.
     uint64_t reserve = total + kHuge;
@@ -186,6 +212,7 @@ std::shared_ptr<Arena> Arena::create(uint64_t data_bytes, uint32_t max_slots, ui
     a->max_slots_ = max_slots;
     a->n_ranks_ = n_ranks;
     a->map(fd.get(), g.total, hugepages);
+    if (hugepages && !a->hugepages_) a->hugepages_ = a->collapses_ = collapse(a->data_);
     ArenaHeader* h = new (a->header_) ArenaHeader{};
     h->version = kVersion;
     h->n_ranks = n_ranks;
@@ -258,28 +285,35 @@ void Arena::prefault_start(unsigned threads) {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);  // inherited by the threads: signals stay with Python
     for (uint64_t i = 0; i < n; ++i)
-        prefaulters_.emplace_back([this, b = huge * i / n * kHuge, e = huge * (i + 1) / n * kHuge] {
-            prefault_range(b, e);
-        });
+        prefaulters_.emplace_back([this, n, b = huge * i / n * kHuge,
+                                   e = huge * (i + 1) / n * kHuge] { prefault_range(b, e, n); });
     pthread_sigmask(SIG_SETMASK, &old, nullptr);
 }
 
-void Arena::prefault_range(uint64_t begin, uint64_t end) {
+// Who maps or unmaps memory in this process waits for a step, so it is short, and does not give way
+// to others while it holds that lock; once the arena is in use the thread rests instead, nearly all
+// the time: an engine may need every core there is. At nice 19
+// and 64 MiB a step, beside two busy threads on two cores, an mmap() elsewhere took 80 ms at the
+// median and up to 500.
+void Arena::prefault_range(uint64_t begin, uint64_t end, uint64_t threads) {
     pthread_setname_np(pthread_self(), "kvo-prefault");
-    ::setpriority(PRIO_PROCESS, id_t(::syscall(SYS_gettid)), 19);  // on Linux: this thread only
-    constexpr uint64_t kStep = 64u << 20;
-    while (begin < end && !stop_.load(std::memory_order_relaxed)) {
-        uint64_t n = std::min(kStep, end - begin);
-        if (::madvise(data_ + begin, n, MADV_POPULATE_WRITE) != 0) {
-            if (errno == EINTR || errno == EAGAIN) continue;
-            // Out of memory: stop, prefaulted_bytes() tells. Touching would be a SIGBUS.
-            if (errno != EINVAL) return;
-            // A kernel before 5.14. The OR of nothing keeps bytes others are writing meanwhile.
-            for (uint64_t at = begin; at < begin + n; at += 4096)
-                __atomic_fetch_or(data_ + at, 0, __ATOMIC_RELAXED);
-        }
-        prefaulted_.fetch_add(n, std::memory_order_relaxed);
-        begin += n;
+    // A huge page takes 0.2 to 0.5 ms of CPU, in a guest at times 5 (its host may have to find the
+    // memory first). More, and the kernel moves others' pages about: not at that price.
+    constexpr double kDearMs = 8.0;
+    constexpr unsigned kGiveUp = 8;  // in a row
+    constexpr double kRest = 99.0;   // times what a step took: then a hundredth of a core, for all
+    constexpr double kNapMs = 20.0;  // soon enough to stop
+    unsigned dear = collapses_ ? 0 : kGiveUp;
+    for (; begin < end && !stop_.load(std::memory_order_relaxed); begin += kHuge) {
+        const double begun = thread_cpu_ms();
+        if (dear < kGiveUp)
+            dear = collapse(data_ + begin) && thread_cpu_ms() - begun < kDearMs ? 0 : dear + 1;
+        if (!populate(data_ + begin)) return;  // out of memory: prefaulted_bytes() tells
+        prefaulted_.fetch_add(kHuge, std::memory_order_relaxed);
+        if (!in_use_.load(std::memory_order_relaxed)) continue;
+        double rest = std::min(thread_cpu_ms() - begun, kDearMs) * kRest * double(threads);
+        for (; rest > 0 && !stop_.load(std::memory_order_relaxed); rest -= kNapMs)
+            std::this_thread::sleep_for(std::chrono::duration<double, std::milli>(kNapMs));
     }
 }
 
@@ -313,6 +347,7 @@ uint64_t Arena::bump_epoch() {
 uint64_t Arena::begin_fill(uint32_t slot, uint64_t need_mask) {
     if (n_ranks_ < 64 && need_mask >> n_ranks_)
         throw std::invalid_argument("arena: need_mask names a rank beyond n_ranks");
+    if (!in_use_.load(std::memory_order_relaxed)) in_use_.store(true, std::memory_order_relaxed);
     SlotEntry& e = slots_[slot];
     uint64_t old = e.word.load(std::memory_order_relaxed);
     uint64_t gen;

@@ -102,7 +102,7 @@ class Arena {
     void map(int fd, uint64_t total, bool hugepages);
     uint64_t word(uint32_t slot) const { return slots_[slot].word.load(std::memory_order_acquire); }
     bool finish(SlotEntry& e, uint64_t from, SlotState to);
-    void prefault_range(uint64_t begin, uint64_t end);
+    void prefault_range(uint64_t begin, uint64_t end, uint64_t threads);
 
     std::string path_;
     uint64_t inode_ = 0;
@@ -117,8 +117,10 @@ class Arena {
     uint32_t max_slots_ = 0;
     uint32_t n_ranks_ = 0;
     bool hugepages_ = false;
+    bool collapses_ = false;  // only by asking for each one
     std::vector<std::thread> prefaulters_;
     std::atomic<bool> stop_{false};
+    std::atomic<bool> in_use_{false};  // a slot was filled: the prefault gives way
     std::atomic<uint64_t> prefaulted_{0};
 };
 

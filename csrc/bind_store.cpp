@@ -199,6 +199,21 @@ py::bytes contains(PyStore& p, const py::bytes& keys) {
     return py::bytes(out);
 }
 
+py::bytes retain(PyStore& p, const py::bytes& keys, double seconds, unsigned level,
+                 uint64_t owner) {
+    auto k = kvo::keys_in(keys);
+    std::string out(k.size(), '\0');
+    p.store().retain(k, seconds, level, owner, reinterpret_cast<uint8_t*>(out.data()));
+    return py::bytes(out);
+}
+
+py::bytes retained(PyStore& p, const py::bytes& keys, uint64_t owner) {
+    auto k = kvo::keys_in(keys);
+    std::string out(k.size(), '\0');
+    p.store().retained(k, owner, reinterpret_cast<uint8_t*>(out.data()));
+    return py::bytes(out);
+}
+
 int64_t length(PyStore& p, const py::bytes& key) {
     auto k = kvo::keys_in(key);
     if (k.size() != 1) throw std::invalid_argument("one key of 16 bytes");
@@ -289,6 +304,10 @@ void bind_store(py::module_& m) {
             "delete",
             [](PyStore& p, const py::bytes& keys) { return p.store().remove(kvo::keys_in(keys)); },
             py::arg("keys"))
+        .def("retain", &retain, py::arg("keys"), py::arg("seconds"), py::arg("level") = 0,
+             py::arg("owner") = 0)
+        .def("retained", &retained, py::arg("keys"), py::arg("owner") = 0)
+        .def("retain_none", [](PyStore& p) { p.store().retain_none(); })
         .def("queued_bytes", [](PyStore& p) { return p.store().queued_bytes(); })
         .def(
             "flush", [](PyStore& p, int ms) { return p.store().flush(ms); }, py::arg("timeout_ms"),

@@ -1,4 +1,4 @@
-// The store's surface and its index.
+// The store's index: what is published, deleted, verified and checked.
 #include "store.h"
 
 #include <algorithm>
@@ -39,6 +39,7 @@ void StoreImpl::pick_engine() {
 
 void StoreImpl::start() {
     recover();
+    set_kept_limit();
     pick_engine();
     keeper_alive = true;
     keeper_thread = std::thread([self = shared_from_this()] { self->keeper(); });
@@ -72,6 +73,7 @@ void StoreImpl::cool(StoreEntry& e) {
 
 void StoreImpl::erase_entry(StoreEntry& e) {
     cool(e);
+    unkeep(e);
     payload_bytes -= e.len;
     Key key = e.key;  // the entry ends first
     index.erase(key);
@@ -88,14 +90,20 @@ void StoreImpl::publish(StoreSegment& seg, const Record& r) {
     if (auto t = tombs.find(r.key); t != tombs.end() && t->second >= r.seq) return;
     // One search of the index: an open of a million chunks is little else.
     auto [e, fresh] = index.try_emplace(r.key);
+    uint8_t kept = 0;
     if (!fresh) {
         if (is_live(*e) && e->seq >= r.seq) return;
         payload_bytes -= e->len;
         cool(*e);
+        if (!seg.own) unkeep(*e);
+        kept = e->flags & kKept;
+        if (kept) weigh_kept(*e, false);
     }
-    *e = StoreEntry{r.key, &seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth, 0, 1};
+    *e = StoreEntry{r.key, &seg, r.root, r.seq, seg.gen, r.off4k, r.len, r.ns, r.depth, kept, 1};
+    if (kept) weigh_kept(*e, true);
     payload_bytes += r.len;
     seg.keys.push_back(r.key);
+    if (kept) limit_kept();
 }
 
 // Takes a segment's entries out of the index; lets others in between. The state must already keep
@@ -104,7 +112,10 @@ void StoreImpl::unpublish(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     std::vector<Key> keys = std::move(seg.keys);
     seg.keys.clear();
     for (size_t i = 0; i < keys.size(); ++i) {
-        if (StoreEntry* e = index.find(keys[i]); e && e->seg == &seg) erase_entry(*e);
+        if (StoreEntry* e = index.find(keys[i]); e && e->seg == &seg) {
+            n.retained_cut += retained(*e, 0);
+            erase_entry(*e);
+        }
         if (i % 512 == 511) {
             lk.unlock();
             lk.lock();
@@ -253,6 +264,7 @@ void StoreImpl::check() const {
              "clean segments out of order");
     }
     must(!rescuing || rescuing->pins, "a segment that is rescued from is not pinned");
+    check_kept();
     index.check();
     index.each([&](const StoreEntry& e) {
         sum += e.len;
@@ -285,6 +297,28 @@ void StoreImpl::check() const {
          "records lost track of");
 }
 
+void StoreImpl::check_kept() const {
+    std::unordered_map<const StoreSegment*, std::pair<uint64_t, uint32_t>> sums;
+    uint64_t sum = 0, marked = 0, rows = 0;
+    index.each([&](const StoreEntry& e) {
+        if (!(e.flags & kKept)) return;
+        must(e.seg->own && keeps.count(e.key), "a chunk is marked as kept, and is not");
+        sum += round_up(e.len);
+        sums[e.seg].first += round_up(e.len);
+        ++sums[e.seg].second;
+        ++marked;
+    });
+    for (auto& [key, k] : keeps)
+        must(keep_rows[k.pinned ? kPinLevel : k.level].count(row_of(key, k)), "a keep has no row");
+    for (auto& r : keep_rows) rows += r.size();
+    must(marked == keeps.size() && rows == keeps.size(), "kept chunks");
+    must(sum == kept_bytes && sum <= kept_limit, "kept bytes");
+    for (auto& s : segments)
+        must(s->kept_bytes == sums[s.get()].first && s->kept_chunks == sums[s.get()].second,
+             "kept bytes of a segment");
+    must(!promised || (open && clean.empty()), "a promise without need");
+}
+
 // Memory per chunk: the index, and by segment what is to leave it.
 uint64_t StoreImpl::index_bytes() const {
     uint64_t out = index.memory_bytes();
@@ -296,188 +330,6 @@ void StoreImpl::hint_miss() {
     if (miss_hint) return;
     miss_hint = true;
     wake_keeper();
-}
-
-// ---- surface
-
-namespace {
-void use_arena(IoEngine& engine, const std::shared_ptr<Arena>& arena) {
-    if (arena) engine.use_region({arena, arena->data(), arena->data_bytes()});
-}
-}  // namespace
-
-SegmentStore::SegmentStore(const StoreOptions& opt) : s_(std::make_shared<StoreImpl>(opt)) {
-    s_->start();
-}
-SegmentStore::~SegmentStore() {
-    s_->close(5000, false);
-}
-
-std::string SegmentStore::path() const {
-    return s_->dir.path();
-}
-std::string SegmentStore::writer_dir() const {
-    return s_->dir.writer_path();
-}
-
-std::string SegmentStore::io_engine() const {
-    return s_->engine->name();
-}
-std::string SegmentStore::io_engine_note() const {
-    return s_->engine_note;
-}
-
-void SegmentStore::put(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items,
-                       uint32_t ns, int64_t deadline_ms) {
-    use_arena(*s_->engine, arena);
-    s_->submit_put(job, std::move(arena), items, ns, deadline_ms);
-}
-void SegmentStore::get(int64_t job, std::shared_ptr<Arena> arena, std::vector<StoreItem> items,
-                       int64_t deadline_ms) {
-    use_arena(*s_->engine, arena);
-    s_->submit_get(job, std::move(arena), items, deadline_ms);
-}
-size_t SegmentStore::cancel(int64_t job) {
-    return s_->cancel(job);
-}
-
-std::vector<StoreDone> SegmentStore::poll() {
-    std::lock_guard lk(s_->mu);
-    s_->expire();
-    std::vector<StoreDone> out;
-    for (auto& j : s_->finished) {
-        out.push_back({j->id, j->kind, j->results, j->nbytes, j->ns});
-        s_->jobs.erase(j->id);
-    }
-    s_->finished.clear();
-    return out;
-}
-
-bool SegmentStore::wait(int64_t id, int timeout_ms) {
-    return s_->wait(id, timeout_ms);
-}
-bool SegmentStore::wait_any(int timeout_ms) {
-    return s_->wait_any(timeout_ms);
-}
-
-void SegmentStore::contains(std::span<const Key> keys, uint8_t* out) {
-    std::lock_guard lk(s_->mu);
-    bool missed = false;
-    s_->index.each_of(keys, [&](size_t i, const StoreEntry* e) {
-        out[i] = !s_->closed && e && StoreImpl::is_live(*e);
-        missed |= !out[i];
-        return true;
-    });
-    if (missed) s_->hint_miss();
-}
-
-size_t SegmentStore::longest_prefix(std::span<const Key> keys) {
-    std::lock_guard lk(s_->mu);
-    size_t held = s_->closed ? 0 : s_->index.longest_prefix(keys, StoreImpl::is_live);
-    if (held < keys.size()) s_->hint_miss();
-    return held;
-}
-
-int64_t SegmentStore::length(const Key& key) {
-    std::lock_guard lk(s_->mu);
-    StoreEntry* e = s_->find_live(key);
-    return e && !s_->closed ? int64_t(e->len) : -1;
-}
-
-size_t SegmentStore::remove(std::span<const Key> keys) {
-    std::lock_guard lk(s_->mu);
-    if (s_->closed) throw std::invalid_argument("store is closed");
-    if (s_->opt.read_only) throw OsError(EROFS, "chunk store " + s_->dir.path() + ": read only");
-    return s_->remove(keys);
-}
-
-uint64_t SegmentStore::queued_bytes() const {
-    std::lock_guard lk(s_->mu);
-    return s_->queued;
-}
-
-bool SegmentStore::flush(int timeout_ms) {
-    return s_->flush(timeout_ms);
-}
-
-std::map<std::string, double> SegmentStore::stats() const {
-    std::lock_guard lk(s_->mu);
-    const StoreCounters& n = s_->n;
-    uint64_t count = 0;
-    EngineStats io = s_->engine->stats();
-    std::set<uint32_t> writers;
-    for (auto& s : s_->segments) {
-        if (s->state == SegState::kGone) continue;
-        ++count;
-        writers.insert(s->writer);
-    }
-    return {{"entries", double(s_->index.size())},
-            {"payload_bytes", double(s_->payload_bytes)},
-            {"index_bytes", double(s_->index_bytes())},
-            {"bytes_used", double(s_->charged)},
-            {"bytes_max", double(s_->dir.max_bytes())},
-            {"segment_bytes", double(s_->dir.segment_bytes())},
-            {"segments", double(count)},
-            {"writers", double(writers.size())},
-            {"puts", double(n.puts)},
-            {"gets", double(n.gets)},
-            {"hits", double(n.hits)},
-            {"misses", double(n.misses)},
-            {"corrupt", double(n.corrupt)},
-            {"io_errors", double(n.io_errors)},
-            {"no_space", double(n.no_space)},
-            {"dropped", double(n.dropped)},
-            {"bytes_written", double(n.bytes_written)},
-            {"bytes_read", double(n.bytes_read)},
-            {"journal_bytes", double(n.journal_bytes)},
-            {"sealed_segments", double(n.sealed_segments)},
-            {"recycled_segments", double(n.recycled_segments)},
-            {"clean_segments", double(s_->clean.size())},
-            {"tidy_pending", double(s_->tidy_pending())},
-            {"segment_waits", double(n.segment_waits)},
-            {"zeroed_bytes", double(n.zeroed_bytes)},
-            {"reinserted_chunks", double(n.reinserted_chunks)},
-            {"reinserted_bytes", double(n.reinserted_bytes)},
-            {"recovered_entries", double(n.recovered_entries)},
-            {"recover_ms", s_->recover_ms},
-            {"queued_bytes", double(s_->queued)},
-            {"uring", double(s_->engine->name() == std::string_view("uring"))},
-            {"fixed_bytes", double(io.fixed_bytes)},
-            {"registered_bytes", double(io.registered_bytes)},
-            {"register_errors", double(io.register_errors)}};
-}
-
-std::vector<ListedChunk> SegmentStore::ls(size_t limit) const {
-    std::vector<ListedChunk> out;
-    {
-        std::lock_guard lk(s_->mu);
-        out.reserve(s_->index.size());
-        s_->index.each([&](const StoreEntry& e) {
-            out.push_back({e.key, e.ns, e.depth, e.len, e.seg->writer, e.seg->id, e.seq});
-        });
-    }
-    size_t keep = limit ? std::min(limit, out.size()) : out.size();
-    std::partial_sort(out.begin(), out.begin() + ptrdiff_t(keep), out.end(),
-                      [](auto& a, auto& b) { return a.seq > b.seq; });
-    out.resize(keep);
-    return out;
-}
-
-VerifyReport SegmentStore::verify(
-    bool repair, const std::function<bool(uint64_t, uint64_t, uint64_t)>& progress) {
-    return s_->verify(repair, progress);
-}
-void SegmentStore::inject(const std::string& what, int every) {
-    s_->faults->set(what, every);
-}
-void SegmentStore::check() const {
-    s_->check();
-}
-bool SegmentStore::close(int timeout_ms) {
-    return s_->close(timeout_ms, false);
-}
-void SegmentStore::abandon() {
-    s_->close(1000, true);
 }
 
 }  // namespace kvo::store

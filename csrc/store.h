@@ -1,7 +1,7 @@
 // Log-structured chunk store in one directory; format and protocol: docs/format.md.
 //
 // Thread rules: every method is safe from any thread. Submits (put*, get*), cancel, poll, contains,
-// length, longest_prefix, remove, stats and ls never do I/O and are O(items passed); the
+// length, longest_prefix, remove, retain, stats and ls never do I/O and are O(items passed); the
 // constructor, wait, flush, verify and close block. Work runs on native threads; no failure of
 // theirs is ever an exception.
 #pragma once
@@ -95,6 +95,16 @@ class SegmentStore {
     size_t longest_prefix(std::span<const Key> keys);  // leading keys held; stops at the first miss
     int64_t length(const Key& key);
     size_t remove(std::span<const Key> keys);
+    // Keeps what of `keys` is held, in this writer's directory, from being recycled: `seconds` from
+    // now at `level` 0 to 3, or pinned at level 4; 0 seconds end that. Kept as strongly as the
+    // strongest asks. `owner`: who asks, 0 for nobody in particular. extended[i] becomes 1 where a
+    // chunk was retained before, and for less. Bounded: beyond half of the store the lowest level,
+    // then the earliest end, is given up. In memory only. Throws std::invalid_argument.
+    void retain(std::span<const Key> keys, double seconds, unsigned level, uint64_t owner,
+                uint8_t* extended);
+    // out[i]: 1 where a chunk is pinned, or retained for others than `owner` (0: for anybody).
+    void retained(std::span<const Key> keys, uint64_t owner, uint8_t* out);
+    void retain_none();  // ends all of it
     uint64_t queued_bytes() const;
     bool flush(int timeout_ms);
     std::map<std::string, double> stats() const;

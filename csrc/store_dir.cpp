@@ -274,8 +274,8 @@ void StoreDir::size_up(const StoreOptions& opt) {
                               opt.segment_bytes > kMaxSegmentBytes))
         throw std::invalid_argument(
             "segment_bytes must be a multiple of 4096 from 64 KiB to 4 GiB");
-    // MANIFEST, LOCK, two directories, and journals of the open and the closing segment.
-    uint64_t need = 8 * kBlock + 2 * journal_reserve(segment_bytes_) + segment_bytes_;
+    // One segment, and journals of the open and the closing one.
+    uint64_t need = kSmallFiles + 2 * journal_reserve(segment_bytes_) + segment_bytes_;
     if (segment_bytes_ < kMinSegmentBytes || need > max_bytes_)
         refuse(EINVAL, "max_bytes " + std::to_string(max_bytes_) + " does not hold one segment");
 }
@@ -309,7 +309,7 @@ void StoreDir::pick_writer() {
 }
 
 uint64_t StoreDir::segments_that_fit() const {
-    return (max_bytes_ - 8 * kBlock - 2 * journal_reserve(segment_bytes_)) / segment_bytes_;
+    return (max_bytes_ - kSmallFiles - 2 * journal_reserve(segment_bytes_)) / segment_bytes_;
 }
 
 std::string StoreDir::writer_path() const {

@@ -1,7 +1,8 @@
 // The store's directory: path checks, MANIFEST, locks, the byte count, and reading what is there.
 //
-// Layout: <path>/MANIFEST, <path>/w<id>/{LOCK, seg-NNNNN.kv, journal-<epoch>}. Nothing is created
-// or changed before every check has passed. Files are 0600, directories 0700, all owned by us.
+// Layout: <path>/MANIFEST, <path>/w<id>/{LOCK, seg-NNNNN.kv, journal-<epoch>}; more in
+// docs/format.md. Nothing is created or changed before every check has passed. Files are 0600,
+// directories 0700, all owned by us.
 #pragma once
 #include <sys/stat.h>
 
@@ -17,6 +18,10 @@
 #include "store_io.h"
 
 namespace kvo::store {
+
+// Room kept for all that is neither segment nor journal: MANIFEST, directories, locks, files of
+// totals and names.
+constexpr uint64_t kSmallFiles = 16 * kBlock;
 
 struct StoreOptions {
     std::string path;

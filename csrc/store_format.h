@@ -31,6 +31,7 @@ using Uuid = std::array<uint8_t, 16>;
 struct Key {
     uint8_t b[16];
     bool operator==(const Key& o) const { return std::memcmp(b, o.b, 16) == 0; }
+    bool operator<(const Key& o) const { return std::memcmp(b, o.b, 16) < 0; }
 };
 struct KeyHash {
     size_t operator()(const Key& k) const {

@@ -1,7 +1,7 @@
-// Internals of SegmentStore, shared by store.cpp (surface), store_jobs.cpp (puts and gets),
-// store_keeper.cpp (journals, seals, segments ahead of need), store_segments.cpp (taking segments),
-// store_tidy.cpp (rescues, zeros), store_cancel.cpp and store_recover.cpp. One mutex, `mu`; nothing
-// holds it across I/O.
+// Internals of SegmentStore, shared by store_surface.cpp, store.cpp (index), store_jobs.cpp (puts
+// and gets), store_keeper.cpp (journals, seals, segments ahead of need), store_segments.cpp (taking
+// segments), store_tidy.cpp (rescues, zeros), store_keep.cpp (what hints keep), store_cancel.cpp
+// and store_recover.cpp. One mutex, `mu`; nothing holds it across I/O.
 //
 // A segment's life:  CLEAN -> OPEN -> FULL -> SEALED -> RECYCLING -> CLEAN
 //   CLEAN      header with a fresh generation is durable, journal made; nothing in it
@@ -11,6 +11,7 @@
 //   RECYCLING  entries leave the index, then the header is rewritten
 //   GONE       file removed or unusable
 #pragma once
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -20,6 +21,7 @@
 #include <mutex>
 #include <set>
 #include <thread>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -44,20 +46,43 @@ struct StoreSegment {
     std::vector<Record> records;  // own and not sealed yet, in journal order
     size_t journalled = 0;        // of records
     bool journal_failed = false;
-    bool lost = false;                   // neither journal nor footer could be written
-    std::vector<Key> keys;               // what to take out of the index when it goes
-    int64_t mtime_ns = 0;                // other writers: to see changes cheaply
-    bool sealed = false;                 // the footer is on disk
-    bool empty = false;                  // nothing in it is worth keeping: recycled first
-    uint64_t blank_from = 0;             // CLEAN: never written from here on; 0: all of it was
-    bool zeroing = false;                // a write of zeros is under way
-    uint32_t deletes = 0;                // delete records in it
-    uint64_t hot_bytes = 0;              // payload of its entries that were read since written
-    uint64_t hot_left = 0;               // of these, what the last rescue left behind
+    bool lost = false;        // neither journal nor footer could be written
+    std::vector<Key> keys;    // what to take out of the index when it goes
+    int64_t mtime_ns = 0;     // other writers: to see changes cheaply
+    bool sealed = false;      // the footer is on disk
+    bool empty = false;       // nothing in it is worth keeping: recycled first
+    uint64_t blank_from = 0;  // CLEAN: never written from here on; 0: all of it was
+    bool zeroing = false;     // a write of zeros is under way
+    uint32_t deletes = 0;     // delete records in it
+    uint64_t hot_bytes = 0;   // payload of its entries that were read since written
+    uint64_t hot_left = 0;    // of these, what the last rescue left behind
+    uint64_t kept_bytes = 0;  // padded, of its entries that hints keep
+    uint64_t kept_left = 0;   // of these, what the last rescue left behind
+    uint32_t kept_chunks = 0;
+    bool rescued = false;                // it is the next to go: what was worth it has moved
     FilePtr file, header_file, journal;  // under files_mu
+
+    uint64_t kept_todo() const { return kept_bytes > kept_left ? kept_bytes - kept_left : 0; }
 };
 
-inline constexpr uint8_t kHot = 1;  // in StoreEntry::flags: read since it was written
+// In StoreEntry::flags: read since it was written; kept by a hint.
+inline constexpr uint8_t kHot = 1, kKept = 2;
+inline constexpr unsigned kPinLevel = 4;    // above the priorities of retention, 0 to 3
+inline constexpr uint64_t kLargeStore = 8;  // segments
+// The lifetime file and the one that replaces it, ours; a directory, a lock and a lifetime file for
+// each of the next two openers.
+inline constexpr uint64_t kSlack = 8 * kBlock;
+
+// What hints ask for a chunk.
+struct Keep {
+    Clock::time_point end{};  // of retention; the epoch: it is only pinned
+    uint64_t owner = 0;       // who asked for retention; 0: several
+    uint32_t depth = 0;
+    uint8_t level = 0;
+    bool pinned = false;
+};
+// Of one level, least strong first: what ends first, and of a chain its leaf.
+using KeepRow = std::tuple<Clock::time_point, uint32_t, Key>;  // end, minus depth
 
 struct StoreGroup;
 
@@ -102,7 +127,7 @@ struct StoreCounters {
     std::atomic<uint64_t> puts{0}, gets{0}, hits{0}, misses{0}, corrupt{0}, io_errors{0},
         no_space{0}, dropped{0}, bytes_written{0}, bytes_read{0}, recycled_segments{0},
         recovered_entries{0}, journal_bytes{0}, sealed_segments{0}, reinserted_chunks{0},
-        reinserted_bytes{0}, segment_waits{0}, zeroed_bytes{0};
+        reinserted_bytes{0}, segment_waits{0}, zeroed_bytes{0}, accepted_bytes{0}, retained_cut{0};
 };
 
 struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
@@ -163,8 +188,29 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     uint64_t index_bytes() const;
     void hint_miss();  // another writer may have it: the keeper looks
 
+    // -- store_keep.cpp, mu held
+    void retain(std::span<const Key> keys, double seconds, unsigned level, uint64_t owner,
+                uint8_t* extended);
+    bool retained(const StoreEntry& e, uint64_t owner) const;
+    void retain_none();
+    static KeepRow row_of(const Key& key, const Keep& k);
+    std::set<KeepRow>& rows_of(const Keep& k);
+    void weigh_kept(const StoreEntry& e, bool in);
+    bool keep_one(StoreEntry& e, const Keep& want);
+    void end_keep(StoreEntry& e, bool pin);
+    void unkeep(StoreEntry& e);
+    void purge_kept(size_t most);
+    void limit_kept();
+    void set_kept_limit();
+    void plan_rescue(uint64_t next = 0);
+    bool can_grow();
+    uint64_t room(uint64_t more);
+    bool fits(uint64_t bytes) const;
+    void check_kept() const;
+
     // -- store_keeper.cpp
     void keeper();
+    bool await_rescue();
     bool keeper_step(std::unique_lock<std::mutex>& lk);  // false: nothing to do now
     size_t ahead_target();
     bool want_ahead();
@@ -189,7 +235,9 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     int recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
     int make_clean(StoreSegment& seg, uint64_t gen);  // header + journal
     void remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
-    StoreSegment* next_victim();  // what to recycle next; null: nothing can be
+    StoreSegment* next_victim(bool in_use = false);  // what to recycle next, or (`in_use`) once
+                                                     // nobody reads it; null: nothing can be
+    bool emptied_in_use();
     StoreSegment* sealable();
     void drain_keeper(std::unique_lock<std::mutex>& lk);
     void sync_unsealed(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
@@ -198,16 +246,19 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     void tidy();
     bool tidy_pending();  // mu held, as the next two
     void earn_rescue(uint64_t written);
-    StoreSegment* rescuable();  // whose hot chunks should be written again now
+    StoreSegment* rescuable();  // whose kept and hot chunks should be written again now
     void rescue(StoreSegment& from, std::unique_lock<std::mutex>& lk);
-    bool rescue_one(StoreSegment& from, const Key& key, AlignedBuf& buf,
+    bool rescue_all(StoreSegment& from, uint8_t mark, AlignedBuf& buf,
+                    std::unique_lock<std::mutex>& lk);
+    bool rescue_one(StoreSegment& from, const Key& key, uint8_t mark, AlignedBuf& buf,
                     std::unique_lock<std::mutex>& lk);  // false: no place to write to
-    bool rewrite(const Key& key, const StoreEntry& e, AlignedBuf& buf,
+    bool rewrite(const Key& key, const StoreEntry& e, bool kept, AlignedBuf& buf,
                  std::unique_lock<std::mutex>& lk);
     bool is_at(const Key& key, const StoreEntry& e);
     StoreSegment* blank();  // a clean segment to be written over
     void zero_piece(StoreSegment& seg, const AlignedBuf& zeros, std::unique_lock<std::mutex>& lk);
-    std::vector<Key> hot_keys(const StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+    std::vector<Key> marked_keys(const StoreSegment& seg, uint8_t mark,
+                                 std::unique_lock<std::mutex>& lk);
 
     // -- store_segments.cpp
     FilePtr file_of(StoreSegment& seg, int& err);
@@ -232,11 +283,19 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     std::unordered_map<Key, uint64_t, KeyHash> tombs;     // seq of the newest delete
     std::vector<std::unique_ptr<StoreSegment>> segments;  // never shrinks: pointers stay valid
     StoreSegment* open = nullptr;
-    std::deque<StoreSegment*> clean;         // in order of generation, which is that of filling
-    StoreSegment* rescuing = nullptr;        // pinned; the tidy thread writes its hot chunks again
-    uint64_t rescue_credit = 0;              // bytes it may write
-    uint64_t reads_out = 0, writes_out = 0;  // requests at the engine
-    uint64_t payload_bytes = 0;              // of all entries
+    std::deque<StoreSegment*> clean;   // in order of generation, which is that of filling
+    StoreSegment* rescuing = nullptr;  // pinned; the tidy thread writes its hot chunks again
+    uint64_t rescue_credit = 0;        // bytes of hot chunks it may write
+    Clock::time_point rescue_moved{};  // when it last got on
+    bool hurry = false;                // puts wait for it: kept chunks only, no pauses
+    std::unordered_map<Key, Keep, KeyHash> keeps;  // of live entries of ours, which are marked
+    std::array<std::set<KeepRow>, kPinLevel + 1> keep_rows;  // of them, by level
+    uint64_t kept_bytes = 0, kept_limit = 0;                 // padded
+    uint64_t promised = 0, promised_records = 0;             // of the open segment, to the rescue
+    bool plan_stale = false;                                 // the promise may be wrong
+    bool held_back = false;                                  // puts or deletes wait for it
+    uint64_t reads_out = 0, writes_out = 0;                  // requests at the engine
+    uint64_t payload_bytes = 0;                              // of all entries
 
     std::unordered_map<int64_t, StoreJobPtr> jobs;
     std::vector<StoreJobPtr> finished;

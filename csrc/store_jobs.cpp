@@ -124,6 +124,7 @@ bool StoreImpl::next_segment() {
         open->blank_from = 0;
         clean.pop_front();
         open->state = SegState::kOpen;
+        plan_stale = true;
         wake_keeper();
         return true;
     }
@@ -135,7 +136,9 @@ bool StoreImpl::next_segment() {
 
 void StoreImpl::place_tombs() {
     while (!tomb_queue.empty() && next_segment()) {
-        if (open->tail + footer_bytes(open->reserved + 1) > open->bytes) {
+        if (plan_stale) plan_rescue();
+        if (!fits(0)) {
+            if ((held_back = promised > 0)) return;  // called again when what is kept has moved
             close_open();
             continue;
         }
@@ -150,10 +153,12 @@ void StoreImpl::place_tombs() {
 // Gives queued puts their extents, in order: what came together lies together.
 void StoreImpl::place() {
     if (discard) return;
+    held_back = false;
     place_tombs();
     uint64_t limit = engine->merge_bytes(queued, true);
     // More wait here than at the engine: what comes meanwhile is written together.
     while (!put_queue.empty() && writes_out < engine->write_depth() && next_segment()) {
+        if (plan_stale) plan_rescue();
         auto g = std::make_shared<StoreGroup>();
         g->seg = open;
         g->gen = open->gen;
@@ -169,21 +174,27 @@ void StoreImpl::place() {
             }
             if (g->items.empty()) g->bounce = !w.job->arena;
             uint64_t pad = round_up(w.it.nbytes);
-            if (open->tail + pad + footer_bytes(open->reserved + 1) > open->bytes) break;
+            if (pad > open->bytes / 8) plan_rescue(pad);
+            if (!fits(pad)) break;
             if (g->bounce != !w.job->arena || (g->bytes && g->bytes + pad > limit)) break;
             w.off = open->tail;
             open->tail += pad;
-            // Halves and quarters are where the keeper has something to do ahead of need.
-            if (w.off * 4 / open->bytes != open->tail * 4 / open->bytes) wake_keeper();
             g->bytes += pad;
             ++open->reserved;
+            // Halves and quarters are where the keeper has something to do ahead of need.
+            if (w.off * 4 / open->bytes != open->tail * 4 / open->bytes) {
+                wake_keeper();
+                plan_rescue();
+            }
             auto& known = w.job->groups;
             if (g->items.empty() || g->items.back().job != w.job) known.push_back(g);
             g->items.push_back(std::move(w));
             put_queue.pop_front();
         }
         if (g->items.empty()) {
-            if (!put_queue.empty()) close_open();
+            if (put_queue.empty()) continue;
+            if ((held_back = promised > 0)) return;
+            close_open();
             continue;
         }
         ++g->seg->pins;
@@ -297,6 +308,7 @@ void StoreImpl::finish_put(StoreGroup& g, int err) {
         r.depth = w.it.depth;
         append_record(seg, r);
         publish(seg, seg.records.back());
+        n.accepted_bytes += w.it.nbytes;
         settle_put(w, kOk, w.it.nbytes);
     }
     if (seg.state == SegState::kFull && !seg.pins) wake_keeper();

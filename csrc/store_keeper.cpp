@@ -11,7 +11,7 @@ namespace {
 
 constexpr auto kJournalEvery = std::chrono::milliseconds(10);
 constexpr auto kRefreshEvery = std::chrono::seconds(1);
-constexpr uint64_t kLargeStore = 8;  // segments
+constexpr auto kRescueStall = std::chrono::seconds(5);  // a rescue that hangs, by then
 
 }  // namespace
 
@@ -24,6 +24,9 @@ void StoreImpl::keeper() {
         if (keeper_step(lk)) continue;
         if (records_added > records_journalled)
             keeper_cv.wait_until(lk, oldest_unwritten + kJournalEvery);
+        else if (rescuing && (promised || need_segment) &&
+                 Clock::now() < rescue_moved + kRescueStall)
+            keeper_cv.wait_until(lk, rescue_moved + kRescueStall);
         else if (miss_hint)
             keeper_cv.wait_until(lk, last_refresh + kRefreshEvery);
         else
@@ -73,7 +76,13 @@ bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
         place();
         return true;
     }
-    if (room && !discard) {
+    if (promised && rescuing && Clock::now() >= rescue_moved + kRescueStall) {
+        rescuing->kept_left = rescuing->kept_bytes;  // it hangs: puts wait no longer
+        plan_rescue();
+        place();
+        return true;
+    }
+    if (room && !discard && !await_rescue()) {
         int err = take_segment(lk);
         need_segment = false;
         if (!err)
@@ -82,8 +91,16 @@ bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
             fail_queued_puts(err == ENOSPC || err == EDQUOT ? kNoSpace : kIoError);
         return true;
     }
+    if (plan_stale || (promised && !rescuing)) plan_rescue();
+    if (held_back && !promised) {
+        place();
+        return true;
+    }
     if (StoreSegment* s = rescuable()) {
         rescuing = s;
+        rescue_moved = Clock::now();
+        hurry = false;
+        plan_rescue();  // from here on its place is kept free
         ++s->pins;
         tidy_cv.notify_one();
     }
@@ -100,6 +117,16 @@ bool StoreImpl::keeper_step(std::unique_lock<std::mutex>& lk) {
         return true;
     }
     return false;
+}
+
+// Whether puts wait for a rescue under way: without its segment another one would be recycled with
+// what is kept in it. It then moves what is kept and nothing else; one that hangs is left alone.
+bool StoreImpl::await_rescue() {
+    if (!rescuing || Clock::now() >= rescue_moved + kRescueStall) return false;
+    if (StoreSegment* s = next_victim(); !kept_bytes || (s && !s->kept_todo())) return false;
+    hurry = true;
+    tidy_cv.notify_one();
+    return true;
 }
 
 void StoreImpl::drain_keeper(std::unique_lock<std::mutex>& lk) {
@@ -124,6 +151,7 @@ void StoreImpl::sync_unsealed(StoreSegment& seg, std::unique_lock<std::mutex>& l
 void StoreImpl::close_open() {
     open->state = SegState::kFull;
     open = nullptr;
+    promised = promised_records = 0;
     wake_keeper();
 }
 

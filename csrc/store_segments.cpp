@@ -11,29 +11,46 @@ namespace kvo::store {
 namespace {
 
 constexpr size_t kMaxOpenFiles = 256;
-constexpr uint64_t kSlack = 4 * kBlock;  // the next two openers' directories and locks
+constexpr size_t kAtOnce = 4096;                       // ended retentions
+constexpr auto kReadersEnd = std::chrono::seconds(1);  // by then, of a segment to be recycled
 
 }  // namespace
 
-// Of the oldest tenth the one with the fewest bytes that were read. One with deletes goes only when
-// it is the oldest: it outlives what it hides.
-StoreSegment* StoreImpl::next_victim() {
+// Of the oldest tenth the one with the fewest bytes that are kept, then with the fewest that were
+// read. One with deletes goes only when it is the oldest: it outlives what it hides. Where there is
+// no place for what is kept in it: the oldest for which there is.
+StoreSegment* StoreImpl::next_victim(bool in_use) {
     auto older = [](const StoreSegment* a, const StoreSegment* b) { return a->gen < b->gen; };
     std::vector<StoreSegment*> own;
-    StoreSegment* empty = nullptr;
+    StoreSegment *empty = nullptr, *rescued = nullptr;
     for (auto& s : segments) {
-        if (!s->own || s->state != SegState::kSealed || s->pins) continue;
+        bool soon = in_use && s->state == SegState::kFull;
+        if (!s->own || !(s->state == SegState::kSealed || soon) || s.get() == rescuing) continue;
+        if (s->pins && !in_use) continue;
+        if (s->rescued && !s->kept_todo()) rescued = s.get();
         if (!s->empty)
             own.push_back(s.get());
         else if (!empty || older(s.get(), empty))
             empty = s.get();
     }
     if (empty || own.empty()) return empty;
+    if (rescued) return rescued;
     size_t tenth = std::max<size_t>(1, own.size() / 10);
     std::partial_sort(own.begin(), own.begin() + ptrdiff_t(tenth), own.end(), older);
+    auto lighter = [](const StoreSegment* a, const StoreSegment* b) {
+        return std::pair(a->kept_todo(), a->hot_bytes) < std::pair(b->kept_todo(), b->hot_bytes);
+    };
     StoreSegment* best = own[0];
     for (size_t i = 1; i < tenth; ++i)
-        if (!own[i]->deletes && own[i]->hot_bytes < best->hot_bytes) best = own[i];
+        if (!own[i]->deletes && lighter(own[i], best)) best = own[i];
+    auto movable = [&](const StoreSegment* s) { return s->kept_todo() <= room(s->kept_chunks); };
+    if (movable(best)) return best;
+    std::sort(own.begin() + 1, own.end(), older);
+    for (StoreSegment* s : own) {
+        if (s != own[0] && s->deletes) continue;
+        if (movable(s)) return s;
+        if (s->kept_todo() < best->kept_todo()) best = s;
+    }
     return best;
 }
 
@@ -68,13 +85,17 @@ int StoreImpl::take_segment(std::unique_lock<std::mutex>& lk) {
     PathLock path(dir.fd(), 2000);
     lk.lock();
     int err = path.held() ? make_room(lk) : EIO;
-    if (err && err != ENOSPC && err != EDQUOT && err != EAGAIN) ++n.io_errors;
+    set_kept_limit();
+    plan_stale = true;
+    if (err && err != ENOSPC && err != EDQUOT && err != EAGAIN && err != EBUSY) ++n.io_errors;
     return err;
 }
 
 int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
     bool try_new = true;
-    for (int waited = 0;;) {
+    auto until = Clock::now() + kReadersEnd;
+    auto may_wait = [&] { return Clock::now() < until && !stop_keeper; };
+    for (;;) {
         lk.unlock();
         uint64_t now = dir.charged_bytes();
         lk.lock();
@@ -83,6 +104,7 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
                                   [](auto& s) { return s->own && s->state != SegState::kGone; });
         uint64_t want =
             dir.segment_bytes() + kSlack + (first ? 2 * journal_reserve(dir.segment_bytes()) : 0);
+        purge_kept(kAtOnce);
         StoreSegment* victim = next_victim();
         if (victim && victim->empty && victim->bytes == dir.segment_bytes() &&
             charged <= dir.max_bytes())
@@ -100,21 +122,35 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
         if (freed) {
             if (StoreSegment* s = find_segment(writer, id)) remove_segment(*s, lk);
             try_new = true;
+        } else if (next_victim() != victim && may_wait()) {
+            continue;  // the lock was free: a better one may have lost its last reader
         } else if (!victim) {
             bool pinned = std::any_of(segments.begin(), segments.end(), [](auto& s) {
                 return s->own && s->state == SegState::kSealed && s->pins;
             });
-            if (!pinned || ++waited > 100 || stop_keeper) return ENOSPC;
+            if (!pinned || !may_wait()) return ENOSPC;
+            done_cv.wait_for(lk, std::chrono::milliseconds(10));
+        } else if (!need_segment && charged <= dir.max_bytes() && rescuable()) {
+            return EAGAIN;
+        } else if (!need_segment && victim->kept_todo()) {
+            return EBUSY;
+        } else if (victim->kept_todo() && emptied_in_use() && may_wait()) {
             done_cv.wait_for(lk, std::chrono::milliseconds(10));
         } else if (victim->bytes != dir.segment_bytes() || charged > dir.max_bytes()) {
             remove_segment(*victim, lk);
             try_new = true;
-        } else if (!need_segment && rescuable()) {
-            return EAGAIN;
         } else {
             return recycle(*victim, lk);
         }
     }
+}
+
+// Whether a segment that nothing is kept in would go next, were it not being read.
+bool StoreImpl::emptied_in_use() {
+    return std::any_of(segments.begin(), segments.end(), [&](auto& s) {
+        return s->own && s->state == SegState::kSealed && s->pins && s.get() != rescuing &&
+               !s->kept_todo();
+    });
 }
 
 int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
@@ -173,7 +209,8 @@ int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     seg.journal_failed = false;
     seg.lost = false;
     seg.deletes = 0;
-    seg.hot_left = 0;
+    seg.hot_left = seg.kept_left = 0;
+    seg.rescued = false;
     if (err) {  // the header may say either generation; nothing of it is in the index
         seg.state = SegState::kSealed;
         seg.empty = true;

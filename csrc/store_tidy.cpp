@@ -1,5 +1,6 @@
-// The tidy thread: what makes the store better and nobody waits for. Rescue: chunks that were read
-// since they were written are written again before their segment is recycled. Zeros: a new segment
+// The tidy thread: what makes the store better and hardly anybody waits for. Rescue: chunks that
+// hints keep, and those that were read since they were written, are written again before their
+// segment is recycled. Zeros: a new segment
 // is written once before it is used, the first write to preallocated extents being slower.
 #include <linux/ioprio.h>
 #include <sys/syscall.h>
@@ -102,26 +103,40 @@ void StoreImpl::earn_rescue(uint64_t written) {
 }
 
 // Early enough to be done before the segment is needed: as the first step of making it clean ahead
-// of need, or, where none is kept clean, in the second half of the open one.
+// of need, or, where none is kept clean, in the second half of the open one; sooner where so much
+// of it is kept that there would be no room (plan_rescue).
 StoreSegment* StoreImpl::rescuable() {
-    if (rescuing || !open || discard || stop_tidy || rescue_credit < kBlock) return nullptr;
-    if (charged + dir.segment_bytes() <= dir.max_bytes()) return nullptr;  // nothing goes yet
+    if (rescuing || !open || discard || stop_tidy || !tidy_alive) return nullptr;
+    bool hot = rescue_credit >= kBlock;
+    if (!hot && !kept_bytes) return nullptr;
+    if (can_grow()) return nullptr;  // nothing goes yet
     size_t ahead = ahead_target();
-    if (ahead ? clean.size() >= ahead : open->tail <= open->bytes / 2) return nullptr;
-    StoreSegment* s = next_victim();
-    return s && !s->empty && s->hot_bytes > s->hot_left ? s : nullptr;
+    bool due = ahead ? clean.size() < ahead : open->tail > open->bytes / 2;
+    if (!due && !promised) return nullptr;
+    StoreSegment* s = next_victim(true);
+    if (!s || s->empty || s->state != SegState::kSealed) return nullptr;
+    return s->kept_todo() || (hot && s->hot_bytes > s->hot_left) ? s : nullptr;
 }
 
 bool StoreImpl::tidy_pending() {
     return unsealed() || rescuing || blank() || rescuable() || want_ahead();
 }
 
-// The hot keys of a segment, shallow ones first: a chunk is worth nothing without those above it.
-std::vector<Key> StoreImpl::hot_keys(const StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
-    std::vector<std::pair<uint32_t, size_t>> order;  // depth, index in seg.keys
+// The hot keys of a segment, or the kept ones, these strongest first; shallow ones first: a chunk
+// is worth nothing without those above it.
+std::vector<Key> StoreImpl::marked_keys(const StoreSegment& seg, uint8_t mark,
+                                        std::unique_lock<std::mutex>& lk) {
+    std::vector<std::tuple<int, uint32_t, size_t>> order;  // weakness, depth, index in seg.keys
     for (size_t i = 0; i < seg.keys.size(); ++i) {
         StoreEntry* e = find_live(seg.keys[i]);
-        if (e && e->seg == &seg && (e->flags & kHot)) order.emplace_back(e->depth, i);
+        if (e && e->seg == &seg && (e->flags & mark)) {
+            int weak = 0;
+            if (mark == kKept) {
+                const Keep& k = keeps.at(e->key);
+                weak = -int(k.pinned ? kPinLevel : k.level);
+            }
+            order.emplace_back(weak, e->depth, i);
+        }
         if (i % 512 == 511) {
             lk.unlock();
             lk.lock();
@@ -129,24 +144,47 @@ std::vector<Key> StoreImpl::hot_keys(const StoreSegment& seg, std::unique_lock<s
     }
     std::ranges::sort(order);
     std::vector<Key> keys;
-    for (auto& [depth, i] : order) keys.push_back(seg.keys[i]);
+    for (auto& row : order) keys.push_back(seg.keys[std::get<2>(row)]);
     return keys;
 }
 
 // `from` is pinned by who set `rescuing`, and sealed: its keys stay as they are.
 void StoreImpl::rescue(StoreSegment& from, std::unique_lock<std::mutex>& lk) {
     AlignedBuf buf;
-    for (const Key& key : hot_keys(from, lk)) {
-        tidy_waits = true;
-        tidy_cv.wait_for(lk, kQuiet, [&] { return stop_tidy || !reads_out; });
-        tidy_waits = false;
-        if (stop_tidy || !rescue_one(from, key, buf, lk)) break;
+    bool on = true;
+    // Again while it helps: more may be retained meanwhile.
+    for (uint32_t before = 0; on && from.kept_chunks && from.kept_chunks != before;) {
+        before = from.kept_chunks;
+        on = rescue_all(from, kKept, buf, lk);
     }
+    from.kept_left = from.kept_bytes;
+    plan_rescue();
+    if (!discard) place();  // puts that left room for it
+    if (on && !hurry) rescue_all(from, kHot, buf, lk);
     from.hot_left = from.hot_bytes;
+    from.rescued = true;
     --from.pins;
     rescuing = nullptr;
+    plan_stale = true;
+    if (!discard) place();
     done_cv.notify_all();  // the keeper may wait for the pin
     wake_keeper();
+}
+
+// False: there is no place to write to, or it is to stop.
+bool StoreImpl::rescue_all(StoreSegment& from, uint8_t mark, AlignedBuf& buf,
+                           std::unique_lock<std::mutex>& lk) {
+    for (const Key& key : marked_keys(from, mark, lk)) {
+        if (mark == kHot && (hurry || promised)) break;
+        if (!(mark == kKept && (promised || hurry))) {
+            tidy_waits = true;
+            tidy_cv.wait_for(lk, kQuiet, [&] { return stop_tidy || hurry || !reads_out; });
+            tidy_waits = false;
+        }
+        if (stop_tidy || !rescue_one(from, key, mark, buf, lk)) return false;
+        rescue_moved = Clock::now();
+    }
+    return true;
 }
 
 // Whether the index still names that place.
@@ -156,12 +194,17 @@ bool StoreImpl::is_at(const Key& key, const StoreEntry& e) {
 }
 
 // Reads, verifies and writes one chunk; the old place serves until the new one is published.
-bool StoreImpl::rescue_one(StoreSegment& from, const Key& key, AlignedBuf& buf,
+bool StoreImpl::rescue_one(StoreSegment& from, const Key& key, uint8_t mark, AlignedBuf& buf,
                            std::unique_lock<std::mutex>& lk) {
     StoreEntry* now = find_live(key);
-    if (!now || now->seg != &from) return true;
+    if (!now || now->seg != &from || !(now->flags & mark)) return true;
     StoreEntry e = *now;
-    if (round_up(e.len) > rescue_credit) return true;  // a smaller one may still fit
+    bool kept = mark == kKept;
+    if (kept && !retained(e, 0)) {  // it has ended
+        unkeep(*now);
+        return true;
+    }
+    if (!kept && round_up(e.len) > rescue_credit) return true;  // a smaller one may still fit
     lk.unlock();
     int res = verify_one(e, buf);
     lk.lock();
@@ -171,10 +214,10 @@ bool StoreImpl::rescue_one(StoreSegment& from, const Key& key, AlignedBuf& buf,
         drop_entry(key, &from, e.gen, uint64_t(e.off4k) * kBlock);
     }
     if (res || discard || stop_tidy || !is_at(key, e)) return true;
-    return rewrite(key, e, buf, lk);
+    return rewrite(key, e, kept, buf, lk);
 }
 
-bool StoreImpl::rewrite(const Key& key, const StoreEntry& e, AlignedBuf& buf,
+bool StoreImpl::rewrite(const Key& key, const StoreEntry& e, bool kept, AlignedBuf& buf,
                         std::unique_lock<std::mutex>& lk) {
     uint64_t pad = round_up(e.len);
     if (open && open->tail + pad + footer_bytes(open->reserved + 1) > open->bytes) {
@@ -194,7 +237,12 @@ bool StoreImpl::rewrite(const Key& key, const StoreEntry& e, AlignedBuf& buf,
     to.tail += pad;
     ++to.reserved;
     ++to.pins;
-    rescue_credit -= std::min(pad, rescue_credit);
+    if (kept) {
+        promised -= std::min(pad, promised);
+        promised_records -= promised_records > 0;
+    } else {
+        rescue_credit -= std::min(pad, rescue_credit);
+    }
     lk.unlock();
     std::fill(buf.data() + e.len, buf.data() + pad, uint8_t(0));
     int err = 0;

@@ -53,7 +53,8 @@ class Arena:
     data_bytes: int
     max_slots: int
     n_ranks: int
-    hugepages: bool  # MADV_HUGEPAGE was accepted
+    hugepages: bool
+    """The data is on huge pages: the creator got the first, or the system gives them (shmem_enabled)."""
     data_ptr: int  # address of the data area in this process
 
     @staticmethod
@@ -63,7 +64,11 @@ class Arena:
     def attach(path: str, inode: int) -> Arena:
         """Raises OSError when the path cannot be opened, the inode differs, or the header is not ours."""
     def prefault_start(self, threads: int = 1) -> None:
-        """Touch all data pages from background native threads (nice 19, MADV_POPULATE_WRITE in 64 MiB steps)."""
+        """Touch all data pages from background native threads, as huge pages if ``hugepages``.
+
+        Where the system gives none by itself each is asked for (MADV_COLLAPSE); what cannot be had
+        in one piece is touched in small pages. What the pages hold stays, also under writers. From
+        the first ``begin_fill`` on a thread takes a hundredth of a core at most."""
     def prefaulted_bytes(self) -> int: ...
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Writable view of data bytes (for tests, tools). Raises ValueError out of range."""
@@ -295,14 +300,26 @@ class SegmentStore:
     def length(self, key: bytes) -> int:
         """Payload bytes held under the key, -1 if none."""
     def delete(self, keys: bytes) -> int: ...
+    def retain(self, keys: bytes, seconds: float, level: int = 0, owner: int = 0) -> bytes:
+        """Keep what of ``keys`` is held (in this writer's directory) from being recycled: ``seconds``
+        from now at ``level`` 0 to 3, or pinned at level 4; 0 seconds end that. Kept as strongly as the
+        strongest asks; ``owner`` (64 bits) says who, 0 nobody in particular. One byte per key: 1 where
+        it was retained before, and for less. At most about half of the store is kept: beyond that the
+        lowest level, then the earliest end, is given up and counted (``retained_cut``). In memory only;
+        no I/O. Raises ValueError on a level or a time out of range."""
+    def retained(self, keys: bytes, owner: int = 0) -> bytes:
+        """One byte per key: 1 if pinned, or retained for others than ``owner`` (0: for anybody)."""
+    def retain_none(self) -> None:
+        """End all retention and all pins."""
     def queued_bytes(self) -> int: ...
     def flush(self, timeout_ms: int) -> bool:
         """All puts so far are written and journalled. False on timeout."""
     def stats(self) -> dict[str, int | float]:
         """entries, bytes_used, bytes_max, segments, puts, gets, hits, misses, corrupt, io_errors, no_space,
-        dropped, bytes_written, bytes_read, recycled_segments, recovered_entries, recover_ms, queued_bytes;
+        dropped, accepted_bytes, bytes_written, bytes_read, recycled_segments, recovered_entries, recover_ms, queued_bytes;
         also payload_bytes, index_bytes (memory), segment_bytes, writers, journal_bytes, sealed_segments,
-        clean_segments, segment_waits, zeroed_bytes, reinserted_chunks, reinserted_bytes, tidy_pending
+        clean_segments, segment_waits, zeroed_bytes, reinserted_chunks, reinserted_bytes, tidy_pending,
+        retained_chunks, retained_bytes, retained_max, retained_cut
         (docs/format.md says what they are)"""
     def ls(self, limit: int = 0) -> list[tuple[bytes, int, int, int, int, int]]:
         """(key, namespace, depth, nbytes, segment, seq), newest first."""

@@ -78,16 +78,19 @@ class LineFile:
             self._fd = -1
 
 
-def _is_dead(path: Path) -> bool:
-    """Nobody holds the lock. Raises OSError."""
+def _remove_if_dead(path: Path) -> None:
+    """Remove it if nobody holds the lock of the file that ``path`` names now. Raises OSError.
+
+    A live writer may put a new file there, and close the old one, while this looks at the old one:
+    having got the old one's lock says nothing then.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+            path.unlink()
     finally:
         os.close(fd)
-    return True
 
 
 def remove_dead(folder: Path) -> None:
@@ -96,11 +99,10 @@ def remove_dead(folder: Path) -> None:
         for path in list(folder.iterdir()):
             with contextlib.suppress(OSError):
                 if path.name.startswith("."):  # a file being made is locked at once, but not sooner
-                    dead = time.time() - path.stat().st_mtime > _STRAY_S and _is_dead(path)
-                else:
-                    dead = path.suffix == _SUFFIX and _is_dead(path)
-                if dead:
-                    path.unlink()
+                    if time.time() - path.stat().st_mtime > _STRAY_S:
+                        _remove_if_dead(path)
+                elif path.suffix == _SUFFIX:
+                    _remove_if_dead(path)
 
 
 def live_files(folder: Path) -> list[Path]:

@@ -12,12 +12,15 @@ not be had.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,21 +83,37 @@ def unpack(version: str, wheel: Path, root: Path = ROOT) -> Path:
     return target
 
 
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """No other process fetches into ``folder`` meanwhile. Two pips that download one file to one
+    folder break each other, and test workers all ask on their first test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def ensure(
     version: str, folders: Sequence[Path] = (), *, may_download: bool = True, root: Path = ROOT
 ) -> Path:
-    """Sources of a version, unpacked. Raises FetchError."""
+    """Sources of a version, unpacked; any number of processes may ask. Raises FetchError."""
     if version not in VERSIONS:
         raise FetchError(f"{version}: not one of {', '.join(VERSIONS)}")
     if is_unpacked(version, root):
         return source_dir(version, root)
     wheels = root / ".cache" / "wheels"
-    wheel = find_wheel(version, [*folders, wheels])
-    if wheel is None:
-        if not may_download:
-            raise FetchError(f"{version}: no wheel here; run scripts/fetch_vllm_wheels.py")
-        wheel = download(version, wheels)
-    return unpack(version, wheel, root)
+    with one_at_a_time(source_dir(version, root).parent):
+        if is_unpacked(version, root):  # while we waited
+            return source_dir(version, root)
+        wheel = find_wheel(version, [*folders, wheels])
+        if wheel is None:
+            if not may_download:
+                raise FetchError(f"{version}: no wheel here; run scripts/fetch_vllm_wheels.py")
+            wheel = download(version, wheels)
+        return unpack(version, wheel, root)
 
 
 def main() -> int:

@@ -75,8 +75,11 @@ step layers "$BIN/python" scripts/check_layers.py
 for script in csrc/tests/run*.sh; do
     [[ -f $script ]] && step "cpp-$(basename "$script" .sh)" bash "$script"
 done
+ONE_AT_A_TIME=("${PYTEST_ARGS[@]}")
+PYTEST_ARGS+=(-n 2)
 suite unit "not e2e and not e2e_real and not gpu and not stress and not packaging" \
     tests/unit tests/model tests/fault tests/contract
+PYTEST_ARGS=("${ONE_AT_A_TIME[@]}")
 if [[ $QUICK == 0 ]]; then
     suite packaging packaging tests
     # Two engines at a time: most of an engine's start is one thread that imports. A module's tests stay

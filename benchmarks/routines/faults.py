@@ -193,7 +193,9 @@ class Run:
     def metrics(self, own: Live) -> Json:
         """kvoffload's counters; they travel with engine steps, so one is taken first."""
         self.load(own, {"metrics": [3] * BLOCK})
-        return own.ask({"op": "metrics", "prefix": "kvoffload"})
+        counted = own.ask({"op": "metrics", "prefix": "kvoffload"})
+        path, name = str(self.place.model), self.place.model.name  # results are published
+        return {series.replace(path, name): value for series, value in counted.items()}
 
     def recover(self, name: str, own: Live) -> float | None:
         """End the fault and send requests until the tier is used again: seconds to the answer of

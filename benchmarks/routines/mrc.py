@@ -2,7 +2,8 @@
 
 Error in points of token hit rate at five cache sizes, and what feeding costs. ``stamps`` is
 kvoffload's curve; ``crowded`` the same with a table for a tenth of the distinct chunks, asked about
-no more than that;
+no more than that; ``thinned`` the curve fed with one key in a hundred, as it is where even the
+table would be too large;
 ``sampled`` the usual way, a ghost list of one key in a hundred, picked by hash, with the SHARDS-adj
 correction: once per seed, so that its spread shows. Traces: ``*.jsonl`` or ``*.jsonl.xz`` in the
 Mooncake format (``input_length``, ``hash_ids``), else made up: sessions over shared prompts.
@@ -121,13 +122,15 @@ def _sampled(requests: list[Request], ids: list[int], rate: float, seed: int) ->
     return hits
 
 
-def _curve(requests: list[Request], size: int, reach: int, cells: int | None) -> Json:
+def _curve(
+    requests: list[Request], size: int, reach: int, cells: int | None, rate: float | None = None
+) -> Json:
     from kvoffload.core.mrc import MissRatioCurve
 
     names = {i for _, ids in requests for i in ids}
     keys = {i: hashlib.sha256(b"%d" % i).digest()[:16] for i in names}
     chains = [([keys[i] for i in ids], tokens) for tokens, ids in requests]
-    curve = MissRatioCurve(reach, size, cells=cells)
+    curve = MissRatioCurve(reach, size, cells=cells, rate=rate)
     start = time.thread_time_ns()
     for chain, tokens in chains:
         curve.query(chain, tokens)  # type: ignore[arg-type]
@@ -153,12 +156,13 @@ def _measure(name: str, size: int, requests: list[Request], options: argparse.Na
     exact = [sum(d <= int(f * len(ids)) for d in found) * size / tokens for f in FRACTIONS]
     out: Json = {"trace": name, "requests": len(requests), "chunks": len(ids), "asked": asked}
     out["exact"] = [round(x, 4) for x in exact]
-    for arm, reach, cells in (
-        ("stamps", len(ids), None),
-        ("crowded", len(ids) // 10, 1 << (2 * (len(ids) // 10) - 1).bit_length()),
+    for arm, reach, cells, rate in (
+        ("stamps", len(ids), None, None),
+        ("crowded", len(ids) // 10, 1 << (2 * (len(ids) // 10) - 1).bit_length(), None),
+        ("thinned", len(ids), None, options.rate),
     ):
-        figures = _curve(requests, size, reach, cells)
-        asked_of = exact if arm == "stamps" else exact[: FRACTIONS.index(0.1) + 1]
+        figures = _curve(requests, size, reach, cells, rate)
+        asked_of = exact[: FRACTIONS.index(0.1) + 1] if arm == "crowded" else exact
         figures["error_points"] = _points(figures.pop("hit")[: len(asked_of)], asked_of)
         figures["worst_points"] = max(map(abs, figures["error_points"]))
         out[arm] = figures
@@ -184,6 +188,7 @@ def run(context: Context, options: argparse.Namespace) -> Json:
         options.seeds, options.requests = 2, 400
     cases = []
     if options.traces is None:
+        context.progress(f"{options.requests} made-up requests")
         cases.append(_measure("made up", *made_up(options.requests, options.seed), options))
     else:
         options.traces, folder = options.traces.name, options.traces
@@ -208,11 +213,12 @@ def table(result: Json) -> tuple[list[str], list[list[str]]]:
             str(case["chunks"]),
             f"{case['stamps']['worst_points']:.2f}",
             f"{case['crowded']['worst_points']:.2f}",
+            f"{case['thinned']['worst_points']:.2f}",
             " .. ".join(f"{case['sampled'][f'worst_points_{k}']:.1f}" for k in ("median", "max")),
             str(case["stamps"]["us_per_request"]),
             str(case["stamps"]["bytes_per_chunk"]),
         ]
         for case in result["cases"]
     ]
-    head = ["trace", "distinct chunks", "worst error, points", "crowded"]
+    head = ["trace", "distinct chunks", "worst error, points", "crowded", "thinned"]
     return [*head, "1 in 100 keys", "us/request", "bytes/chunk"], rows

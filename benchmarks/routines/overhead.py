@@ -1,8 +1,9 @@
-"""``overhead``: what a connector costs a workload without any reuse; lives alternate A B A B.
+"""``overhead``: what a connector costs a workload without any reuse; lives alternate A B B A.
 
 Every prompt is unique, so nothing can be loaded and everything is stored. Each system's life is
-paired with the life without a connector right before it; a ratio is taken per pair and the median
-over pairs is reported, which takes the machine's slow drift out of the comparison.
+paired with a life without a connector right before it, in every second pair right after it: a
+ratio is taken per pair and the median over pairs is reported, so that a machine that gets faster
+or slower all the time favours neither.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=2, help="lives per system, each after a none")
+    parser.add_argument("--pairs", type=int, default=2, help="lives per system, each beside a none")
     parser.add_argument("--no-nvme", action="store_true", help="DRAM tier only")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
     parser.add_argument("--engine", default="{}", help="JSON of more engine arguments")
@@ -146,6 +147,14 @@ class Run:
         self._bases[number] = self.life("none", number)
         return self._bases[number]
 
+    def pair(self, system: str, number: int, own_first: bool) -> tuple[Figures, Figures]:
+        """The system's life and that without a connector. Same prompts; they share no cache."""
+        if own_first:
+            own = self.life(system, number)
+            return own, self.base(number)
+        base = self.base(number)
+        return self.life(system, number), base
+
     def life(self, system: str, number: int) -> Figures:
         """One life with prompts no other life has seen. Raises Skip or LifeFailed."""
         opt = self.options
@@ -188,12 +197,11 @@ def run(context: Context, options: argparse.Namespace) -> Json:
     pairs: dict[str, list[tuple[Figures, Figures]]] = {}
     skipped: dict[str, str] = {}
     systems = [s for s in context.systems if s != "none"]
-    for _ in range(options.pairs):
+    for turn in range(options.pairs):
         for system in [s for s in systems if s not in skipped]:
             with skip_reason(skipped, system):
-                # Same prompts on both sides of a pair; engine lives share no cache.
-                base, own = run_.base(number), run_.life(system, number)
-                pairs.setdefault(system, []).append((own, base))
+                made = run_.pair(system, number, own_first=turn % 2 == 1)
+                pairs.setdefault(system, []).append(made)
             number += not options.share_base
         number += options.share_base
     reports = {s: {"skipped": skipped[s]} if s in skipped else _report(pairs[s]) for s in systems}

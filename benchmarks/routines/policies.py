@@ -15,6 +15,8 @@ from context import Context
 from tracecache import Trace, chat, last_use, load, replay
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
+WEIGHED = (0.05, 0.1)  # shares that the table also shows by what hits save, or with hints
+WEIGHED = (0.05, 0.1)  # shares that the table also shows by what hits save, or with hints
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +54,7 @@ def run(context: Context, options: argparse.Namespace) -> Json:
         for policy in policies:
             for share in shares:
                 context.progress(f"{len(cases)}/{total}: {trace.name}, {policy}, {share:.0%}")
-                hinted = options.hint_accuracy if share in (0.05, 0.1) else 0.0
+                hinted = options.hint_accuracy if share in WEIGHED else 0.0
                 cases.append(_case(trace, policy, share, hinted, options.seed))
     facts = [
         {"trace": t.name, "requests": len(t.requests), "unique": t.unique, "block_tokens": t.block}
@@ -63,10 +65,14 @@ def run(context: Context, options: argparse.Namespace) -> Json:
 
 
 def table(result: Json) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the final table: token hit rates by capacity."""
+    """Header and rows of the final table: token hit rates, and shares of the prefill work saved."""
     shares = sorted({case["dram_frac"] for case in result["cases"]})
-    rows: dict[tuple[str, str], list[str]] = {}
-    for case in result["cases"]:
-        row = rows.setdefault((case["trace"], case["policy"]), [])
-        row.append(f"{case['token_hit']:.4f}")
-    return ["trace", "policy", *(f"{s:.0%}" for s in shares)], [[*k, *v] for k, v in rows.items()]
+    weighed = [s for s in WEIGHED if s in shares]
+    cases = {(c["trace"], c["policy"], c["dram_frac"]): c for c in result["cases"]}
+    rows = []
+    for trace, policy in dict.fromkeys((t, p) for t, p, _ in cases):
+        row = [f"{cases[trace, policy, s]['token_hit']:.4f}" for s in shares]
+        row += [f"{cases[trace, policy, s]['cost_hit']:.4f}" for s in weighed]
+        rows.append([trace, policy, *row])
+    header = [*(f"{s:.0%}" for s in shares), *(f"{s:.0%}, by cost" for s in weighed)]
+    return ["trace", "policy", *header], rows

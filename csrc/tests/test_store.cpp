@@ -259,6 +259,72 @@ void life(const fs::path& p) {
     }
 }
 
+// Retained chunks outlive five times the bound, put by one thread while others retain, delete, read
+// and look; what is not retained goes.
+void retain(const fs::path& p) {
+    for (uint64_t max : {2, 8}) {  // MiB
+        SegmentStore s(options(p / std::to_string(max), max << 20));
+        uint64_t mine = uint64_t(s.stats()["retained_max"]) / (2 * kMostPayload);
+        std::vector<Key> keys;
+        for (uint64_t i = 0; i < mine; ++i) keys.push_back(key_of(i));
+        std::vector<uint8_t> out(keys.size());
+        auto ask = [&](double seconds, unsigned level) {
+            s.retain(keys, seconds, level, 3, out.data());
+        };
+        put(s, 0, mine);
+        ask(600, 0);
+        std::atomic<bool> stop{false};
+        std::vector<std::thread> ts;
+        ts.emplace_back([&] {
+            std::vector<uint8_t> own(keys.size());
+            for (unsigned n = 0; !stop; ++n) {
+                s.retain(std::span(keys).first(mine / 2), 600 + n, n % 5, 3, own.data());
+                if (n % 3 == 0) s.retain(std::span(keys).first(mine / 2), 0, 4, 0, own.data());
+                s.retained(keys, 3, own.data());
+                s.check();
+                ::usleep(1000);  // others need the lock as well
+            }
+        });
+        ts.emplace_back([&] {
+            for (int64_t job = 1'000'000; !stop; ++job) {
+                uint64_t i = uint64_t(job) % mine;
+                Bytes want = payload_of(i), data(want.size());
+                s.get(job, nullptr, {{key_of(i), data.data(), data.size()}});
+                MUST(s.wait(job, 20000));
+                MUST(data == want || data == Bytes(want.size()));
+                Key gone = key_of(500 + uint64_t(job) % 900);
+                if (job % 64 == 0) s.remove(std::span(&gone, 1));
+            }
+        });
+        for (uint64_t i = 500; i < 500 + max * 150; i += 5) {
+            for (uint64_t k = i; k < i + 5; ++k) {
+                Bytes data = payload_of(k);
+                s.put(int64_t(k), nullptr, {{key_of(k), data.data(), data.size()}}, 7);
+                MUST(s.wait(int64_t(k), 20000));
+            }
+            if (i % 50 == 0) ::usleep(1000);
+        }
+        stop = true;
+        for (auto& t : ts) t.join();
+        auto n = s.stats();
+        std::printf("retain: %d kept, %d lost, %d written again of %d MiB\n", int(mine),
+                    int(n["retained_cut"]), int(n["reinserted_bytes"] / (1 << 20)),
+                    int(n["bytes_written"] / (1 << 20)));
+        MUST(n["retained_cut"] == 0 && n["no_space"] == 0 && n["corrupt"] == 0);
+        MUST(n["retained_chunks"] == double(mine) && n["retained_bytes"] <= n["retained_max"]);
+        MUST(n["recycled_segments"] > 10 && n["reinserted_chunks"] >= double(mine));
+        s.poll();
+        MUST(get(s, 0, mine) == int(mine));
+        s.retained(keys, 0, out.data());
+        MUST(std::count(out.begin(), out.end(), 1) == int(mine));
+        s.check();
+        s.retain_none();
+        s.retained(keys, 0, out.data());
+        MUST(std::count(out.begin(), out.end(), 1) == 0);
+        s.check();
+    }
+}
+
 // What is cancelled before it started does not touch its memory, and what shares a request with it
 // goes on.
 void cancel(const fs::path& p) {
@@ -418,6 +484,7 @@ int main(int argc, char** argv) {
         slots(here / "slots");
         threads(here / "threads");
         life(here / "life");
+        retain(here / "retain");
         cancel(here / "cancel");
         faults(here / "faults");
         hostile(here, argc > 2 ? std::atoi(argv[2]) : 60);

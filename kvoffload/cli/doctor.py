@@ -154,16 +154,15 @@ def check_ram() -> Check:
 def check_hugepages() -> Check:
     """May the arena use huge pages?"""
     name = "huge pages"
-    found = probes.shmem_hugepages()
-    if found is None:
-        return warn(name, "this kernel says nothing", "copies run on 4 KiB pages, a little slower")
-    if found in ("never", "deny"):
-        return warn(
-            name,
-            f"shmem_enabled = {found}",
-            "as root: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled",
-        )
-    return ok(name, f"shmem_enabled = {found}")
+    switch = f"shmem_enabled = {probes.shmem_hugepages()}"
+    if probes.arena_hugepages():
+        return ok(name, f"used ({switch})")
+    return warn(
+        name,
+        f"not used, copies run on 4 KiB pages ({switch})",
+        "Linux 6.1 or newer, or as root: "
+        "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+    )
 
 
 def check_memlock() -> Check:

@@ -22,6 +22,18 @@ def shmem_hugepages(
     return text.partition("[")[2].partition("]")[0] or None
 
 
+def arena_hugepages() -> bool:
+    """Whether the arena gets huge pages here, tried on one of 2 MiB."""
+    try:
+        core = importlib.import_module("kvoffload._core")
+        arena = core.Arena.create(2 << 20, 1, 1)
+    except (ImportError, OSError):
+        return False
+    with_them = bool(arena.hugepages)
+    arena.close()
+    return with_them
+
+
 def memlock_bytes() -> int | None:
     """The soft RLIMIT_MEMLOCK in bytes; None: unlimited."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)

@@ -272,11 +272,14 @@ def _of_tier(curve: Curve) -> list[str]:
             out.append(f"With {what} {_points(-change)} fewer would.")
     more = [f for f, c in sorted(gains.items()) if f > 1 and c >= WORTH]
     less = [f for f, c in sorted(gains.items()) if f < 1 and -c < WORTH]
-    if less:
-        out.append(f"Advice: {less[0]:g}x {name}{_sized(curve, less[0])} would do as well.")
-    elif more:
+    fewer = f"{less[0]:g}x {name}{_sized(curve, less[0])}" if less else ""
+    if more:  # growing goes first: a size below a cliff looks as good as half of it
         best = max(more, key=lambda f: gains[f] / (f - 1))
         out.append(f"Advice: {best:g}x {name}{_sized(curve, best)} brings most for its size.")
+        if less:
+            out.append(f"Without more {name}, {fewer} would do as well as what is there.")
+    elif less:
+        out.append(f"Advice: {fewer} would do as well.")
     else:
         out.append(f"Advice: leave {name} as it is.")
     return out

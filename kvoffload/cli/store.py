@@ -6,8 +6,10 @@ Exit status of every command: 0 fine, 1 damage found (or not all chunks moved), 
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +21,9 @@ from kvoffload.cli.units import size
 from kvoffload.errors import OffloadError
 
 if TYPE_CHECKING:
+    from kvoffload.cli.wear import LifeWear
     from kvoffload.store import Chunk, Progress, Store
+    from kvoffload.tiers.nvme import DriveLevel
 
 app = typer.Typer(
     name="store",
@@ -91,39 +95,66 @@ def stats(
     url: Annotated[
         str | None, typer.Option(help="The engine's /metrics: what it wrote, and drive wear.")
     ] = None,
+    tbw: Annotated[
+        float | None, typer.Option(help="TB (10^12 bytes) that each path's drive endures.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """What the store holds and how full it is. Reads metadata only."""
+    """What the store holds, how full it is, and how its drives wear. Reads metadata only."""
     from kvoffload.cli.top import ScrapeError
-    from kvoffload.cli.wear import read, rows
+    from kvoffload.cli.wear import life_rows, lives, read, rows
 
+    if tbw is not None and not (math.isfinite(tbw) and tbw > 0):
+        raise _fail(ValueError(f"--tbw: {tbw:g} is no endurance: give a number of TB above 0"))
     with _open(paths) as store:
         numbers, drives = store.stats(), store.drives()
     try:
         wear = read(url) if url is not None else None
     except (ScrapeError, ValueError) as error:
         raise _fail(error) from error
+    life, each = lives(paths, tbw, time.time())
     if as_json:
         worn = {"wear": asdict(wear)} if wear is not None else {}
-        shown_drives = [asdict(d) for d in drives]
-        _print_json({"path": store.path, **numbers, **worn, "per_drive": shown_drives})
+        told = [None if one is None else asdict(one) for one in (life, *each)]
+        shown_drives = [
+            asdict(d) | {"lifetime": one} for d, one in zip(drives, told[1:], strict=True)
+        ]
+        numbers_of_all = {"path": store.path, **numbers, "lifetime": told[0]}
+        _print_json({**numbers_of_all, **worn, "per_drive": shown_drives})
         return
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
     table = Table("what", "value", title=store.path)
     for name in _SHOWN:
         value = numbers[name]
         shown = size(value) if name in _BYTES else f"{value:,.1f}".removesuffix(".0")
         table.add_row(name, shown)
-    for name, shown in rows(wear) if wear is not None else ():
+    for name, shown in (*life_rows(life), *(rows(wear) if wear is not None else ())):
         table.add_row(name, shown)
     Console().print(table)
     if len(drives) > 1:
-        table = Table(Column("drive", overflow="fold"), "entries", "used", "of")
-        for d in drives:
-            table.add_row(d.path, f"{d.entries:,}", size(d.bytes_used), size(d.bytes_max))
-        Console().print(table)
+        _print_drives(drives, each)
+
+
+def _print_drives(drives: Sequence[DriveLevel], lives: Sequence[LifeWear | None]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from kvoffload.cli.wear import lasts
+
+    path = Column("drive", overflow="fold")
+    table = Table(path, "entries", "used", "of", "written to it", "lasts")
+    for d, life in zip(drives, lives, strict=True):
+        table.add_row(
+            d.path,
+            f"{d.entries:,}",
+            size(d.bytes_used),
+            size(d.bytes_max),
+            size(life.device_bytes) if life is not None else "-",
+            lasts(life),
+        )
+    Console().print(table)
 
 
 @app.command()

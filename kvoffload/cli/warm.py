@@ -41,11 +41,11 @@ def warm(
     ] = True,
     unpin: Annotated[bool, typer.Option("--unpin", help="End the pins of these prompts.")] = False,
     retain: Annotated[
-        float | None, typer.Option(min=0.001, help="Keep them so many seconds instead.")
+        float | None, typer.Option(help="Keep them so many seconds instead, at most 604800.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = 4,
     retries: Annotated[int, typer.Option(min=0, max=20, help="Of each, where that may help.")] = 3,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 600.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 600.0,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -61,9 +61,7 @@ def warm(
     """
     from kvoffload.cli.warm_client import Server, Warmer, WarmError, read_prompts
 
-    hints: dict[str, Any] = {} if retain is None else {"retain_s": retain}
-    if unpin or (pin and retain is None):
-        hints["pin"] = not unpin
+    hints = _hints(pin, unpin, retain)
     try:
         prompts = read_prompts(file)
         server = Server.at(url, api_key, timeout)
@@ -92,6 +90,20 @@ def warm(
         _print(file, summary)
     if summary["failed"] or (refused and "pin" in hints):
         raise typer.Exit(1)
+
+
+def _hints(pin: bool, unpin: bool, retain: float | None) -> dict[str, Any]:
+    """What the options ask for; they end the command where the server would refuse them."""
+    from kvoffload.core.hints import MAX_RETAIN_S
+
+    hints: dict[str, Any] = {}
+    if retain is not None:
+        if not 0 < retain <= MAX_RETAIN_S:
+            _fail(f"--retain {retain:g}: give seconds above 0, at most {MAX_RETAIN_S:.0f}")
+        hints["retain_s"] = retain
+    if unpin or (pin and retain is None):
+        hints["pin"] = not unpin
+    return hints
 
 
 def _refused(server: Server) -> float | None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 MAX_ANSWER = 16 << 20
+MAX_TIMEOUT_S = 86400.0
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _OURS = ("max_tokens", "max_completion_tokens", "n", "stream", "kv_transfer_params")
 _sleep = time.sleep
@@ -111,7 +113,8 @@ class Server:
 
     @classmethod
     def at(cls, text: str, api_key: str | None, timeout_s: float) -> Server:
-        """``text`` completed with http and without a final /v1. Raises WarmError."""
+        """``text`` completed with http and without a final /v1. Raises WarmError that names the
+        option of ``kvoffload warm``."""
         url = text if "://" in text else f"http://{text}"
         try:
             parts = urlsplit(url)
@@ -121,6 +124,14 @@ class Server:
             good = False
         if not good or parts.query or any(c.isspace() or not c.isprintable() for c in url):
             raise WarmError(f"--url: {text!r} is not an address such as http://127.0.0.1:8000")
+        if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+            raise WarmError(  # a secret: never shown
+                "--api-key (or VLLM_API_KEY, OPENAI_API_KEY): give printable ASCII without spaces "
+                "or line breaks, also at its end"
+            )
+        if not 0.1 <= timeout_s <= MAX_TIMEOUT_S:
+            most = f"{MAX_TIMEOUT_S:.0f}"
+            raise WarmError(f"--timeout {timeout_s:g}: give seconds from 0.1 to {most}")
         return cls(url.rstrip("/").removesuffix("/v1"), api_key, timeout_s)
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -139,7 +150,7 @@ class Server:
             raise WarmError(self._why(error.reason)) from error
         except (OSError, HTTPException) as error:
             raise WarmError(self._why(error)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WarmError(f"{self.url}{path}: the answer is not JSON") from error
         return got if isinstance(got, dict) else {}
 
@@ -210,20 +221,35 @@ class Warmer:
         return Done(prompt.line, time.monotonic() - began, tries=tried, error=why)
 
     def run(self, prompts: Sequence[Prompt], concurrency: int) -> Iterator[Done]:
-        """All prompts, ``concurrency`` at a time, as they are done."""
-        with ThreadPoolExecutor(concurrency, thread_name_prefix="warm") as pool:
-            waiting = iter(prompts)
-            out: set[Future[Done]] = set()
-            try:
-                while True:
-                    while len(out) < concurrency and (prompt := next(waiting, None)) is not None:
-                        out.add(pool.submit(self.send, prompt))
-                    if not out:
-                        return
-                    ended, out = wait(out, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in ended)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        """All prompts, ``concurrency`` at a time, as they are done.
+
+        Who stops iterating waits for nothing: what is under way is left to daemon threads.
+        """
+        todo: SimpleQueue[Prompt] = SimpleQueue()
+        for prompt in prompts:
+            todo.put(prompt)
+        out: SimpleQueue[Done | Exception] = SimpleQueue()
+        stop = threading.Event()
+
+        def work() -> None:
+            with suppress(Empty):
+                while not stop.is_set():
+                    prompt = todo.get_nowait()
+                    try:
+                        out.put(self.send(prompt))
+                    except Exception as error:  # raised where the prompts are waited for
+                        out.put(error)
+
+        for _ in range(min(concurrency, len(prompts))):
+            threading.Thread(target=work, name="warm", daemon=True).start()
+        try:
+            for _ in prompts:
+                done = out.get()
+                if isinstance(done, Exception):
+                    raise done
+                yield done
+        finally:
+            stop.set()
 
 
 def _done(prompt: Prompt, answer: Mapping[str, Any], seconds: float, tries: int) -> Done:

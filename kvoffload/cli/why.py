@@ -110,14 +110,16 @@ def why(
             return
         return
     shown = [_select(e, request_id, last, misses) for e in found]
-    if request_id is not None and not any(shown):
+    named = [e for e in found if request_id is None or matching(e.requests, request_id)]
+    if not named:
         known = max(len(e.requests) for e in found)
         _fail(f"no request {request_id!r} among the last {known} (why_requests keeps more)")
     if as_json:
         typer.echo(json.dumps(_as_json(found, shown), indent=2))
         return
     for engine, records in zip(found, shown, strict=True):
-        _console().print(_screen(engine, records, detailed=request_id is not None))
+        if engine in named:
+            _console().print(_screen(engine, records, detailed=request_id is not None))
 
 
 def _folder() -> Path:
@@ -225,7 +227,8 @@ def _screen(engine: Engine, records: Sequence[dict[str, Any]], detailed: bool) -
     if detailed and len(records) == 1:
         return Group(title, "", *_details(engine, records[0]))
     if not records:
-        return Group(title, "", "no requests yet")
+        none = "nothing was missed" if engine.requests else "no requests yet"
+        return Group(title, "", none)
     return Group(title, _requests(records), "", *_causes(engine))
 
 
@@ -295,8 +298,7 @@ def _follow(found: Sequence[Engine], wanted: str | None, last: int, misses: bool
                 console.print("  ".join(_row(record)), soft_wrap=True)
         first = False
         _sleep(FOLLOW_S)
-        pids = {e.pid for e in found}
-        found = [e for e in engines(_folder()) if e.pid in pids]
+        found = [e for e in engines(_folder()) if e.path in seen]
     console.print("the engine has ended")
 
 

@@ -1,7 +1,8 @@
 """What is worth writing to NVMe: decided when a chunk is about to leave DRAM, from what is seen.
 
 Drives wear out by writing, and most of what leaves DRAM is never asked for again. Each chunk is
-judged once, at the end of its time in DRAM: used twice, it is written; else a coin decides. The
+judged once, at the end of its time in DRAM: retained by a hint (which DRAM may have given up for
+want of room) or used twice, it is written; else a coin decides. The
 coin's probability follows a purse (a share of the bytes that come goes in, what is written goes
 out), the level of the budget, and what such requests' chunks were worth so far (core/kinds.py).
 Nothing is written while what leaves DRAM is not asked for again, which is seen without writing:
@@ -93,6 +94,7 @@ def budget(write_tb_per_day: float | None, nvme_bytes: int, now: float) -> Token
 class Fate(Enum):
     """What was decided about a chunk, and why."""
 
+    HINT = "hint"
     TWICE = "used_twice"
     COIN = "coin"
     NOT_COIN = "not_coin"
@@ -103,7 +105,7 @@ class Fate(Enum):
     @property
     def admitted(self) -> bool:
         """It is to be written."""
-        return self is Fate.TWICE or self is Fate.COIN
+        return self is Fate.TWICE or self is Fate.COIN or self is Fate.HINT
 
 
 class Ghost:
@@ -259,6 +261,8 @@ class Admission:
 
     def _judge(self, entry: Entry, now: float) -> Fate:
         self._leaves(entry.nbytes)
+        if entry.hinted(now):
+            return Fate.HINT
         if self.value() < WORTH:
             return Fate.NO_VALUE
         if entry.uses:
@@ -275,11 +279,12 @@ class Admission:
         c = self._counters
         c.nvme_admitted_twice += fate is Fate.TWICE
         c.nvme_admitted_coin += fate is Fate.COIN
+        c.nvme_admitted_hint += fate is Fate.HINT
         c.nvme_refused_coin += fate is Fate.NOT_COIN
         c.nvme_refused_value += fate is Fate.NO_VALUE
 
-    def withdraw(self, entry: Entry, why: Fate) -> None:
-        """An admitted chunk cannot be written: no budget, or no time."""
+    def withdraw(self, entry: Entry, why: Fate | None) -> None:
+        """An admitted chunk is not written: no budget, no time, or (None) nobody wants it."""
         entry.fate = why
         self._pay(-entry.nbytes)
         self._counters.nvme_refused_budget += why is Fate.NO_BUDGET

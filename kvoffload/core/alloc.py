@@ -92,7 +92,8 @@ class SlotAllocator:
                 return None
             slot = self._flat.pop()
             self._used.add(slot)
-            return slot, self._offset(0, *divmod(slot, self._stripe))
+            at, index = divmod(slot, self._stripe)
+            return slot, at * self.extent_bytes + index * self.slot_bytes[0]
         extent = self._pick(cls)
         if extent is None:
             return None

@@ -70,6 +70,8 @@ def levels(parts: Parts, rates: Rates, now: float) -> Levels:
         writing_bytes=nvme.writes.inflight_bytes if nvme else 0,
         read_breaker=nvme.breaker.state(now).level if nvme else 0.0,
         write_breaker=nvme.write_breaker.state(now).level if nvme else 0.0,
+        nvme_retained_bytes=int(stats.get("retained_bytes", 0)),
+        nvme_retain_cut=int(stats.get("retained_cut", 0)),
         wear=nvme.wear(stats, now) if nvme is not None and stats else None,
         bytes_per_s={t: r.bytes_per_s for t, r in rates.tiers().items()},
         prefill_tokens_per_s=_PREFILL_SHOWN / seconds if seconds else 0.0,

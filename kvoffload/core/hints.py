@@ -5,7 +5,6 @@ Hints are wishes: a wrong one is left out and reported, never an error of the re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +27,7 @@ class Hints:
     prefetch: bool = False  # move the prompt up from NVMe whatever it saves
     pin: bool | None = None  # keep the prompt in DRAM (True) or no longer (False)
     session: str | None = None  # whose turns belong together
-    tenant: str | None = None  # whose account the request is booked to (core/ledger.py reads it)
+    tenant: str | None = None  # whose account the request is booked to; "": a bad one was given
 
     @property
     def keeps_s(self) -> float:
@@ -54,10 +53,11 @@ NO_HINTS = Hints()
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a hint is ignored: a label of the counter, and one line for the log."""
+    """Why a hint is ignored: a label of the counter, one line for the log, the key if known."""
 
     reason: str
     line: str
+    key: str = ""
 
 
 _ALLOWED = {
@@ -75,7 +75,7 @@ _ALLOWED = {
 def _good(key: str, value: Any) -> bool:
     if key == "retain_s":
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value) and 0 < value <= MAX_RETAIN_S
+        return number and 0 < value <= MAX_RETAIN_S  # false of NaN; right of any whole number
     if key == "priority":
         return type(value) is int and 0 <= value <= MAX_PRIORITY
     if key in ("session", "tenant"):
@@ -85,7 +85,11 @@ def _good(key: str, value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     """At most 40 characters of a client's value, printable whatever it is."""
-    text = ascii(value) if isinstance(value, str | int | float | bool) else type(value).__name__
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to write some out
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, str):
+        value = value[:41]
+    text = ascii(value) if isinstance(value, str | int | float) else type(value).__name__
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
@@ -109,7 +113,7 @@ def parse_hints(given: Any, base: Hints = NO_HINTS) -> tuple[Hints, list[Problem
             good[key] = value
         else:
             line = f"kvoffload.{key}={_shown(value)}: give {_ALLOWED[key]}"
-            problems.append(Problem("bad_value", line))
+            problems.append(Problem("bad_value", line, key))
         if len(problems) == 8:
             break
     return replace(base, **good), problems

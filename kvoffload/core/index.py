@@ -7,7 +7,7 @@ policies told; it never touches the arena.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -18,7 +18,13 @@ from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
 
 if TYPE_CHECKING:
     from kvoffload.core.admission import Fate
+    from kvoffload.core.holds import Hold
     from kvoffload.core.kinds import Origin
+
+
+# A class attribute that is an enum's member costs more to look up than the rest of a test.
+_READY, _FILLING = SlotState.READY, SlotState.FILLING
+_KEPT_BITS = 128  # above every policy's heat
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ class Entry:
     attempts: int = 0  # failed write-behind attempts
     owner: str | None = None  # prefetched for this owner and not used yet
     kept: Kept = Kept.NO  # by hints
+    wish: Hold | None = None  # the retention asked for, also where DRAM has given it up
     retired: bool = False  # not expected to be used again: goes first, is not written to NVMe
     twin: bool = False  # made to be compared (core/shadow.py): no hit, never written to NVMe
 
@@ -77,25 +84,39 @@ class Entry:
 
     def evictable_alone(self) -> bool:
         """Nothing but a resident child could stand in the way of evicting it."""
-        return not self.kept and self.unused()
+        out = self.pins or self.io or self.kept or self.reserved or self.dropped
+        return not out and self.state is _READY
 
     def unused(self) -> bool:
         """Filled, and nobody reads, writes or is about to write it."""
-        in_use = self.pins or self.io or self.reserved
-        return self.state is SlotState.READY and not in_use and not self.dropped
+        out = self.pins or self.io or self.reserved or self.dropped
+        return not out and self.state is _READY
+
+    def hinted(self, now: float) -> bool:
+        """Whether somebody asked to keep it, and that has not ended."""
+        wished = self.wish is not None and self.wish.until > now
+        return wished or self.kept is Kept.PINNED
 
     def busy(self, now: float) -> bool:
         """Something may still read or write the slot, so it must not be reused."""
         if self.pins or self.io or self.hold_until > now:
             return True
-        return self.state is SlotState.FILLING and self.source is Tier.DRAM
+        return self.state is _FILLING and self.source is Tier.DRAM
 
 
 class Index:
-    """Resident entries by key and by slot, their children, and one policy per slot class."""
+    """Resident entries by key and by slot, their children, and one policy per slot class.
 
-    def __init__(self, policies: Sequence[Policy]) -> None:
+    ``value``: of an entry that comes in, as ``Policy.insert`` takes it.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[Policy],
+        value: Callable[[Entry], float | None] = lambda entry: None,
+    ) -> None:
         self._policies = tuple(policies)
+        self._value = value
         self._entries: dict[ChunkKey, Entry] = {}
         self._by_slot: dict[int, Entry] = {}
         self.pinned_bytes = 0
@@ -136,7 +157,11 @@ class Index:
             )
         self._entries[entry.key] = entry
         self._by_slot[entry.ref.slot] = entry
-        self._policies[entry.cls].insert(entry.key, entry.parent)
+        policy = self._policies[entry.cls]
+        if policy.weighs:
+            policy.insert(entry.key, entry.parent, self._value(entry))
+        else:
+            policy.insert(entry.key, entry.parent)
         if entry.parent is not None:
             siblings = self._children.get(entry.parent)
             if siblings is not None:
@@ -146,7 +171,7 @@ class Index:
                 parent = self._entries.get(entry.parent)
                 if parent is not None and not parent.dropped:
                     self._policies[parent.cls].withhold(parent.key)
-        if entry.state is not SlotState.FILLING:  # else nobody has offered it
+        if entry.state is not _FILLING:  # else nobody has offered it
             self.refresh(entry)
 
     def remove(self, entry: Entry) -> None:
@@ -161,26 +186,23 @@ class Index:
             siblings.discard(entry.key)
             if not siblings:
                 del self._children[entry.parent]
-                self._refresh_key(entry.parent)
+                parent = self._entries.get(entry.parent)
+                if parent is not None:
+                    self.refresh(parent)
 
     def evictable(self, entry: Entry) -> bool:
         """Resident, filled, unused, and without a resident child."""
-        return entry.evictable_alone() and entry.key not in self._children
+        return entry.key not in self._children and entry.evictable_alone()
 
     def refresh(self, entry: Entry) -> None:
         """Tell the policy whether ``entry`` may be evicted; call after changing its state or io."""
         if entry.dropped or entry.key in self._children:  # a parent was withheld by its first child
             return
         policy = self._policies[entry.cls]
-        if self.evictable(entry):
+        if entry.evictable_alone():
             policy.offer(entry.key)
         else:
             policy.withhold(entry.key)
-
-    def _refresh_key(self, key: ChunkKey) -> None:
-        entry = self._entries.get(key)
-        if entry is not None:
-            self.refresh(entry)
 
     def pin(self, entry: Entry) -> None:
         """Keep ``entry`` (and, through it, its resident ancestors) from eviction."""
@@ -200,10 +222,20 @@ class Index:
             if entry.key not in self._children:
                 self.refresh(entry)
 
+    def pin_all(self, entries: Iterable[Entry]) -> None:
+        """``pin`` each: most have a resident child, and are out of the policy's sight for that."""
+        children = self._children
+        for entry in entries:
+            entry.pins += 1
+            if entry.pins == 1:
+                self.pinned_bytes += entry.nbytes
+                if entry.key not in children:
+                    self.refresh(entry)
+
     def touch(self, cls: int, chain: Sequence[ChunkKey]) -> None:
         """Resident chunks of one chain, root first, were used."""
         self._policies[cls].touch(chain)
-        for entry in filter(None, map(self._entries.get, chain)):
+        for entry in map(self._entries.__getitem__, chain):
             entry.uses += 1
             entry.fate = None
         if self._retired:
@@ -304,19 +336,10 @@ class Index:
             stack += [self._entries[k] for k in self._children.get(entry.key, ())]
         return sorted(seen.values(), key=lambda e: -e.chunk)
 
-    def hottest_first(self) -> list[Entry]:
-        """All entries, what hints keep first, then by descending heat; every entry after its
-        resident ancestors."""
-        out: dict[ChunkKey, Entry] = {}
-        by_heat = sorted(self, key=lambda e: (-e.kept, -self._policies[e.cls].heat(e.key)))
-        for entry in by_heat:
-            line: list[Entry] = []
-            at: Entry | None = entry
-            while at is not None and at.key not in out:
-                line.append(at)
-                at = self._entries.get(at.parent) if at.parent is not None else None
-            out.update((e.key, e) for e in reversed(line))
-        return list(out.values())
+    def heat(self, entry: Entry) -> int:
+        """Of a resident entry: what hints keep is hotter than anything, else as the policy says."""
+        heat = self._policies[entry.cls].heat(entry.key)
+        return heat + (entry.kept << _KEPT_BITS) if entry.kept else heat
 
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant."""

@@ -49,7 +49,9 @@ class Kin:
 
     def variant(self, salt: str | None, adapter: bytes, space: int) -> Variant:
         """The variant of a request: its cache salt and adapter digest, if any."""
-        return Variant(self._name((salt or "").encode()), self._name(adapter), space)
+        return Variant(
+            self._name((salt or "").encode("utf-8", "surrogatepass")), self._name(adapter), space
+        )
 
     def meet(self, tokens: Iterable[int], variant: Variant) -> tuple[Variant, ...]:
         """Enter ``variant`` for these tokens; returns those that were met before, newest last."""

@@ -11,7 +11,6 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from kvoffload.types import Tier
 
@@ -20,7 +19,7 @@ DEFAULT = "default"
 OTHER = "other"
 """Tenant (or model) of all that come after the bound."""
 INVALID = "invalid"
-"""Tenant of requests whose tenant is not a text, or an empty one."""
+"""Tenant of requests whose tenant is no text of 1 to 256 characters (core/hints.py)."""
 MAX_TENANTS = 64
 MAX_MODELS = 32
 MAX_NAME = 64
@@ -33,17 +32,15 @@ def plain_name(text: str) -> str:
     return "".join(c if c in _PLAIN else "_" for c in text[:MAX_NAME])
 
 
-def tenant_of(params: Any, salt: str | None) -> str:
+def tenant_of(named: str | None, salt: str | None) -> str:
     """Tenant of a request.
 
-    ``params``: the request's ``kv_transfer_params``; {"kvoffload": {"tenant": NAME}} names it.
+    ``named``: the ``tenant`` of its hints; "" where a bad one was given, None where none was.
     ``salt``: its ``cache_salt``, which tells tenants apart but is a secret: shown as a digest under
     this process's own random key, so the name changes with every start.
     """
-    ours = params.get("kvoffload") if isinstance(params, Mapping) else None
-    if isinstance(ours, Mapping) and "tenant" in ours:
-        named = ours["tenant"]
-        return plain_name(named) if isinstance(named, str) and named else INVALID
+    if named is not None:
+        return plain_name(named) or INVALID
     if salt:
         digest = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), key=_SALT_KEY)
         return "salt-" + digest.hexdigest()[:12]

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Entry
+from kvoffload.core.layout import boundary_tokens
 from kvoffload.core.lease import Lease, Leases, Prefetches
-from kvoffload.core.lookup import Search, primary, span
+from kvoffload.core.lookup import BATCH, Search, primary, span
 from kvoffload.core.nvme import NvmeTier
 from kvoffload.core.pool import Pool
 from kvoffload.core.stats import Counters
-from kvoffload.types import CacheLayout, ChunkKey, SlotState, Tier
+from kvoffload.types import CacheLayout, ChunkKey, GroupKind, SlotState, Tier
 
 Place = tuple[int, int]
 """(group, chunk)."""
 _PLACE = attrgetter("group", "chunk")
+
+
+class Near(NamedTuple):
+    """A hit in DRAM: its boundary (where it began, for none), and what a load of it moves."""
+
+    end: int
+    chunks: int
+    nbytes: int
 
 
 class Loader:
@@ -32,6 +42,9 @@ class Loader:
     ) -> None:
         self.leases = Leases()
         self._layout = layout
+        one = len(layout.groups) == 1 and layout.groups[0].kind is GroupKind.FULL
+        self._only = layout.groups[0] if one else None
+        self._grid = boundary_tokens(layout)
         self._pool = pool
         self._nvme = nvme
         self._prefetches = prefetches
@@ -41,6 +54,37 @@ class Loader:
         """The longest servable boundary in (start, limit], and the search that found it."""
         search = Search(self._layout, chain, lambda keys: self._probe(keys, now))
         return search, search.longest(start, limit)
+
+    def in_dram(self, chain: Chain, start: int, limit: int, now: float) -> Near | None:
+        """What a search would find where all of the hit lies in DRAM, which is most of the time.
+
+        None where only a search can tell: a chunk is being filled or lies on NVMe, or there are
+        several groups.
+        """
+        group = self._only
+        if group is None:
+            return None
+        keys, size, ready = chain.keys(group.group), group.chunk_tokens, SlotState.READY
+        end = min(limit, len(keys) * size)
+        end -= end % self._grid
+        at, stop = start // size, -(-end // size)
+        missing: Entry | None = None
+        while at < stop:
+            low = at
+            for entry in self._pool.index.find(keys[low : min(low + BATCH, stop)]):
+                if entry is None or entry.state is not ready:
+                    missing, stop = entry, at
+                    break
+                at += 1
+        if missing is not None:
+            return None
+        if stop * size < end:  # in DRAM there is no more
+            if self._nvme is not None and self._nvme.held([keys[stop]], now)[0]:
+                return None
+            end = stop * size
+            end -= end % self._grid
+        chunks = max(0, -(-end // size) - start // size)
+        return Near(max(end, start), chunks, chunks * group.slot_bytes)
 
     def ahead(self, chain: Chain, start: int, end: int) -> int:
         """Bytes being read from NVMe for others than a load of [start, end): they go first."""
@@ -52,7 +96,8 @@ class Loader:
             entry = get(chain.key(group, chunk))
             if entry is not None and entry.io and entry.state is SlotState.FILLING:
                 mine += entry.nbytes
-        return max(0, self._nvme.reads.inflight_bytes() - mine)
+        queued = sum([e.nbytes for part in self._nvme.reads.wanted() for e in part])
+        return max(0, queued - mine)
 
     def standstill_s(self) -> float:
         """For how long reads from NVMe have been under way without any getting on."""
@@ -86,7 +131,7 @@ class Loader:
         self, chain: Chain, wanted: Sequence[Place], now: float
     ) -> tuple[list[Entry], list[Place]] | None:
         """Pin what is resident; also returns what has to come from NVMe. None: a store fills it."""
-        get, pin = self._pool.index.get, self._pool.index.pin
+        get, pin = self._pool.index.get, self._pool.index.pin_all
         ready, nvme = SlotState.READY, Tier.NVME
         keys = [chain.keys(g.group) for g in self._layout.groups]
         pinned: list[Entry] = []
@@ -96,44 +141,60 @@ class Loader:
             if entry is None:
                 missing.append((group, chunk))
             elif entry.state is ready or entry.source is nvme:
-                pin(entry)
                 pinned.append(entry)
             else:
-                self.unpin(pinned, now)
                 return None
+        pin(pinned)
         return pinned, missing
 
     def unpin(self, entries: Sequence[Entry], now: float) -> None:
         """Undo one pin of each."""
-        for entry in reversed(entries):
-            self._pool.unpin(entry, now)
+        self._pool.unpin_all(entries, now)
 
     def acquire(self, owner: str, chain: Chain, start: int, end: int, now: float) -> Lease | None:
         """See Manager.acquire."""
-        wanted = self._wanted(chain, start, end)
-        if wanted is None:
-            self._counters.lease_lost += 1
-            return None
+        entries = self._hold_ready(chain, start, end)
+        if entries is None:
+            wanted = self._wanted(chain, start, end)
+            if wanted is None:
+                self._counters.lease_lost += 1
+                return None
+            entries = self.hold(chain, wanted, now)
         if self._nvme is not None:
-            self._nvme.writes.active(now)
-        entries = self.hold(chain, wanted, now)
+            self._nvme.idle.active(now)
         return self._lease(owner, entries, start, end) if entries is not None else None
+
+    def _hold_ready(self, chain: Chain, start: int, end: int) -> list[Entry] | None:
+        """Pin the chunks of [start, end) where all are READY in DRAM; None where that is not so."""
+        group = self._only
+        if group is None:
+            return None
+        chunks, keys = span(group, start, end), chain.keys(group.group)
+        if not chunks or chunks.stop > len(keys):
+            return None
+        ready = SlotState.READY
+        found = self._pool.index.find(keys[chunks.start : chunks.stop])
+        entries = [e for e in found if e is not None and e.state is ready]
+        if len(entries) < len(found):
+            return None
+        self._pool.index.pin_all(entries)
+        return entries
 
     def hold(self, chain: Chain, wanted: Sequence[Place], now: float) -> list[Entry] | None:
         """Pin all of these chunks, reading up what is on NVMe; None, and nothing pinned, when one
-        has gone or there is no room."""
+        has gone or there is no room. In the order of their places."""
         got = self._gather(chain, wanted, now)
         if got is None:
             self._counters.lease_lost += 1
             return None
         pinned, missing = got
-        fresh: list[Entry] | None = []
-        if missing:
-            fresh = self._read_up(chain, missing, now)
+        if not missing:
+            return pinned
+        fresh = self._read_up(chain, missing, now)
         if fresh is None:
             self.unpin(pinned, now)
             return None
-        return pinned + fresh
+        return sorted(pinned + fresh, key=_PLACE)
 
     def _read_up(self, chain: Chain, missing: Sequence[Place], now: float) -> list[Entry] | None:
         """Pinned slots with their reads under way, for all or for none."""
@@ -160,7 +221,6 @@ class Loader:
         return fresh
 
     def _lease(self, owner: str, entries: list[Entry], start: int, end: int) -> Lease:
-        entries.sort(key=_PLACE)
         dram, nvme, ready = Tier.DRAM, Tier.NVME, SlotState.READY
         tiers = [dram if e.state is ready else nvme for e in entries]
         main = primary(self._layout)
@@ -185,8 +245,9 @@ class Loader:
         return self.leases.open(owner, entries, tiers, {t: n for t, n in tokens.items() if n})
 
     def _touch(self, entries: Sequence[Entry]) -> None:
+        """``entries`` in the order of their places."""
         for g in self._layout.groups:
-            mine = sorted([e for e in entries if e.group == g.group], key=_PLACE)
+            mine = entries if self._only else [e for e in entries if e.group == g.group]
             if mine:
                 self._pool.index.touch(mine[0].cls, [e.key for e in mine])
 
@@ -231,7 +292,7 @@ class Loader:
                 break
             self._prefetches.add(owner, entry)
             fresh.append(entry)
-        self._touch(pinned + fresh)
+        self._touch(sorted(pinned + fresh, key=_PLACE))
         self.unpin(pinned, now)
         if fresh:
             self._nvme.read_up(fresh, now)

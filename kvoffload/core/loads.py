@@ -39,6 +39,7 @@ class Attempt:
     alone: bool = False  # no other request was in the engine
     sent: bool = False
     failed: bool = False
+    void: bool = False  # what it brings must not be used
     reason: LoadFailure | None = None  # the first that a rank gave
     next_order: float = field(default=0.0)
 
@@ -93,6 +94,7 @@ class LoadTable:
     def fail_all(self, now: float) -> None:
         """Make every attempt due for a fail order now (cache reset, weights changed)."""
         for attempt in self._by_request.values():
+            attempt.void = True
             attempt.next_order = min(attempt.next_order, now)
 
     def due(self, now: float) -> list[Attempt]:

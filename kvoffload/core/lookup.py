@@ -15,7 +15,7 @@ Probe = Callable[[Sequence[ChunkKey]], Sequence[Tier | None]]
 
 _MAX_STEPS = 64  # boundaries a planner chooses from; more would cost more than they are worth
 _DRAM_ONLY = {Tier.DRAM, None}
-_BATCH = 128  # chunks asked for at once: a cold prompt should not cost a probe of its whole length
+BATCH = 128  # chunks asked for at once: a cold prompt should not cost a probe of its whole length
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,8 @@ class Search:
 
     def _first_missing(self, group: int, chunks: range) -> int | None:
         known = self._tiers[group]
-        for low in range(chunks.start, chunks.stop, _BATCH):
-            part = range(low, min(low + _BATCH, chunks.stop))
+        for low in range(chunks.start, chunks.stop, BATCH):
+            part = range(low, min(low + BATCH, chunks.stop))
             self._ask(group, part)
             for i in part:
                 if known[i] is None:
@@ -136,19 +136,14 @@ class Search:
             by_tier[Tier.DRAM] = left
         return Hit(end, chunks, by_tier)
 
-    def whole(self, start: int, end: int) -> Step | None:
-        """The one boundary a planner need look at where all of the hit lies in DRAM; else None.
-
-        What a load from one tier saves is convex in its length (prefill's seconds are, its own are
-        linear), so that the whole or nothing saves most.
-        """
-        nbytes = 0
+    def whole(self, start: int, end: int) -> bool:
+        """Whether all that a load of [start, end) needs lies in DRAM."""
+        dram = Tier.DRAM
         for g in self._layout.groups:
-            known, chunks = self._tiers[g.group], span(g, start, end)
-            if any(known.get(i) is not Tier.DRAM for i in chunks):
-                return None
-            nbytes += len(chunks) * g.slot_bytes
-        return Step(end, {Tier.DRAM: nbytes}) if nbytes else None
+            known = self._tiers[g.group]
+            if [True for i in span(g, start, end) if known.get(i) is not dram]:
+                return False
+        return True
 
     def steps(self, start: int, end: int) -> list[Step]:
         """The boundaries a planner may choose up to ``end``, with the bytes each needs per tier.

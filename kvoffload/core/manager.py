@@ -40,7 +40,7 @@ from kvoffload.core.planner import Plan, load_mode
 from kvoffload.core.pool import Pool, slot_classes
 from kvoffload.core.prefill import PrefillWork
 from kvoffload.core.rates import Rates
-from kvoffload.core.shadow import Check, Shadow
+from kvoffload.core.shadow import Shadow
 from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
 from kvoffload.core.storer import Storer
 from kvoffload.core.weigh import Weigher
@@ -57,7 +57,7 @@ from kvoffload.types import (
     Tier,
 )
 
-__all__ = ["Check", "Hit", "Lease", "LeaseItem", "Manager", "StoreItem", "slots_needed"]
+__all__ = ["Hit", "Lease", "LeaseItem", "Manager", "StoreItem", "slots_needed"]
 
 _SETTLED_KEPT = 65536
 
@@ -72,8 +72,9 @@ def slots_needed(layout: CacheLayout, data_bytes: int) -> int:
 class Manager:
     """Owns the DRAM tier's slots and the way to and from the chunk store.
 
-    Called by the scheduler thread and by one tick thread; every method takes the one lock, is
-    O(chunks of the request) and does no I/O, except ``drain``, which blocks without the lock.
+    Called by the scheduler thread, a tick thread and one that explains misses; every method takes
+    the one lock, is O(chunks of the request) and does no I/O, except ``drain``, which blocks
+    without the lock.
     Failures of arena and store are misses or skipped stores plus a count; only wrong configuration
     raises (ConfigError, from the constructor). The arena and the store belong to the caller, who
     closes the store first. Tokens are counted from the root of the prompt; times are ``clock``
@@ -106,7 +107,9 @@ class Manager:
         # A group that cannot be served means that no boundary can be: nothing is stored either.
         self._serving = all(g.kind is not GroupKind.NONE for g in layout.groups)
         guard = Guard(self.counters)
-        self._pool = Pool(layout, arena, policy, self.counters, guard, writer_masks)
+        self._pool = Pool(
+            layout, arena, policy, self.counters, guard, writer_masks, self.rates.prefill.seconds
+        )
         self._pool.on_drop = self._on_drop
         self._pool.note = self._note
         self._memory = KeyMemory()
@@ -129,17 +132,22 @@ class Manager:
         self._weigher = Weigher(
             self._loader, self._prefetches, self.rates, self.counters, load_mode(load)
         )
-        self._shadow = Shadow(layout, self._pool, self._loader, self.counters, arena.data_bytes)
+        self.shadow = Shadow(
+            layout, self._pool, self._loader, self.counters, arena.data_bytes, self._lock, clock
+        )
+        self.shadow.enabled = self._serving
 
     def _on_drop(self, entry: Entry) -> None:
-        self._prefetches.settle(entry)
+        if entry.owner is not None:
+            self._prefetches.settle(entry)
         self.keep.dropped(entry)
         if self._nvme is not None:
             self._nvme.writes.forget(entry)
 
     def _note(self, entry: Entry, gone: Gone) -> None:
         if not entry.twin:
-            self._memory.note(entry.key, fate(entry, gone, self._nvme), self._clock())
+            why = fate(entry, gone, self._nvme) if self._nvme is not None else gone
+            self._memory.note(entry.key, why, self._clock())
 
     # -- finding
 
@@ -183,6 +191,11 @@ class Manager:
         """Per key whether a request could load it from NVMe now."""
         with self._lock:
             return self._nvme.held(keys, self._clock()) if self._nvme else bytes(len(keys))
+
+    def reading(self) -> bool:
+        """Whether reads from NVMe are under way that anybody waits for."""
+        with self._lock:
+            return self._nvme is not None and any(self._nvme.reads.wanted())
 
     def changes(self) -> int:
         """Grows when what is held in DRAM changes: an answer to ``plan`` may then differ."""
@@ -314,46 +327,6 @@ class Manager:
             self._settled.clear()
             return out
 
-    # -- the shadow check (see core/shadow.py)
-
-    def sample(self, owner: str, chain: Chain, start: int, end: int, stamp: int = 0) -> int:
-        """Pin some chunks of the hit [start, end) to be compared with what ``owner`` computes.
-
-        Returns their number, 0 when there is no room for samples. ``stamp`` comes back in the
-        checks. Bounded: 8 chunks, 60 s, an eighth of the arena for all samples.
-        """
-        with self._lock:
-            if self._closed or not self._serving:
-                return 0
-            return self._shadow.begin(owner, chain, start, end, stamp, self._clock())
-
-    def computes_from(self, owner: str, start: int) -> None:
-        """``owner`` found [0, start) in HBM after all: its sample shrinks to what it computes."""
-        with self._lock:
-            self._shadow.computes_from(owner, start, self._clock())
-
-    def begin_twins(self, owner: str, end: int) -> list[StoreItem]:
-        """As ``begin_store``: slots for the sampled chunks that end in [0, ``end``]."""
-        with self._lock:
-            if self._closed or not self._serving:
-                return []
-            return self._shadow.begin_twins(owner, end, self._clock())
-
-    def sample_over(self, owner: str) -> None:
-        """``owner`` computes no more."""
-        with self._lock:
-            self._shadow.request_over(owner, self._clock())
-
-    def verify_due(self) -> Check | None:
-        """Two slots to be compared now; they stay as they are until ``verified``."""
-        with self._lock:
-            return None if self._closed else self._shadow.due(self._clock())
-
-    def verified(self, check: Check, same: bool | None) -> bool:
-        """The comparison's answer, None for none. False when it came too late to count."""
-        with self._lock:
-            return self._shadow.settle(check.id, same, self._clock())
-
     def quarantine(self, tier: Tier) -> None:
         """``tier`` gave wrong bytes: for the life of this Manager nothing is taken from it or given
         to it, and what came from it is dropped; loads under way fail and are recomputed.
@@ -365,8 +338,8 @@ class Manager:
             if self._nvme is not None:
                 self._nvme.enabled = False
             if tier is Tier.DRAM:
-                self._serving = False
-                self._shadow.clear(now)
+                self._serving = self.shadow.enabled = False
+                self.shadow.clear(now)
             for entry in sorted(self._pool.index, key=lambda e: -e.chunk):
                 if tier is not Tier.DRAM and entry.source is not tier:
                     continue
@@ -441,7 +414,7 @@ class Manager:
             now = self._clock()
             self.counters.resets += 1
             self._settled.clear()
-            self._shadow.clear(now)
+            self.shadow.clear(now)
             self.keep.reset()
             for entry in sorted(self._pool.index, key=lambda e: -e.chunk):
                 self._pool.drop(entry, now, Gone.RESET)
@@ -462,6 +435,9 @@ class Manager:
         if nvme is None:
             return True
         deadline = self._clock() + timeout_s
+        with self._lock:
+            self._collect(self._clock())
+            nvme.begin_push_out()
         while True:
             with self._lock:
                 now = self._clock()
@@ -479,6 +455,7 @@ class Manager:
         """No more hits, leases, stores or writes; idempotent. The caller then closes the store."""
         with self._lock:
             self._closed = True
+            self.shadow.enabled = False
 
     # -- looking at it
 
@@ -511,6 +488,6 @@ class Manager:
             self._nvme,
             self._loader.leases,
             self._prefetches,
-            self._shadow,
+            self.shadow,
             self._data_bytes,
         )

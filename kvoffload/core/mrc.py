@@ -225,9 +225,11 @@ class MissRatioCurve:
         at = _bin(min(int(chunks), 1 << 40))
         low, high = _edge(at), _edge(at + 1)
         part = min(1.0, (chunks - low + 1) / (high - low))  # a distance of ``chunks`` is a hit
-        hits = float(self._bins[:at].sum() + self._bins[at] * part)
-        share = hits / self._sampled * self._chunks * self.chunk_tokens / self._tokens
-        return min(1.0, share)
+        hits = float(self._bins[:at].sum() + self._bins[at] * part) / self.rate
+        # A sample with more or fewer uses than its share has too many or too few of the hottest
+        # keys, whose uses are hits in any tier (the SHARDS-adj correction).
+        hits += self._chunks - self._sampled / self.rate
+        return min(1.0, max(0.0, hits * self.chunk_tokens / self._tokens))
 
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant. O(cells)."""

@@ -7,11 +7,13 @@ from itertools import count
 
 from kvoffload.core.admission import Admission, TokenBucket
 from kvoffload.core.breaker import Breaker
+from kvoffload.core.idle import IdleWrites
 from kvoffload.core.index import Entry
+from kvoffload.core.planner import DEADLINE_FLOOR_S
 from kvoffload.core.pool import Pool
 from kvoffload.core.reads import Reads
 from kvoffload.core.stats import Counters, Guard
-from kvoffload.core.wear import HourOf, Wear, device_bytes
+from kvoffload.core.wear import HourOf, LifeWear, Wear
 from kvoffload.core.why import Gone
 from kvoffload.core.writebehind import (
     INFLIGHT_BUSY_BYTES,
@@ -19,7 +21,7 @@ from kvoffload.core.writebehind import (
     INFLIGHT_FLOOR_BYTES,
     WriteBehind,
 )
-from kvoffload.tiers.base import ArenaLike, ChunkStoreLike, StoreDoneLike
+from kvoffload.tiers.base import ArenaLike, ChunkStoreLike, StoreDoneLike, device_bytes
 from kvoffload.types import ChunkKey, Tier
 
 _WAIT_MS = 50
@@ -66,6 +68,9 @@ class NvmeTier:
         self.writes = WriteBehind(
             store, arena, pool, counters, guard, self.write_breaker, jobs, admission, bucket
         )
+        self.idle = IdleWrites(
+            pool.index, self.writes, counters, self.write_breaker, admission, bucket
+        )
         self.admission = admission
         self._hour = HourOf()
         pool.on_evict = self.writes.evicted
@@ -101,6 +106,38 @@ class NvmeTier:
             self._guard.failed("store.delete", error)
             return 0
 
+    def retain(
+        self, keys: Sequence[ChunkKey], seconds: float, level: int, owner: str | None = None
+    ) -> bytes:
+        """Keep those of ``keys`` that the store holds; see ``ChunkStoreLike.retain``.
+
+        ``owner`` None: several.
+        """
+        if not keys or not self.enabled:
+            return bytes(len(keys))
+        try:
+            return self._store.retain(b"".join(keys), seconds, level, _number(owner))
+        except Exception as error:  # they age out as ever
+            self._guard.failed("store.retain", error)
+            return bytes(len(keys))
+
+    def retained(self, keys: Sequence[ChunkKey], owner: str) -> bytes:
+        """Per key whether the store keeps it for others than ``owner``."""
+        if not keys or not self.enabled:
+            return bytes(len(keys))
+        try:
+            return self._store.retained(b"".join(keys), _number(owner))
+        except Exception as error:
+            self._guard.failed("store.retained", error)
+            return bytes(len(keys))
+
+    def retain_none(self) -> None:
+        """The store keeps nothing for hints any more."""
+        try:
+            self._store.retain_none()
+        except Exception as error:
+            self._guard.failed("store.retain_none", error)
+
     def poll(self) -> Sequence[StoreDoneLike]:
         """Jobs that have returned; hand them to ``finish`` after reading the slot table again."""
         try:
@@ -113,14 +150,14 @@ class NvmeTier:
         """Start reading FILLING entries; see ``Reads.submit``."""
         if not self._waiting():
             self._progress = now
-        self.writes.active(now)
+        self.idle.active(now)
         if self.admission is not None:
             self.admission.read(entries)
         return self.reads.submit(entries, now)
 
     def stored(self, entry: Entry, now: float) -> None:
         """A chunk that no tier held got a slot."""
-        self.writes.active(now)
+        self.idle.active(now)
         if self.admission is not None:
             self.admission.stored(entry)
 
@@ -176,9 +213,11 @@ class NvmeTier:
             self.breaker.probing()
 
     def timed_out(self, entry: Entry, now: float) -> None:
-        """A load's deadline passed while ``entry`` was still being read."""
+        """A load's deadline passed while ``entry`` was still being read. It may be short: a tier
+        that got on lately is not broken for it."""
         self.reads.last_failed = entry.chunk_id()
-        self.breaker.failure(now)
+        if now - self._progress >= DEADLINE_FLOOR_S:
+            self.breaker.failure(now)
 
     def finish(self, done: Sequence[StoreDoneLike], now: float) -> None:
         """Apply returned jobs. Jobs of other users of the store are not ours to handle."""
@@ -214,15 +253,24 @@ class NvmeTier:
         if self.enabled:
             limit = INFLIGHT_BUSY_BYTES if busy else INFLIGHT_BYTES
             self.writes.look_ahead(now)
-            self.writes.idle(now, limit)
-            self.writes.submit(now, INFLIGHT_FLOOR_BYTES if self.reads.inflight else limit)
+            self.idle.look(now, limit, busy)
+            self.writes.submit(now, INFLIGHT_FLOOR_BYTES if any(self.reads.wanted()) else limit)
+        else:
+            self.writes.unspare()  # nothing is written any more: what waits for it may go
+
+    def begin_push_out(self) -> None:
+        """Before ``push_out``: what is hottest is looked up once."""
+        if self.enabled:
+            self.idle.begin_drain()
 
     def push_out(self, now: float) -> int | None:
         """Start writes, hottest first, whatever is being read; returns a job to wait for, None when
         all is out."""
         if self.enabled:
-            self.writes.hottest(now, INFLIGHT_BYTES)
+            self.idle.drain(now, INFLIGHT_BYTES)
             self.writes.submit(now, INFLIGHT_BYTES)
+        else:
+            self.writes.unspare()
         return next(iter(self.writes.inflight), None)
 
     def wait(self, job: int, timeout_s: float) -> None:
@@ -258,6 +306,7 @@ class NvmeTier:
             bytes_per_day=self._hour.per_day(written, now),
             probability=self.admission.probability(now) if self.admission else 1.0,
             value=self.admission.value() if self.admission else 0.0,
+            life=LifeWear.of(stats),
         )
 
     def io_entries(self, reads_only: bool = False) -> list[Entry]:
@@ -266,3 +315,8 @@ class NvmeTier:
         if not reads_only:
             jobs += self.writes.inflight.values()
         return [e for part in jobs for e in part]
+
+
+def _number(owner: str | None) -> int:
+    """An owner as the store knows it: not 0, which stands for several."""
+    return 0 if owner is None else hash(owner) & (1 << 64) - 1 or 1

@@ -163,7 +163,11 @@ def _whole(
 
 
 DEADLINE_FLOOR_S = 0.25
-"""The shortest deadline: a shared disk stalls for tens of milliseconds without being broken."""
+"""The shortest deadline of a load that saves at least so much: a shared disk stalls for tens of
+milliseconds without being broken."""
+DEADLINE_LEAST_S = 0.05
+"""The shortest deadline of all. In between it is what recomputing takes: who waits no longer than
+that for a tier that hangs pays at most twice, whenever it began to hang."""
 DEADLINE_LOADS = 4.0
 """A load that takes this many times what was expected, beyond the queue before it, is not going to
 be the sooner one."""
@@ -178,9 +182,11 @@ def deadline_s(planned: Plan, longest_s: float) -> float:
     """
     if planned.load_s is None:
         return longest_s
+    recompute_s = planned.recompute_s if planned.recompute_s is not None else DEADLINE_FLOOR_S
     allowed = max(
-        DEADLINE_FLOOR_S,
+        DEADLINE_LEAST_S,
+        min(DEADLINE_FLOOR_S, recompute_s),
         DEADLINE_LOADS * (planned.load_s - planned.queue_s) + planned.queue_s,
-        DEADLINE_RECOMPUTE * (planned.recompute_s or 0.0),
+        DEADLINE_RECOMPUTE * recompute_s,
     )
     return min(longest_s, allowed)

@@ -26,6 +26,9 @@ from kvoffload.types import (
     Tier,
 )
 
+# Looked up per chunk; an enum's member is slow to come by through its class.
+_FILLING, _READY, _FAILED = SlotState.FILLING, SlotState.READY, SlotState.FAILED
+
 STORE_TIMEOUT_S = 60.0
 """A store still FILLING after this long counts as failed; also how long a slot that one of several
 writing ranks failed is kept from reuse, since another rank may still be writing to it."""
@@ -47,6 +50,7 @@ class Pool:
     """Takes, drops and settles slots. Not thread safe: the Manager's lock guards it.
 
     No exception of the arena leaves this class: it is a missing slot and a count.
+    ``seconds(start, end)``: what computing these tokens of a prompt takes, None while not known.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Pool:
         counters: Counters,
         guard: Guard,
         writer_masks: Sequence[int] | None = None,
+        seconds: Callable[[int, int], float | None] = lambda start, end: None,
     ) -> None:
         # Nothing to serve (a Mamba model, say): one slot that nobody asks for.
         sizes = slot_classes(layout) or (idle_slot(arena.data_bytes),)
@@ -66,7 +71,7 @@ class Pool:
                 f"arena has {arena.max_slots} slots, the layout needs {self.alloc.max_slots}"
             )
         ticks = count(1)
-        self.index = Index([make_policy(policy, ticks) for _ in sizes])
+        self.index = Index([make_policy(policy, ticks) for _ in sizes], self._value)
         self.limbo: dict[int, Entry] = {}  # quarantine: dropped entries whose slot is still in use
         self.on_drop: Callable[[Entry], None] = lambda entry: None
         self.note: Callable[[Entry, Gone], None] = lambda entry, gone: None
@@ -80,12 +85,14 @@ class Pool:
         self.changes = 0  # chunks that came or went
         self._arena = arena
         self._layout = layout
+        self._seconds = seconds
         self._counters = counters
         self._guard = guard
         self._class_of = [
             sizes.index(g.slot_bytes) if g.kind is not GroupKind.NONE else -1 for g in layout.groups
         ]
         self._full = [g.kind is GroupKind.FULL for g in layout.groups]
+        self._chunk_tokens = [g.chunk_tokens for g in layout.groups]
         self._masks = tuple(
             writer_masks or (writer_mask(g, layout.world_size) for g in layout.groups)
         )
@@ -95,6 +102,13 @@ class Pool:
     def class_of(self, group: int) -> int:
         """Slot class of a served group."""
         return self._class_of[group]
+
+    def _value(self, entry: Entry) -> float | None:
+        """Seconds that computing a chunk takes at its depth, per byte of it."""
+        size = self._chunk_tokens[entry.group]
+        start = entry.chunk * size
+        seconds = self._seconds(start, start + size)
+        return None if seconds is None else seconds / entry.nbytes
 
     # -- taking a slot
 
@@ -245,11 +259,13 @@ class Pool:
         self.held_bytes -= entry.nbytes
         self.held_slots -= 1
 
-    def unpin(self, entry: Entry, now: float) -> None:
-        """Undo one pin; a dropped entry may become free by it."""
-        self.index.unpin(entry)
-        if entry.dropped:
-            self.reap(entry, now)
+    def unpin_all(self, entries: Sequence[Entry], now: float) -> None:
+        """Undo one pin of each, the last first; a dropped entry may become free by it."""
+        unpin = self.index.unpin
+        for entry in reversed(entries):
+            unpin(entry)
+            if entry.dropped:
+                self.reap(entry, now)
 
     def fail(self, entry: Entry) -> None:
         """Mark the slot FAILED for everybody who waits on it or copies from it."""
@@ -265,12 +281,12 @@ class Pool:
         ready: list[Entry] = []
         entries = list(self._filling.values())
         for entry, state in zip(entries, self._states(entries), strict=True):
-            if state == SlotState.FILLING:
+            if state == _FILLING:
                 self._expire(entry, now)
                 continue
             del self._filling[entry.ref.slot]
-            if state == SlotState.READY:
-                entry.state = SlotState.READY
+            if state == _READY:
+                entry.state = _READY
                 self.changes += 1
                 self.index.refresh(entry)
                 if not entry.dropped:

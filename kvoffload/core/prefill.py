@@ -59,11 +59,6 @@ class PrefillModel:
         self._y = self._y * self._keep + seconds
         self._yc = self._yc * self._keep + seconds * context
 
-    @property
-    def known(self) -> bool:
-        """Whether enough steps were seen."""
-        return self._samples >= self._warm
-
     def coefficients(self) -> tuple[float, float]:
         """(alpha, beta): seconds per token, and per token and token of context; both >= 0."""
         if self._fit is None:
@@ -81,11 +76,10 @@ class PrefillModel:
 
     def seconds(self, start: int, end: int) -> float | None:
         """Time to compute tokens [start, end) of a prompt; None until known."""
-        if not self.known:
+        if self._samples < self._warm:
             return None
         alpha, beta = self._fit or self.coefficients()
-        n = max(0, end - start)
-        return n * (alpha + beta * (start + end) / 2)
+        return (end - start) * (alpha + beta * (start + end) / 2) if end > start else 0.0
 
     def check(self) -> None:
         """Raise AssertionError unless the fit is finite and not negative."""

@@ -108,6 +108,11 @@ class Reads:
                 self._breaker.failure(now)
             self._pool.read_over(entry, result == StoreResult.OK, now)
 
+    def wanted(self) -> Iterator[list[Entry]]:
+        """The chunks of each job that anybody still waits for: one that hangs and was given up is
+        no queue for others, even if it never returns."""
+        return (part for part in self.inflight.values() if not all(e.dropped for e in part))
+
     def inflight_bytes(self) -> int:
         """Slot bytes being read."""
         return sum(e.nbytes for part in self.inflight.values() for e in part)

@@ -13,8 +13,10 @@ after the comparison.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from threading import Lock
 from typing import NamedTuple
 
 from kvoffload.core.hashchain import KEY_BYTES, Chain
@@ -73,32 +75,144 @@ def twin_key(key: ChunkKey) -> ChunkKey:
 
 
 class Shadow:
-    """All samples of a Manager. Not thread safe: the Manager's lock guards it."""
+    """All samples of a Manager, which owns the lock.
+
+    Public methods down to ``settle`` take the lock: any thread, O(samples), no I/O. The others are
+    called by the Manager under it.
+    """
 
     def __init__(
-        self, layout: CacheLayout, pool: Pool, loader: Loader, counters: Counters, data_bytes: int
+        self,
+        layout: CacheLayout,
+        pool: Pool,
+        loader: Loader,
+        counters: Counters,
+        data_bytes: int,
+        lock: Lock,
+        clock: Callable[[], float],
     ) -> None:
+        self.enabled = True
+        """False: nothing new is sampled or handed out. Set by the Manager."""
         self._layout = layout
         self._pool = pool
         self._loader = loader
         self._counters = counters
         self._room = data_bytes // SHARE
+        self._lock = lock
+        self._clock = clock
         self._ids = count(1)
         self._pairs: dict[int, _Pair] = {}
 
-    def begin(self, owner: str, chain: Chain, start: int, end: int, stamp: int, now: float) -> int:
-        """Pin up to 8 chunks that lie in [start, end), spread evenly; returns how many."""
-        wanted = self._spread(chain, start, end)
-        entries = self._loader.hold(chain, wanted, now) if wanted else None
-        for entry in entries or ():
-            size = self._layout.groups[entry.group].chunk_tokens
-            lease = self._loader.leases.open(owner, [entry], [entry.source], {})
-            at = entry.chunk * size
-            pair = _Pair(owner, entry, at, at + size, stamp, now + GIVE_UP_S, [lease.id])
-            self._pairs[next(self._ids)] = pair
-            self._room -= 2 * entry.nbytes
-            self._counters.verify_sampled += 1
-        return len(entries or ())
+    def begin(self, owner: str, chain: Chain, start: int, end: int, stamp: int = 0) -> int:
+        """Pin some chunks of the hit [start, end) to be compared with what ``owner`` computes.
+
+        Returns their number, at most 8, spread evenly; 0 when there is no room for samples.
+        ``stamp`` comes back in the checks.
+        """
+        with self._lock:
+            if not self.enabled:
+                return 0
+            now = self._clock()
+            wanted = self._spread(chain, start, end)
+            entries = self._loader.hold(chain, wanted, now) if wanted else None
+            for entry in entries or ():
+                size = self._layout.groups[entry.group].chunk_tokens
+                lease = self._loader.leases.open(owner, [entry], [entry.source], {})
+                at = entry.chunk * size
+                pair = _Pair(owner, entry, at, at + size, stamp, now + GIVE_UP_S, [lease.id])
+                self._pairs[next(self._ids)] = pair
+                self._room -= 2 * entry.nbytes
+                self._counters.verify_sampled += 1
+            return len(entries or ())
+
+    def computes_from(self, owner: str, start: int) -> None:
+        """``owner`` found [0, start) in HBM after all: its sample shrinks to what it computes."""
+        with self._lock:
+            now = self._clock()
+            for at, pair in self._of(owner):
+                if pair.twin is None and pair.start < start:
+                    self._give_up(at, pair, now)
+
+    def begin_twins(self, owner: str, end: int) -> list[StoreItem]:
+        """As ``Manager.begin_store``: slots for the sampled chunks that are complete at ``end``
+        and have none yet."""
+        out: list[StoreItem] = []
+        with self._lock:
+            now = self._clock()
+            for at, pair in self._of(owner) if self.enabled else ():
+                if pair.twin is not None or pair.end > end:
+                    continue
+                twin = self._take_twin(pair.entry, now)
+                if twin is None:
+                    self._give_up(at, pair, now)
+                    continue
+                pair.leases.append(self._loader.leases.open(owner, [twin], [Tier.DRAM], {}).id)
+                pair.twin = twin
+                out.append(StoreItem(twin.group, twin.chunk, twin.key, twin.ref))
+        return out
+
+    def _take_twin(self, held: Entry, now: float) -> Entry | None:
+        """A FILLING pinned slot for what ``held`` is compared with; None: gone, or no room."""
+        if held.dropped:
+            return None
+        what = ChunkId(twin_key(held.key), held.group, held.chunk, None, held.namespace_id)
+        if what.key in self._pool.index:  # two samples may share a chunk
+            return None
+        twin = self._pool.take_as(what, Tier.DRAM, now)
+        if twin is not None:
+            twin.twin = True
+            self._pool.index.pin(twin)
+        return twin
+
+    def request_over(self, owner: str) -> None:
+        """``owner`` computes no more."""
+        with self._lock:
+            now = self._clock()
+            for at, pair in self._of(owner):
+                if pair.twin is None:
+                    self._give_up(at, pair, now)
+
+    def due(self) -> Check | None:
+        """Two slots to be compared now; they stay as they are until ``settle``."""
+        with self._lock:
+            if not self.enabled:
+                return None
+            now = self._clock()
+            for at, pair in list(self._pairs.items()):
+                e, twin = pair.entry, pair.twin
+                if pair.out:
+                    continue
+                if pair.gone() or now > pair.until:
+                    self._give_up(at, pair, now)
+                elif twin is not None and e.state is twin.state is SlotState.READY:
+                    pair.out = True
+                    return Check(
+                        at, e.group, e.chunk, pair.start, pair.end, e.nbytes, e.source,
+                        e.key, e.ref, twin.key, twin.ref, pair.stamp,
+                    )  # fmt: skip
+            return None
+
+    def settle(self, check: Check, same: bool | None) -> bool:
+        """The comparison's answer, None for none. False when it came too late to count."""
+        with self._lock:
+            pair = self._pairs[check.id]
+            counts = same is not None and not pair.void and not pair.gone()
+            if counts:
+                self._counters.verify_ok += bool(same)
+                self._counters.verify_mismatch += not same
+            else:
+                self._counters.verify_given_up += 1
+            self._end(check.id, pair, self._clock())
+            return counts
+
+    # -- under the lock, by Manager
+
+    def clear(self, now: float) -> None:
+        """Give up all samples; slots that are being compared stay until ``settle``."""
+        for at, pair in list(self._pairs.items()):
+            pair.void = True
+            if not pair.out:
+                self._give_up(at, pair, now)
 
     def _spread(self, chain: Chain, start: int, end: int) -> list[Place]:
         places: list[tuple[int, Place]] = []
@@ -111,75 +225,6 @@ class Shadow:
         most = max((g.slot_bytes for g in self._layout.groups), default=1)
         n = min(len(places), MAX_CHUNKS, max(0, self._room) // (2 * most))
         return [places[(i + 1) * len(places) // n - 1][1] for i in range(n)]
-
-    def computes_from(self, owner: str, start: int, now: float) -> None:
-        """HBM holds [0, start) by now: those tokens will not be computed for the sample."""
-        for at, pair in self._of(owner):
-            if pair.twin is None and pair.start < start:
-                self._give_up(at, pair, now)
-
-    def begin_twins(self, owner: str, end: int, now: float) -> list[StoreItem]:
-        """FILLING slots for the sampled chunks that are complete at ``end`` and have none yet."""
-        out: list[StoreItem] = []
-        for at, pair in self._of(owner):
-            if pair.twin is not None or pair.end > end:
-                continue
-            e = pair.entry
-            twin = None
-            if not e.dropped:
-                what = ChunkId(twin_key(e.key), e.group, e.chunk, None, e.namespace_id)
-                if what.key not in self._pool.index:  # two samples may share a chunk
-                    twin = self._pool.take_as(what, Tier.DRAM, now)
-            if twin is None:
-                self._give_up(at, pair, now)
-                continue
-            twin.twin = True
-            self._pool.index.pin(twin)
-            pair.leases.append(self._loader.leases.open(owner, [twin], [Tier.DRAM], {}).id)
-            pair.twin = twin
-            out.append(StoreItem(e.group, e.chunk, twin.key, twin.ref))
-        return out
-
-    def request_over(self, owner: str, now: float) -> None:
-        """No more chunks will be computed for ``owner``'s sample."""
-        for at, pair in self._of(owner):
-            if pair.twin is None:
-                self._give_up(at, pair, now)
-
-    def due(self, now: float) -> Check | None:
-        """A pair to compare; its slots stay as they are until ``settle``."""
-        for at, pair in list(self._pairs.items()):
-            e, twin = pair.entry, pair.twin
-            if pair.out:
-                continue
-            if pair.gone() or now > pair.until:
-                self._give_up(at, pair, now)
-            elif twin is not None and e.state is twin.state is SlotState.READY:
-                pair.out = True
-                return Check(
-                    at, e.group, e.chunk, pair.start, pair.end, e.nbytes, e.source,
-                    e.key, e.ref, twin.key, twin.ref, pair.stamp,
-                )  # fmt: skip
-        return None
-
-    def settle(self, at: int, same: bool | None, now: float) -> bool:
-        """The comparison's answer, None for none. True when it counts: no change meanwhile."""
-        pair = self._pairs[at]
-        counts = same is not None and not pair.void and not pair.gone()
-        if counts:
-            self._counters.verify_ok += bool(same)
-            self._counters.verify_mismatch += not same
-        else:
-            self._counters.verify_given_up += 1
-        self._end(at, pair, now)
-        return counts
-
-    def clear(self, now: float) -> None:
-        """Give up all samples; slots that are being compared stay until ``settle``."""
-        for at, pair in list(self._pairs.items()):
-            pair.void = True
-            if not pair.out:
-                self._give_up(at, pair, now)
 
     def _of(self, owner: str) -> list[tuple[int, _Pair]]:
         return [(at, p) for at, p in self._pairs.items() if p.owner == owner]

@@ -54,6 +54,7 @@ class Counters:
     nvme_dropped: int = 0
     nvme_admitted_twice: int = 0  # chunks to be written (core/admission.py), by reason
     nvme_admitted_coin: int = 0
+    nvme_admitted_hint: int = 0
     nvme_admitted_idle: int = 0
     nvme_refused_coin: int = 0  # chunks not to be written, by reason
     nvme_refused_value: int = 0
@@ -65,7 +66,7 @@ class Counters:
     nvme_probes: int = 0  # reads made only to see whether a tier works again
     tier_errors: int = 0  # exceptions from the arena or the store
     resets: int = 0
-    hint_retain_cut: int = 0  # chunks whose retention ended early: over the bound, or no other room
+    hint_retain_cut: int = 0  # chunks DRAM let go of early: over the bound, or no other room
     hint_pin_refused: int = 0  # prompts that were not pinned for want of room
     hint_released: int = 0  # chunks let go of because their session ended
     hint_deleted: int = 0  # and deleted from NVMe
@@ -126,6 +127,8 @@ class Levels:
     writing_bytes: int
     read_breaker: float
     write_breaker: float
+    nvme_retained_bytes: int  # on NVMe, kept from being recycled by hints
+    nvme_retain_cut: int  # chunks of which NVMe gave that up early, since it was opened
     wear: Wear | None  # of the NVMe tier
     bytes_per_s: Mapping[Tier, float]
     prefill_tokens_per_s: float

@@ -11,6 +11,26 @@ _EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
+class LifeWear:
+    """As long as the store's directories live, by all engines that share them."""
+
+    payload_bytes: int = 0
+    device_bytes: int = 0
+    bytes_per_day: float = 0.0  # to the devices, by the last 7 days
+    days_left: float | None = None  # infinite: nothing is written; None: endurance not known
+
+    @staticmethod
+    def of(stats: Mapping[str, float]) -> LifeWear:
+        """From a store's ``stats()``; zeros where it keeps no such totals."""
+        return LifeWear(
+            payload_bytes=int(stats.get("lifetime_payload_bytes", 0)),
+            device_bytes=int(stats.get("lifetime_device_bytes", 0)),
+            bytes_per_day=stats.get("lifetime_per_day", 0.0),
+            days_left=stats.get("lifetime_days_left"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Wear:
     """Bytes since this process opened the store, and the decisions behind them."""
 
@@ -19,17 +39,11 @@ class Wear:
     bytes_per_day: float  # to the device, at the last hour's rate
     probability: float  # of writing a chunk used once; 1 where everything is written
     value: float  # bytes asked for again per byte that left DRAM, of late
+    life: LifeWear = LifeWear()
 
     def amplification(self) -> float:
         """Device bytes per payload byte; 0 before anything was accepted."""
         return self.device_bytes / self.payload_bytes if self.payload_bytes else 0.0
-
-
-def device_bytes(stats: Mapping[str, float]) -> int:
-    """All bytes a store wrote since it was opened, from its ``stats()``: payload with padding and
-    what was written again to keep it, records, and segments made ahead of need."""
-    parts = ("bytes_written", "journal_bytes", "zeroed_bytes")
-    return int(sum(stats.get(part, 0) for part in parts))
 
 
 def days_left(endurance_bytes: float, bytes_per_day: float) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.lease import Prefetches
 from kvoffload.core.loader import Loader
-from kvoffload.core.lookup import Hit, Search
+from kvoffload.core.lookup import Hit
 from kvoffload.core.planner import LoadMode, Plan, Step, explore, plan
 from kvoffload.core.rates import Rates
 from kvoffload.core.stats import Counters
@@ -44,12 +44,12 @@ class Weigher:
 
     def plan(self, chain: Chain, start: int, limit: int, now: float) -> tuple[Plan, Hit]:
         """See Manager.plan; also the hit as far as it is to be loaded."""
+        near = self._in_dram(chain, start, limit, now)
+        if near is not None:
+            return near
         search, held = self._loader.search(chain, start, limit, now)
         if held <= start:
             return Plan(start, Decision.MISS), Hit(start, 0, {})
-        made = self._all_in_dram(search, start, held)
-        if made is not None:
-            return made, search.hit(start, held)
         steps = search.steps(start, held)
         ahead = self._loader.ahead(chain, start, held)
         still = self._loader.standstill_s()
@@ -64,13 +64,23 @@ class Weigher:
             made = self._explore(chain, start, steps, made, now)
         return made, search.hit(start, made.end)
 
-    def _all_in_dram(self, search: Search, start: int, held: int) -> Plan | None:
-        """The plan of most hits, without weighing every boundary; None where that is not it."""
-        step = search.whole(start, held)
-        if step is None:
+    def _in_dram(self, chain: Chain, start: int, limit: int, now: float) -> tuple[Plan, Hit] | None:
+        """The plan of most hits, without a search and without weighing every boundary; None where
+        that is not it.
+
+        What a load from one tier saves is convex in its length (prefill's seconds are, its own are
+        linear), so that the whole or nothing saves most.
+        """
+        found = self._loader.in_dram(chain, start, limit, now)
+        if found is None:
             return None
+        if found.end <= start:
+            return Plan(start, Decision.MISS), Hit(start, 0, {})
+        step = Step(found.end, {Tier.DRAM: found.nbytes})
         made = plan(start, [step], self._rates.tiers(), self._rates.prefill.seconds, self._mode)
-        return made if made.decision is Decision.WHOLE else None
+        if made.end < found.end or made.decision is Decision.UNKNOWN:
+            return None  # part of it may be better
+        return made, Hit(found.end, found.chunks, {Tier.DRAM: found.end - start})
 
     def _explore(
         self, chain: Chain, start: int, steps: Sequence[Step], refused: Plan, now: float
@@ -91,8 +101,12 @@ class Weigher:
         """The boundary up to which a later load will pay, whatever the queue is now, or is
         ``wished`` for; ``start`` where all of it is in DRAM already, where it then ages as if it
         were used."""
+        near = self._loader.in_dram(chain, start, limit, now)
+        if near is not None:
+            self._loader.touch(chain, start, near.end)
+            return start
         search, end = self._loader.search(chain, start, limit, now)
-        if end > start and search.whole(start, end) is not None:
+        if end > start and search.whole(start, end):
             self._loader.touch(chain, start, end)
             return start
         if self._mode is LoadMode.AUTO and not wished:

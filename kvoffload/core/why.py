@@ -167,6 +167,7 @@ class Asked:
     prompt: int
     hbm: int = 0  # leading tokens that HBM held
     plan: Plan | None = None
+    offered: int = 0  # the end of what the engine was told
     chunk: int = -1  # of the first KV group: the first one that was not loaded
     key: ChunkKey | None = None  # its key; None where the prompt does not fill it
     trace: Trace | None = None

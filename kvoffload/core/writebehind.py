@@ -1,4 +1,4 @@
-"""What goes to NVMe and when: victims of the DRAM tier before their turn, the rest in idle time.
+"""What goes to NVMe and when: victims of DRAM before their turn, the rest when core/idle.py says.
 
 A chunk that will be evicted soon is judged (core/admission.py). Admitted, it waits in the queue and
 keeps its slot until it is written, and others are evicted meanwhile; so many bytes may wait. Where
@@ -8,7 +8,7 @@ they are used up the disk is outrun, and chunks leave unwritten: nobody waits fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -33,9 +33,6 @@ RESERVED_PART = 8
 """This part of the arena may wait to be written before it goes. Where more would, the disk is
 outrun; a chunk lost that way also loses those behind it, so a burst of requests must fit."""
 HORIZON_CHUNKS = 128  # judged in one go, at most: some 0.5 ms
-IDLE_S = 5.0
-"""Nothing was stored or loaded for so long: the engine is idle. Longer than pauses between bursts
-of requests, when writing what is hot (and stays) would cost what is cold its budget."""
 
 
 class WriteBehind:
@@ -65,12 +62,11 @@ class WriteBehind:
         self._horizon = arena.data_bytes // HORIZON_PART
         self._room = arena.data_bytes // RESERVED_PART
         self._looked = -(1 << 30)  # chunks evicted when the next victims were last looked at
-        self._active = float("-inf")  # when something was last stored or loaded
-        self._idle: list[Entry] | None = None  # hottest first, made when the engine became idle
         self.reserved_bytes = 0  # queued and keeping their slots
         self._queue: dict[ChunkKey, Entry] = {}
         self.inflight: dict[int, list[Entry]] = {}
         self.inflight_bytes = 0
+        self.on_written: Callable[[Sequence[Entry]], None] = lambda entries: None
         self.limited = False  # the write budget, not the disk, holds the queue back
 
     def __len__(self) -> int:
@@ -88,10 +84,29 @@ class WriteBehind:
             del self._queue[entry.key]
         self._unreserve(entry, refund=True)
 
-    def active(self, now: float) -> None:
-        """Something was stored or loaded."""
-        self._active = now
-        self._idle = None
+    def recall(self, entries: Sequence[Entry]) -> None:
+        """Nobody wants these written any more: those that wait for it may go as they are."""
+        for entry in entries:
+            if entry.reserved:
+                self._withdraw(entry, None)
+
+    def reorder(self, order: Sequence[Entry]) -> None:
+        """Write in this order; what is not in it, or nobody wants, not at all."""
+        queue, self._queue = self._queue, {}
+        for entry in order:
+            if queue.get(entry.key) is entry and not entry.retired:
+                self._queue[entry.key] = entry
+
+    def reserve(self, entry: Entry) -> None:
+        """Queue ``entry``, whose budget is spent: it keeps its slot until it is written."""
+        entry.reserved = True
+        self.reserved_bytes += entry.nbytes
+        self._queue[entry.key] = entry
+        self._pool.index.refresh(entry)
+
+    def waiting_bytes(self) -> int:
+        """Slot bytes that keep their slots until they are written."""
+        return self.inflight_bytes + self.reserved_bytes
 
     # -- victims
 
@@ -109,7 +124,7 @@ class WriteBehind:
         elif not self._bucket.take(entry.nbytes, now):
             self._admission.withdraw(entry, Fate.NO_BUDGET)
         else:
-            self._reserve(entry)
+            self.reserve(entry)
         return entry.reserved
 
     def unspare(self) -> bool:
@@ -118,12 +133,15 @@ class WriteBehind:
             return False
         waiting = [e for e in self._queue.values() if e.reserved]
         for entry in waiting:
-            del self._queue[entry.key]
-            self._unreserve(entry, refund=True)
-            if self._admission is not None:
-                self._admission.withdraw(entry, Fate.OUTRUN)
-            self._pool.index.refresh(entry)
+            self._withdraw(entry, Fate.OUTRUN)
         return bool(waiting)
+
+    def _withdraw(self, entry: Entry, why: Fate | None) -> None:
+        del self._queue[entry.key]
+        self._unreserve(entry, refund=True)
+        if self._admission is not None:
+            self._admission.withdraw(entry, why)
+        self._pool.index.refresh(entry)
 
     def evicted(self, entry: Entry) -> None:
         """``entry`` is being evicted."""
@@ -149,57 +167,12 @@ class WriteBehind:
             for entry in self._pool.index.coming(cls, count, mine):
                 self.spare(entry, now)
 
-    def _reserve(self, entry: Entry) -> None:
-        entry.reserved = True
-        self.reserved_bytes += entry.nbytes
-        self._queue[entry.key] = entry
-        self._pool.index.refresh(entry)
-
     def _unreserve(self, entry: Entry, refund: bool) -> None:
         if entry.reserved:
             entry.reserved = False
             self.reserved_bytes -= entry.nbytes
             if refund:
                 self._bucket.refund(entry.nbytes)
-
-    # -- idle time
-
-    def idle(self, now: float, limit_bytes: int) -> None:
-        """Queue what is hottest, up to ``limit_bytes`` waiting, if the engine is idle."""
-        if self._admission is not None and now - self._active >= IDLE_S:
-            if self._idle is None:
-                self._idle = [e for e in self._pool.index.hottest_first() if e.dirty]
-                self._idle.reverse()
-            self._queue_idle(self._idle, now, limit_bytes)
-
-    def hottest(self, now: float, limit_bytes: int) -> None:
-        """As ``idle``, whether or not the engine is idle (used at shutdown)."""
-        hot = self._pool.index.hottest_first()
-        if self._admission is None:
-            queue = self._queue
-            self._queue = {e.key: e for e in hot if queue.get(e.key) is e and not e.retired}
-        else:
-            self._queue_idle([e for e in reversed(hot) if e.dirty], now, limit_bytes)
-
-    def _queue_idle(self, coldest_first: list[Entry], now: float, limit_bytes: int) -> None:
-        if self._admission is None:
-            return
-        written = self._counters.nvme_written_bytes + self.inflight_bytes + self.reserved_bytes
-        left = self._admission.idle_bytes(written)
-        while coldest_first and self.inflight_bytes + self.reserved_bytes < limit_bytes:
-            entry = coldest_first[-1]
-            if self._may_idle(entry):
-                left -= entry.nbytes
-                if left < 0 or not self._bucket.take(entry.nbytes, now):
-                    return
-                self._admission.idle(entry)
-                self._reserve(entry)
-            coldest_first.pop()
-
-    @staticmethod
-    def _may_idle(entry: Entry) -> bool:
-        free = not (entry.dropped or entry.reserved or entry.io or entry.retired)
-        return free and entry.dirty and entry.attempts < MAX_ATTEMPTS
 
     # -- writing
 
@@ -224,9 +197,7 @@ class WriteBehind:
         """Head of the queue: one group and namespace, within room and budget; leaves the queue."""
         batch: list[Entry] = []
         for entry in self._queue.values():
-            if (
-                entry.retired and not entry.reserved
-            ):  # what is reserved cannot go but by being written
+            if entry.retired:
                 continue
             if batch and (entry.group, entry.namespace_id) != (
                 batch[0].group,
@@ -259,6 +230,7 @@ class WriteBehind:
                 entry.dirty = False
                 self._bucket.refund(entry.nbytes)
                 self._pool.index.refresh(entry)
+        self.on_written([e for e, there in zip(batch, held, strict=True) if there])
         return [e for e, there in zip(batch, held, strict=True) if not there]
 
     def _put(self, part: list[Entry], now: float) -> bool:
@@ -301,13 +273,18 @@ class WriteBehind:
 
     def finish(self, job: int, results: bytes, now: float) -> None:
         """A put job has returned."""
+        over: list[Entry] = []  # written for sessions that have ended since
+        written: list[Entry] = []
         for entry, result in outcomes(self.inflight.pop(job), results):
             self.inflight_bytes -= entry.nbytes
             if result == StoreResult.OK:
                 entry.dirty = False
+                written.append(entry)
                 self._counters.nvme_written += 1
                 self._counters.nvme_written_bytes += entry.nbytes
                 self._breaker.success()
+                if entry.retired and self._pool.index.get(entry.key) in (entry, None):
+                    over.append(entry)
             elif result == StoreResult.DROPPED:
                 self._counters.nvme_dropped += 1
                 self._again(entry)
@@ -320,12 +297,26 @@ class WriteBehind:
                 self._breaker.failure(now)
                 self._again(entry)
             self._pool.write_over(entry, now)
+        self.on_written(written)
+        self._delete(over)
+
+    def _delete(self, entries: Sequence[Entry]) -> None:
+        if not entries:
+            return
+        try:
+            self._counters.hint_deleted += self._store.delete(b"".join(e.key for e in entries))
+        except Exception as error:  # it ages out as ever
+            self._guard.failed("store.delete", error)
+        for entry in entries:
+            if not entry.dropped:
+                self.push(entry)  # used again, it is to be written again
 
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant."""
         for key, entry in self._queue.items():
             assert entry.key == key and entry.dirty and not entry.dropped, "queued but not dirty"
             assert entry.reserved or self._admission is None, "queued without a budget"
+            assert not (entry.reserved and entry.retired), "let go of and kept to be written"
             assert self._pool.index.get(key) is entry, "queued but not resident"
         reserved = sum(e.nbytes for e in self._queue.values() if e.reserved)
         assert self.reserved_bytes == reserved, "bytes reserved"

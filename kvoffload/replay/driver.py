@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvoffload.core.admission import MODES
 from kvoffload.core.alloc import ARENA_GRAIN, SlotAllocator
 from kvoffload.core.fit import lease_what_fits
 from kvoffload.core.hashchain import Chain
@@ -36,7 +37,7 @@ _OWNER = "replay"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is to be sized. Sizes in bytes; ``nvme_chunks`` 0 is no NVMe tier.
+    """What is to be sized. Sizes in bytes; ``nvme_chunks`` 0 is no NVMe tier. Raises ConfigError.
 
     ``write_everything``: the reference that every written byte is compared with: all chunks go to
     NVMe at once, without a budget. ``options``: further keyword arguments of the Manager.
@@ -54,6 +55,14 @@ class Setup:
     write_everything: bool = False
     hardware: Hardware = field(default_factory=Hardware)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks what nobody else would look at without an NVMe tier."""
+        if self.nvme_store not in STORES:
+            raise ConfigError(f"nvme_store={self.nvme_store!r}: must be one of {', '.join(STORES)}")
+        mode = self.nvme_admission
+        if mode is not None and mode not in MODES:
+            raise ConfigError(f"nvme_admission={mode!r}: must be one of {', '.join(MODES)}")
 
     def layout(self) -> CacheLayout:
         """One full-attention group whose block is the chunk."""
@@ -127,8 +136,6 @@ class Replay:
         arena = InstantArena(data_bytes, slots_needed(self.layout, data_bytes))
         self.store: StoreModel | None = None
         if setup.nvme_chunks:
-            if setup.nvme_store not in STORES:
-                raise ConfigError(f"nvme_store={setup.nvme_store!r}: must be fifo or lru")
             self.store = STORES[setup.nvme_store](
                 setup.nvme_chunks, self.chunk_bytes, lambda: self.now, setup.hardware.read_s
             )
@@ -153,7 +160,7 @@ class Replay:
         chain = Chain.of_keys(self.layout, request.keys)
         tokens = request.input_tokens
         dram, nvme = self._load(chain, tokens)
-        self.manager.begin_store(chain, 0, tokens)
+        self.manager.begin_store(chain, dram + nvme, tokens)  # what was loaded is held already
         self._settle()
         if last_use is not None:
             marked = zip(request.keys, last_use, strict=True)

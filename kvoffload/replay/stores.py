@@ -155,6 +155,17 @@ class StoreModel(ABC):
             self._forget(key)
         return len(held)
 
+    def retain(self, keys: bytes, seconds: float, level: int = 0, owner: int = 0) -> bytes:
+        """Recorded requests have no hints."""
+        return bytes(len(split_keys(keys)))
+
+    def retained(self, keys: bytes, owner: int = 0) -> bytes:
+        """Recorded requests have no hints."""
+        return bytes(len(split_keys(keys)))
+
+    def retain_none(self) -> None:  # noqa: B027  (nothing to end, in any model)
+        """Recorded requests have no hints."""
+
     def flush(self, timeout_ms: int) -> bool:
         """Nothing to flush."""
         return True

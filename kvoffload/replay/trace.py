@@ -16,6 +16,7 @@ import gzip
 import heapq
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +35,7 @@ _GUESSED = 1000  # requests from which the block size is worked out
 _BLOCKS = tuple(1 << n for n in range(3, 14))
 _KEY_BYTES = 16
 _REORDERED = 4096  # requests of a recording that may overtake each other
+_MOST = 1 << 53  # tokens, milliseconds: exact as a float
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class Trace:
     # -- lines
 
     def _lines(self) -> Iterator[tuple[int, str]]:
+        number = 0
         try:
             with self.path.open("rb") as raw:
                 self._position = raw.tell
@@ -133,9 +136,10 @@ class Trace:
                 for number, line in enumerate(text, 1):
                     if line.strip():
                         yield number, cast(str, line)
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             why = getattr(error, "strerror", None) or error
-            raise ConfigError(f"{self.path}: cannot be read: {why}") from error
+            where = f", after line {number}" if number else ""
+            raise ConfigError(f"{self.path}{where}: cannot be read: {why}") from error
         finally:
             self._position = self.path.stat().st_size.__int__ if self.path.exists() else int
 
@@ -143,7 +147,7 @@ class Trace:
         for number, line in self._lines():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise self._bad(number, f"is not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise self._bad(number, "is not a JSON object")
@@ -161,22 +165,16 @@ class Trace:
         for number, row in self._objects():
             if row.get("meta"):
                 continue
-            try:
-                ok = row["input_length"] >= 0 <= row.get("output_length", 0)
-                ok = ok and row["timestamp"] >= 0 and isinstance(row["hash_ids"], list)
-            except (KeyError, TypeError):
-                ok = False
-            if not ok:
-                raise self._bad(
-                    number, "needs timestamp, input_length (both at least 0) and hash_ids"
-                )
+            why = _wrong(row)
+            if why:
+                raise self._bad(number, why)
             row["line"] = number
             yield row
 
     def _block_tokens(self, meta: dict[str, Any], given: int | None) -> int:
         said = meta.get("block_size")
         if said is not None:
-            if not isinstance(said, int) or said < 1:
+            if type(said) is not int or said < 1:
                 raise ConfigError(f"{self.path}: block_size={said!r} of its first line: no number")
             if given not in (None, said):
                 raise ConfigError(f"block_tokens={given}: {self.path} has blocks of {said} tokens")
@@ -206,12 +204,37 @@ class Trace:
         if n > 1:
             ids = ids[n - 1 :: n]
         try:
-            keys = chunk_keys([int(i, 16) for i in ids] if ids and isinstance(ids[0], str) else ids)
+            if ids and isinstance(ids[0], str):
+                ids = [int(i, 16) for i in ids]
+            elif not {*map(type, ids)} <= {int}:
+                raise TypeError("numpy would cut them to whole numbers")
+            keys = chunk_keys(ids)
         except (ValueError, TypeError, OverflowError):
             raise self._bad(
                 row["line"], "hash_ids must be whole numbers (64 bits) or hex digits"
             ) from None
         return Request(arrival_s, tokens, row.get("output_length", 0), keys)
+
+
+def _wrong(row: dict[str, Any]) -> str:
+    """What is wrong with a request's line; empty: nothing."""
+    if not row.keys() >= {"timestamp", "input_length", "hash_ids"}:
+        return "needs timestamp, input_length and hash_ids"
+    for name in ("input_length", "output_length"):
+        value = row.get(name, 0)
+        if type(value) is not int or not 0 <= value <= _MOST:
+            return f"{name}={_shown(value)}: must be a whole number, at least 0"
+    at = row["timestamp"]
+    if type(at) not in (int, float) or not 0 <= at <= _MOST:
+        return f"timestamp={_shown(at)}: must be milliseconds, at least 0"
+    if not isinstance(row["hash_ids"], list):
+        return f"hash_ids={_shown(row['hash_ids'])}: must be a list"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _in_order(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ which block and are never called under the Manager's lock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,6 +15,10 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from kvoffload import _core
+
+
+PIN_LEVEL = 4
+"""The level of what is pinned in a chunk store: above the priorities of retention."""
 
 
 class ArenaLike(Protocol):
@@ -122,11 +126,32 @@ class ChunkStoreLike(Protocol):
     def delete(self, keys: bytes) -> int:
         """Forget keys, in memory at once; returns how many were held."""
 
+    def retain(self, keys: bytes, seconds: float, level: int = 0, owner: int = 0) -> bytes:
+        """Keep what of ``keys`` is held, for ``seconds`` from now, at ``level`` 0 to 3, or pin it
+        (``PIN_LEVEL``); 0 seconds end that. ``owner``: who asks, 64 bits, 0 for several.
+
+        One byte per key: 1 where it was retained before, and for less. The store bounds what it
+        keeps and may give the weakest up; all of it ends with the process.
+        """
+
+    def retained(self, keys: bytes, owner: int = 0) -> bytes:
+        """One byte per key, 1 if pinned, or retained for others than ``owner`` (0: for anybody)."""
+
+    def retain_none(self) -> None:
+        """End all retention and all pins."""
+
     def flush(self, timeout_ms: int) -> bool:
         """Block until all puts so far are durable against a process crash."""
 
     def stats(self) -> dict[str, int | float]:
         """At least entries, bytes_used, bytes_max."""
+
+
+def device_bytes(stats: Mapping[str, float]) -> int:
+    """All bytes a store wrote since it was opened, from its ``stats()``: payload with padding and
+    what was written again to keep it, records, and segments made ahead of need."""
+    parts = ("bytes_written", "journal_bytes", "zeroed_bytes")
+    return int(sum(stats.get(part, 0) for part in parts))
 
 
 if TYPE_CHECKING:

@@ -297,6 +297,18 @@ class FaultyStore:
         """The inner store's, as ``contains``."""
         return self._inner.delete(keys)
 
+    def retain(self, keys: bytes, seconds: float, level: int = 0, owner: int = 0) -> bytes:
+        """The inner store's, as ``contains``."""
+        return self._inner.retain(keys, seconds, level, owner)
+
+    def retained(self, keys: bytes, owner: int = 0) -> bytes:
+        """The inner store's, as ``contains``."""
+        return self._inner.retained(keys, owner)
+
+    def retain_none(self) -> None:
+        """The inner store's, as ``contains``."""
+        self._inner.retain_none()
+
     def stats(self) -> dict[str, int | float]:
         """The inner store's."""
         return self._inner.stats()

@@ -93,6 +93,17 @@ class NullStore:
         """Nothing is ever held."""
         return 0
 
+    def retain(self, keys: bytes, seconds: float, level: int = 0, owner: int = 0) -> bytes:
+        """Nothing is ever held."""
+        return bytes(len(keys) // _KEY_BYTES)
+
+    def retained(self, keys: bytes, owner: int = 0) -> bytes:
+        """Nothing is ever held."""
+        return bytes(len(keys) // _KEY_BYTES)
+
+    def retain_none(self) -> None:
+        """Nothing is ever held."""
+
     def flush(self, timeout_ms: int) -> bool:
         """Nothing to flush."""
         return True

@@ -59,13 +59,16 @@ def test_reset_salt_and_metrics(life: EngineLife) -> None:
 
 
 def test_abort_ends_one_request_only(life: EngineLife) -> None:
-    long = life.submit(_prompt(20), max_tokens=3000)
-    assert long.wait_tokens(2)
-    other = life.submit(_prompt(21), max_tokens=4)
-    long.abort()
+    for attempt in range(3):  # beside other engines its 3000 tokens may be done before we say so
+        long = life.submit(_prompt(20), max_tokens=3000)
+        assert long.wait_tokens(2)
+        other = life.submit(_prompt(21 + attempt), max_tokens=4)
+        long.abort()
+        assert len(other.result().token_ids) == 4
+        if long.result().finish_reason == "abort":
+            break
     assert long.result().finish_reason == "abort"
     assert 2 <= len(long.result().token_ids) < 3000
-    assert len(other.result().token_ids) == 4
 
 
 def test_a_bad_request_is_an_error_and_the_engine_lives(life: EngineLife) -> None:
@@ -76,9 +79,10 @@ def test_a_bad_request_is_an_error_and_the_engine_lives(life: EngineLife) -> Non
 
 def test_kill9_is_noticed(life: EngineLife) -> None:
     """Last in this module: ends the engine."""
-    pending = life.submit(_prompt(40), max_tokens=3000)
-    assert pending.wait_tokens(1)
+    # So many that the last one is not done before we look.
+    pending = [life.submit(_prompt(40 + i), max_tokens=3000) for i in range(12)]
+    assert pending[0].wait_tokens(1)
     life.kill9()
     with pytest.raises(EngineError, match="gone"):
-        pending.result(timeout=10)
+        pending[-1].result(timeout=10)
     assert not life.alive

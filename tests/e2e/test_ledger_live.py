@@ -14,14 +14,18 @@ import pytest
 from typer.testing import CliRunner
 
 from kvoffload.cli.main import app
-from tests.e2e.prompts import connector, prompt
+from kvoffload.config import GIB
+from kvoffload.replay.trace import Trace
+from tests.e2e.prompts import connector, prompt, total
 from tests.support import models
-from tests.support.engine import EngineLife
+from tests.support.engine import EngineLife, Output
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 DOCUMENTS = {i: prompt(70 + i, 1536) for i in range(10)}
 ROUNDS = 14
+PROBES = 2
+KV_BYTES = 4096  # of a token in the tiny model
 
 
 def tenant(name: str) -> dict[str, Any]:
@@ -31,15 +35,22 @@ def tenant(name: str) -> dict[str, Any]:
 def test_savings_are_booked_to_tenants_and_sizes_are_advised(tmp_path: Path) -> None:
     rng = random.Random(5)
     weights = [1 / (i + 1) for i in DOCUMENTS]
-    with EngineLife(models.llama(), connector(dram_gib=0.08)) as life:
+    stream = tmp_path / "stream.jsonl"
+    # Replay knows nothing of how fast this machine computes: both load whatever they find.
+    settings = connector(dram_gib=0.08, load="always", record_path=str(stream))
+    hits = []
+    with EngineLife(models.llama(), settings) as life:
         for turn in range(ROUNDS):
             picked = rng.choices(list(DOCUMENTS), weights, k=5)
             for number in picked:
                 question = prompt(1000 + 10 * turn + number, 40)
-                life.generate([DOCUMENTS[number] + question], max_tokens=2, **tenant("acme"))
+                asked = [DOCUMENTS[number] + question]
+                hits += hit_tokens(asked, life.generate(asked, max_tokens=2, **tenant("acme")))
                 assert life.reset_prefix_cache()
-            life.generate([prompt(5000 + turn, 1000)], max_tokens=2, **tenant("one-offs"))
-            life.generate([DOCUMENTS[0]], max_tokens=2, cache_salt="secret")
+            asked = [prompt(5000 + turn, 1000)]
+            hits += hit_tokens(asked, life.generate(asked, max_tokens=2, **tenant("one-offs")))
+            asked = [DOCUMENTS[0]]
+            hits += hit_tokens(asked, life.generate(asked, max_tokens=2, cache_salt="secret"))
             assert life.reset_prefix_cache()
         # What a request's end books is exported with a later step, the curve every 5 s.
         until_curve(life)
@@ -64,12 +75,39 @@ def test_savings_are_booked_to_tenants_and_sizes_are_advised(tmp_path: Path) -> 
     # The curve was told of every prompt; what really hit is close to what it says of 1x.
     real = got["total"]["tokens"] / got["total"]["asked"]
     assert curve["ratios"]["1.0"] == pytest.approx(real, abs=0.1)
+    replayed_as_it_was(stream, hits, got, total(values, "kvoffload_dram_total_bytes"))
+
+
+def hit_tokens(asked: list[list[int]], answers: list[Output]) -> list[int]:
+    """Prompt tokens that were not computed; the last one always is."""
+    return [min(a.num_cached_tokens or 0, len(p) - 1) for p, a in zip(asked, answers, strict=True)]
+
+
+def replayed_as_it_was(
+    stream: Path, hits: list[int], ledger: dict[str, Any], dram_bytes: float
+) -> None:
+    """The recording of the run, replayed with an arena of its size, hits the same tokens."""
+    trace = Trace(stream)
+    assert trace.chunk_tokens == 256
+    size = ["--dram", f"{dram_bytes / GIB!r}", "--kv-bytes-per-token", str(KV_BYTES)]
+    done = CliRunner().invoke(
+        app, ["replay", str(stream), *size, "--load", "always", "--json", "-"]
+    )
+    assert done.exit_code == 0, done.output
+    (run,) = json.loads(done.stdout)["runs"]
+    assert run["dram_bytes"] == dram_bytes and run["evicted_chunks"] > 0
+    assert run["requests"] == len(hits) + PROBES
+    got = {t: round(share * run["input_tokens"]) for t, share in run["token_hit_by_tier"].items()}
+    assert got == {"dram": sum(hits), "nvme": 0}
+    # The ledger has what was loaded: of a prompt that hits whole also the token computed again.
+    whole = sum(hit == len(DOCUMENTS[0]) - 1 for hit in hits)
+    assert ledger["total"]["loaded"] == {"dram": sum(hits) + whole}
 
 
 def until_curve(life: EngineLife) -> None:
     """A few tiny requests, more than 5 s apart from the curve's last export."""
     import time
 
-    for _ in range(2):
+    for _ in range(PROBES):
         time.sleep(5.5)
         life.generate([prompt(9, 20)], max_tokens=2, **tenant("probe"))

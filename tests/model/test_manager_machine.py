@@ -44,9 +44,10 @@ from tests.support.fakes import (
 )
 
 PROMPTS = ["aaaaaaaa", "aaaabbbb", "aacc", "dddddd", "ddee", "ffffffffffff"]
-FAULTS = ["contains", "get_slots", "put_slots", "poll"]
+FAULTS = ["contains", "get_slots", "put_slots", "poll", "retain", "retained", "retain_none"]
 prompts = st.sampled_from(PROMPTS)
 picks = st.integers(0, 1000)
+owners = st.sampled_from(["", "x"])
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +95,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.links: dict[ChunkKey, ChunkKey] = {}  # FULL child -> parent
         self.before: set[ChunkKey] = set()
         self.counts = self.manager.counters.as_dict()
+        self.faulty = False  # a call of the store has raised at some time
         self.kept: dict[
             ChunkKey, tuple[Kept, float]
         ] = {}  # by hints, with the end of the retention
@@ -248,10 +250,17 @@ class ManagerMachine(RuleBasedStateMachine):
 
     # -- hints
 
-    @rule(text=prompts, seconds=st.sampled_from([1.0, 20.0, 600.0]), level=st.integers(0, 3))
-    def retain(self, text: str, seconds: float, level: int) -> None:
+    @rule(
+        text=prompts,
+        seconds=st.sampled_from([1.0, 20.0, 600.0]),
+        level=st.integers(0, 3),
+        start=st.sampled_from([0, 0, 30]),
+        owner=owners,
+    )
+    def retain(self, text: str, seconds: float, level: int, start: int, owner: str) -> None:
         chain = self.chain(text)
-        self.manager.keep.retain(chain, chain.tokens, seconds, level)
+        keep = self.manager.keep
+        keep.retain(chain, chain.tokens, seconds, level, start=start, owner=owner)
 
     @rule(text=prompts, end=st.integers(0, 200))
     def pin(self, text: str, end: int) -> None:
@@ -261,11 +270,16 @@ class ManagerMachine(RuleBasedStateMachine):
     def unpin(self, text: str, end: int) -> None:
         self.let_go = self.manager.keep.unpin(self.chain(text), end)
 
-    @rule(text=prompts, start=st.integers(0, 100))
-    def end_session(self, text: str, start: int) -> None:
+    @rule(text=prompts, start=st.integers(0, 100), owner=owners)
+    def end_session(self, text: str, start: int, owner: str) -> None:
         chain = self.chain(text)
         self.let_go = True
-        self.manager.keep.release(chain, start, chain.tokens)
+        keep = self.manager.keep
+        holds = [(key, keep._holds.get(key)) for key in keep._holds]
+        now = self.clock.now
+        theirs = {key for key, h in holds if h and h.owner != owner and h.until > now}
+        keep.release(chain, start, chain.tokens, owner=owner)
+        assert all(key in keep._holds for key in theirs), "somebody else's retention ended"
 
     # -- the chunk store
 
@@ -298,6 +312,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(what=st.sampled_from([None, None, *FAULTS]))
     def store_raises(self, what: str | None) -> None:
         self.store.raising = set() if what is None else {what}
+        self.faulty |= what is not None
 
     # -- time
 
@@ -358,6 +373,21 @@ class ManagerMachine(RuleBasedStateMachine):
                 )
 
     @invariant()
+    def nvme_keeps_what_dram_was_asked_to(self) -> None:
+        """What is on NVMe and was wished for when it came there, or since, is kept there."""
+        if self.faulty:
+            return
+        for entry in self.manager._pool.index:
+            wish = entry.wish
+            wished = wish is not None and wish.until > self.clock.now and not entry.retired
+            if entry.key in self.store.held and not entry.dirty and wished:
+                until, level, _ = self.store.keeps[entry.key]
+                assert wish is not None and until >= wish.until - 1 and level >= wish.level
+        pinned = self.manager.keep._pins
+        lost = [k for k in self.store.pinned if k not in pinned]
+        assert not lost, "pinned on NVMe though nobody asks"
+
+    @invariant()
     def leased_bytes_stay(self) -> None:
         for lease in self.leases.values():
             for item in lease.items:
@@ -386,7 +416,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.before, self.counts = now, after
         holds = self.manager.keep._holds
         self.kept = {
-            e.key: (e.kept, holds[e.key].until if e.key in holds else 0.0)
+            e.key: (e.kept, hold.until if (hold := holds.get(e.key)) is not None else 0.0)
             for e in self.manager._pool.index
             if e.kept
         }

@@ -41,7 +41,7 @@ class PolicyMachine(RuleBasedStateMachine):
     @initialize(capacity=st.integers(1, 14))
     def start(self, capacity: int) -> None:
         self.capacity = capacity
-        self.index = Index([make_policy(self.POLICY, count(1))])
+        self.index = Index([make_policy(self.POLICY, count(1))], lambda e: e.chunk * 1e-9 or None)
         self.pinned: list[Entry] = []
         self.retired: set[ChunkKey] = set()
         self.slots = count()

@@ -403,6 +403,42 @@ def test_a_load_that_never_ends_is_failed_at_its_deadline(groups: Any, ranks: in
     engine.finish()
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_long_steps_of_others_fail_no_load(in_flight: int, ranks: int) -> None:
+    """A load begins after a forward and is seen to have ended after another: when each takes longer
+    than the deadline, the scheduler half's fail order meets a load that is fine."""
+    engine = MiniEngine(
+        Options(ranks=ranks, in_flight=in_flight, deadline_ms=60, load_lag=2, blocks=256, budget=8)
+    )
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    engine.add(tokens(160, seed=1), 2)  # a long prefill: 20 steps
+    request = engine.add(tokens(40), 2)
+    for _ in range(40):
+        engine.clock.now += 0.2
+        engine.step()
+    engine.run()
+    assert request.loads == 1 and engine.scheduler.failed_loads == 0
+    assert engine.computed(request) < 8
+    engine.finish()
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_load_that_has_ended_is_failed_by_a_reset(in_flight: int) -> None:
+    """Not so where what it brought must not be used."""
+    engine = MiniEngine(Options(in_flight=in_flight, load_lag=2, blocks=256, budget=8))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    engine.add(tokens(160, seed=1), 2)
+    request = engine.add(tokens(40), 2)
+    engine.until_loading(request)
+    engine.scheduler_half.reset_cache()
+    engine.run()
+    assert request.loads == 1 and engine.scheduler.failed_loads == 1
+    engine.finish()
+
+
 def test_abort_and_deadline_together() -> None:
     """An aborted load is failed at its deadline too, and its blocks come back."""
     engine = MiniEngine(Options(in_flight=2, load_lag=10**6))

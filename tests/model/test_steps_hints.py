@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from kvoffload.core.holds import Hold, Holds
 from kvoffload.core.index import Kept
+from kvoffload.core.planner import Plan
 from kvoffload.engines.vllm.hints import MAX_SESSIONS
+from kvoffload.types import ChunkKey, Decision
 from tests.support.steps import MiniEngine, Options, tokens
 from tests.support.steps_blocks import GroupSpec
 
@@ -98,6 +102,26 @@ def test_a_running_request_is_retained_already(engine: MiniEngine) -> None:
     slot = engine.layout.groups[0].slot_bytes
     assert engine.manager.keep.nbytes[Kept.RETAINED] >= 6 * slot, "generated chunks as well"
     engine.finish()
+
+
+def test_a_running_request_does_not_renew_its_chain_with_each_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = MiniEngine(replace(SMALL, arena_bytes=8 << 20))
+    adds: list[ChunkKey] = []
+    real = Holds.add
+
+    def counting(self: Holds, key: ChunkKey, chunk: int, hold: Hold) -> bool:
+        adds.append(key)
+        return real(self, key, chunk, hold)
+
+    monkeypatch.setattr(Holds, "add", counting)
+    began = engine.clock.now
+    engine.ask(tokens(40), 401, hints={"retain_s": 60})
+    seconds = engine.clock.now - began
+    engine.finish()
+    assert len(set(adds)) > 50 and seconds < 5
+    assert max(Counter(adds).values()) <= 2 * seconds + 4
 
 
 def test_unpinned_it_goes(engine: MiniEngine) -> None:
@@ -230,6 +254,33 @@ def test_an_ended_session_leaves_nvme(tmp_path: Path) -> None:
     engine.finish()
 
 
+@pytest.mark.parametrize("how", ["hit", "computed again", "one shot"])
+@pytest.mark.parametrize("session", [None, "b"])
+def test_what_others_built_on_stays_on_nvme(tmp_path: Path, how: str, session: str | None) -> None:
+    """The other's own chunks lie on NVMe alone, and are of no use without those of the session."""
+    engine = MiniEngine(replace(SMALL, nvme=str(tmp_path)))
+    engine.ask(tokens(40), session="a")
+    if how == "computed again":
+        engine.forget_hbm()
+        engine.manager.plan = (  # type: ignore[method-assign]
+            lambda chain, start, limit: Plan(start, Decision.MISS)
+        )
+    question = tokens(40) + tokens(16, 5)
+    hints = {"store": False} if how == "one shot" else None
+    engine.ask(question, session=session, hints=hints)
+    engine._rest()
+    engine.manager.__dict__.pop("plan", None)
+    engine.manager.reset()
+    engine.forget_hbm()
+    engine.ask(tokens(40) + tokens(17, 1), session="a", hints={"end_session": True})
+    engine._rest()
+    engine.manager.reset()
+    served = 40 if how == "one shot" else 48
+    assert served <= loaded(engine, question) <= 56
+    assert loaded(engine, tokens(40) + tokens(17, 1)) <= 40
+    engine.finish()
+
+
 def test_bad_hints_fail_nothing_and_are_said_once(
     engine: MiniEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -308,7 +359,7 @@ def test_sessions_are_bounded() -> None:
     engine = MiniEngine(SMALL)
     hints = engine.scheduler_half._hints
     for i in range(MAX_SESSIONS):
-        hints._sessions[f"old {i}"] = (0, b"")  # type: ignore[assignment]
+        hints._sessions[f"old {i}"] = (0, b"", 0.0)  # type: ignore[assignment]
     engine.ask(tokens(40), session="new")
     engine.ask(tokens(40, 1), session="x" * 10_000)
     assert len(hints._sessions) == MAX_SESSIONS and "new" in hints._sessions
@@ -320,8 +371,7 @@ def test_levels_are_exported() -> None:
     engine = MiniEngine(SMALL)
     engine.ask(tokens(16), hints={"pin": True})
     engine.ask(tokens(40, 2), hints={"retain_s": 60})
-    engine.clock.now += 1
-    gauges = (engine.scheduler_half.take_stats() or {})["g"]
+    gauges = engine.exported()["g"]
     slot = engine.layout.groups[0].slot_bytes
     assert gauges["kvoffload_hint_bytes|pinned"] == 2 * slot
     assert gauges["kvoffload_hint_bytes|retained"] == 5 * slot

@@ -27,8 +27,7 @@ def engine() -> Iterator[MiniEngine]:
 
 def booked(engine: MiniEngine) -> dict[tuple[str, ...], float]:
     """Ledger counters since the last call: (name, model, tenant, ...) -> increase."""
-    engine.clock.now += 10
-    payload = engine.scheduler_half.take_stats() or {"c": {}}
+    payload = engine.exported()
     out: dict[tuple[str, ...], float] = {}
     for series, value in payload["c"].items():
         name, labels = split_series(series)
@@ -91,11 +90,11 @@ def test_the_curve_sees_prompts_and_generated_tokens(engine: MiniEngine) -> None
     turn = [*first.chain.tokens, *tokens(4)]
     engine.ask(turn)
     curve = engine.scheduler_half._accounts.curve
+    payload = _gauges(engine)
     assert curve is not None and curve.tokens == 40 + len(turn)
     # All whole chunks (8 tokens) of the first turn, the generated ones among them.
     kept = (len(first.chain.tokens) - 1) // 8 * 8
     assert curve.hit_ratio(10**6) == pytest.approx(kept / (40 + len(turn)))
-    payload = _gauges(engine)
     assert payload["kvoffload_curve_hit_ratio|dram|1"] == pytest.approx(
         kept / (40 + len(turn)), abs=1e-3
     )
@@ -104,10 +103,7 @@ def test_the_curve_sees_prompts_and_generated_tokens(engine: MiniEngine) -> None
 
 
 def _gauges(engine: MiniEngine) -> dict[str, Any]:
-    engine.clock.now += 10
-    payload = engine.scheduler_half.take_stats()
-    assert payload is not None
-    return dict(payload["g"])
+    return dict(engine.exported()["g"])
 
 
 def test_a_ledger_that_fails_costs_figures_and_no_request(
@@ -127,10 +123,7 @@ def test_a_ledger_that_fails_costs_figures_and_no_request(
 
 
 def _counts(engine: MiniEngine) -> dict[str, Any]:
-    engine.clock.now += 10
-    payload = engine.scheduler_half.take_stats()
-    assert payload is not None
-    return dict(payload["c"])
+    return dict(engine.exported()["c"])
 
 
 def test_the_curve_at_its_own_size_is_what_the_tier_hits() -> None:
@@ -161,10 +154,44 @@ def test_adapters_are_models_and_salts_are_tenants(engine: MiniEngine) -> None:
         request = SimpleNamespace(
             request_id=rid, lora_request=adapter, cache_salt=salt, kv_transfer_params=None
         )
-        accounts.arrived(request)
+        accounts.arrived(request, None)
         accounts.ledger.asked(rid, 10, 0)
         accounts.ended(rid, None)
     got = {key[1:] for key in booked(engine) if key[0] == "requests_total"}
     assert ("sql_adapter", "default") in got and len(got) == 2
     (salted,) = (tenant for model, tenant in got if model == "tiny")
     assert salted.startswith("salt-")
+
+
+@pytest.mark.parametrize(
+    ("tenant", "name"),
+    [
+        ("acme", "acme"),
+        ("x" * 256, "x" * 64),
+        (None, "default"),
+        ("x" * 257, "invalid"),
+        ("", "invalid"),
+        (7, "invalid"),
+        (["a"], "invalid"),
+    ],
+)
+def test_the_tenant_that_is_booked_is_the_hint_that_was_taken(
+    engine: MiniEngine, tenant: object, name: str
+) -> None:
+    engine.ask(tokens(9), hints={"tenant": tenant})
+    assert {key[2] for key in booked(engine)} == {name}
+
+
+def test_an_orchestrators_tenant_counts(engine: MiniEngine) -> None:
+    """vLLM's kv_hints: over a bad one of the client, and not undone by a bad one."""
+    half = engine.scheduler_half
+    for theirs, ours, name in ((7, "acme", "acme"), ("acme", 7, "acme"), (None, 7, "invalid")):
+        request = engine.add(tokens(9))
+        request.kv_transfer_params = {"kvoffload": {"tenant": theirs}}
+        action = SimpleNamespace(action_type="kvoffload", payload={"tenant": ours})
+        request.kv_hints = SimpleNamespace(actions=[action])
+        half._states.clear()  # as if it had just arrived with them
+        half._accounts.ledger._open.clear()
+        half.on_new_request(request)
+        engine.run()
+        assert {key[2] for key in booked(engine)} == {name}, (theirs, ours)

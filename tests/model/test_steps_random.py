@@ -93,7 +93,7 @@ def test_a_life_is_not_empty() -> None:
     import random
 
     total = dict.fromkeys(("parked", "failed", "preempted", "evicted"), 0)
-    for seed in range(25):
+    for seed in range(50):
         rng = random.Random(seed)
         options = Options(
             in_flight=2,

@@ -81,6 +81,26 @@ def test_a_tail_below_a_chunk() -> None:
     engine.finish()
 
 
+def test_a_drafter_has_the_last_block_computed() -> None:
+    """A hit of no more than that is none; the offer of it was never made."""
+    one = GroupSpec(blocks_per_chunk=1)
+    engine = MiniEngine(Options(groups=(one,), spec_tokens=2, eagle=True))
+    block = engine.layout.align_tokens
+    for blocks in (1, 3):
+        prompt = tokens(blocks * block + block - 1, blocks)
+        loaded = (blocks - 1) * block
+        asked(engine, prompt, max_tokens=4)  # what is drafted behind a block must be settled first
+        engine.forget_hbm()
+        report = asked(engine, prompt)
+        assert report.cause is MissCause.BELOW_FLOOR, report
+        assert report.loaded == ({"dram": loaded} if loaded else {})
+        assert (report.token, report.missed) == (loaded, len(prompt) - loaded)
+        engine.forget_hbm()
+        longer = asked(engine, prompt[: blocks * block] + tokens(9, 9 + blocks))
+        assert longer.cause is MissCause.NEVER_STORED and longer.token == loaded
+    engine.finish()
+
+
 def test_evicted_says_when_and_how() -> None:
     engine = MiniEngine(SMALL)
     engine.ask(tokens(40))
@@ -224,6 +244,8 @@ def test_timed_out() -> None:
     engine.forget_hbm()
     request = engine.add(tokens(40), 2)
     engine.until_loading(request)
+    for _ in range(5):  # it has begun: its time counts from there
+        engine.step()
     engine.clock.now += 5.0
     engine.run()
     report = why(engine, request)

@@ -108,6 +108,27 @@ class StoreMachine(RuleBasedStateMachine):
             self.sure.discard(key)
             self.unflushed.add(key)
 
+    @rule(
+        keys=st.lists(KEYS, min_size=1, max_size=12),
+        seconds=st.sampled_from([0.0, 0.01, 600.0]),
+        level=st.integers(0, 4),
+        owner=st.integers(0, 2),
+    )
+    def retain(self, keys: list[int], seconds: float, level: int, owner: int) -> None:
+        native = self.store._native
+        assert native is not None
+        names = b"".join(map(key_of, keys))
+        assert len(native.retain(names, seconds, level, owner)) == len(keys)
+        for i, kept in zip(keys, native.retained(names), strict=True):
+            assert not kept or self.store.contains(key_of(i)), "kept and not there"
+
+    @rule()
+    def retain_none(self) -> None:
+        native = self.store._native
+        assert native is not None
+        native.retain_none()
+        assert self.store.stats()["retained_bytes"] == 0
+
     # -- jobs on slots
 
     def free_slots(self, most: int) -> list[int]:

@@ -250,8 +250,18 @@ class EngineLife:
             time.sleep(0.1)
 
     def metrics(self) -> dict[str, float]:
-        """All Prometheus samples: ``name`` or ``name{label="value"}`` (engine, model_name left out)."""
-        values: dict[str, float] = self.call("metrics")["value"]
+        """All Prometheus samples: ``name`` or ``name{label="value"}`` (engine, model_name left out).
+
+        Levels and events follow the last token of the last request by some milliseconds.
+        """
+        before: dict[str, float] | None = None
+        for _ in range(20):
+            values: dict[str, float] = self.call("metrics")["value"]
+            ours = {k: v for k, v in values.items() if k.startswith("kvoffload_")}
+            if ours == before:
+                break
+            before = ours
+            time.sleep(0.15)
         return values
 
     def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> Any:

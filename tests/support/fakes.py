@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvoffload.core.hashchain import Chain
+from kvoffload.tiers.base import PIN_LEVEL
 from kvoffload.tiers.null import NullDone
 from kvoffload.types import CacheLayout, ChunkKey, GroupKind, GroupLayout, SlotState, StoreResult
 
@@ -145,6 +146,8 @@ class FakeStore(Faulty):
         super().__init__()
         self.max_entries = max_entries
         self.held: dict[bytes, bytes] = {}  # key -> whose bytes they are
+        self.keeps: dict[bytes, tuple[float, int, int]] = {}  # until, level, owner
+        self.pinned: set[bytes] = set()
         self.corrupt: set[bytes] = set()
         self.job_ns = 1_000_000  # what a job says it took
         self.read_result: StoreResult | None = None  # force this outcome for reads
@@ -258,7 +261,8 @@ class FakeStore(Faulty):
         if self.write_result is not None:
             return self.write_result
         while len(self.held) >= self.max_entries and key not in self.held:
-            del self.held[next(iter(self.held))]
+            oldest = next(iter(self.held))
+            self.lose(next((k for k in self.held if not self.keeps_for_others(k)), oldest))
         self.held[key] = arena.bytes_at[offset]
         return StoreResult.OK
 
@@ -270,7 +274,7 @@ class FakeStore(Faulty):
         if key not in self.held:
             result = StoreResult.MISS
         elif key in self.corrupt or self.held[key] != key:
-            self.held.pop(key)
+            self.lose(key)
             self.corrupt.discard(key)
             result = StoreResult.CORRUPT
         if result is not StoreResult.OK:
@@ -305,11 +309,56 @@ class FakeStore(Faulty):
     def delete(self, keys: bytes) -> int:
         self._maybe("delete")
         parts = [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
-        return sum(self.held.pop(key, None) is not None for key in parts)
+        found = sum(key in self.held for key in parts)
+        for key in parts:
+            self.lose(key)
+        return found
+
+    def retain(self, keys: bytes, seconds: float, level: int = 0, owner: int = 0) -> bytes:
+        self._maybe("retain")
+        assert seconds >= 0 and 0 <= level <= PIN_LEVEL and 0 <= owner < 1 << 64
+        parts = [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
+        return bytes(self._retain(key, seconds, level, owner) for key in parts)
+
+    def _retain(self, key: bytes, seconds: float, level: int, owner: int) -> bool:
+        if level == PIN_LEVEL:
+            (self.pinned.add if seconds and key in self.held else self.pinned.discard)(key)
+            return False
+        now = self._clock() if self._clock is not None else 0.0
+        old = self.keeps.get(key)
+        old = old if old is not None and old[0] > now else None
+        if not seconds or key not in self.held:
+            self.keeps.pop(key, None)
+            return False
+        new = (now + seconds, level, owner)
+        if old is not None:
+            who = owner if old[2] == owner else 0
+            new = (max(old[0], new[0]), max(old[1], level), who)
+        self.keeps[key] = new
+        return old is not None and (new[0] > old[0] + 0.5 or new[1] > old[1])
+
+    def retained(self, keys: bytes, owner: int = 0) -> bytes:
+        self._maybe("retained")
+        parts = (keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES))
+        return bytes(self.keeps_for_others(key, owner) for key in parts)
+
+    def keeps_for_others(self, key: bytes, owner: int = 0) -> bool:
+        if key not in self.held:
+            return False
+        now = self._clock() if self._clock is not None else 0.0
+        until, _, who = self.keeps.get(key, (0.0, 0, 0))
+        return key in self.pinned or (until > now and (not who or who != owner))
+
+    def retain_none(self) -> None:
+        self._maybe("retain_none")
+        self.keeps.clear()
+        self.pinned.clear()
 
     def lose(self, key: bytes) -> None:
         """Forget a chunk, as recycling does."""
         self.held.pop(key, None)
+        self.keeps.pop(key, None)
+        self.pinned.discard(key)
 
     def flush(self, timeout_ms: int) -> bool:
         self._maybe("flush")

@@ -32,6 +32,7 @@ from kvoffload.core.pages import PageFormat, ValueType
 from kvoffload.engines.vllm import worker as worker_module
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.worker import WorkerHalf
+from kvoffload.metrics import Payload, empty_payload, merge
 from kvoffload.replay.record import StreamRecorder
 from kvoffload.tiers.nvme import StripedStore
 from kvoffload.tiers.nvme.drive import Drive
@@ -174,7 +175,7 @@ class MiniEngine:
             self.engines.append(engine)
             return engine
 
-        half = WorkerHalf(self.layout, rank, attach=self.attach, make_engine=make)
+        half = WorkerHalf(self.layout, rank, attach=self.attach, make_engine=make, clock=self.clock)
         for group in self.layout.groups:
             half.register_group(group.group, memory.fragments(), o.blocks)
         return Rank(
@@ -341,6 +342,15 @@ class MiniEngine:
         return [r for r in self.scheduler.requests.values() if r.status is Status.REMOTE]
 
     # -- oracles
+
+    def exported(self) -> Payload:
+        """Metrics since the last export, of an engine at rest: what the step that ends a request
+        takes along, and the rest."""
+        out = empty_payload()
+        for _ in range(2):
+            out = merge(out, self.scheduler_half.take_stats() or empty_payload())
+            self.clock.now += 10
+        return out
 
     def check(self) -> None:
         self.scheduler.check()

@@ -6,17 +6,19 @@ import random
 
 import pytest
 
-from kvoffload.core import admission
+from kvoffload.core import admission, idle
 from kvoffload.core.admission import FREE_BYTES, SHARE, WORTH, Admission, Ghost, budget
+from kvoffload.core.breaker import COOL_S
 from kvoffload.core.hashchain import Chain
+from kvoffload.core.idle import IDLE_S
 from kvoffload.core.index import Entry, Index
 from kvoffload.core.kinds import FADE, KINDS, Kinds, Origin
 from kvoffload.core.manager import Manager, slots_needed
 from kvoffload.core.policy import make_policy
 from kvoffload.core.stats import Counters
-from kvoffload.core.writebehind import IDLE_S, MAX_ATTEMPTS
+from kvoffload.core.writebehind import MAX_ATTEMPTS
 from kvoffload.errors import ConfigError
-from kvoffload.types import ChunkKey, SlotRef, SlotState, StoreResult, Tier
+from kvoffload.types import ChunkKey, LoadFailure, SlotRef, SlotState, StoreResult, Tier
 from tests.support.fakes import (
     UNIT,
     FakeArena,
@@ -494,6 +496,105 @@ def test_a_disk_without_room_does_not_hold_slots_for_ever() -> None:
     assert rig.c.nvme_no_space > 0 and rig.c.nvme_written == 0
     assert all(e.attempts <= MAX_ATTEMPTS for e in rig.manager._pool.index)
     assert rig.c.evicted >= 8 * 32 - 64 - 8
+
+
+@pytest.mark.parametrize(
+    "why", ["dropped", "reserved", "being written", "retired", "clean", "tried too often"]
+)
+def test_what_became_unfit_since_it_was_ranked_is_not_written(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "FREE_BYTES", 0)
+    monkeypatch.setattr(admission, "FREE_PART", 1 << 30)
+    rig = Rig(slots=64)
+    rig.put("abcd")
+    rig.idle(1)  # ranked, and nothing may be written yet
+    assert rig.c.nvme_written == 0
+    entry = rig.manager._pool.index.get(rig.chain("abcd").key(0, 3))
+    nvme = rig.manager._nvme
+    assert entry is not None and nvme is not None
+    if why == "dropped":
+        rig.manager.slot_failed(entry.ref, LoadFailure.CORRUPT)
+    elif why == "reserved":
+        nvme.writes.reserve(entry)
+        monkeypatch.setattr(nvme.writes, "submit", lambda now, limit: 0)
+    elif why == "being written":
+        nvme.writes._put([entry], rig.clock.now)
+        rig.store.hung = True
+    elif why == "retired":
+        chain = rig.chain("abcd")
+        rig.manager.keep.release(chain, 48, 64)
+    elif why == "clean":
+        entry.dirty = False
+    else:
+        entry.attempts = MAX_ATTEMPTS
+    rig.worth_it()
+    rig.manager.tick(False)
+    assert rig.c.nvme_admitted_idle == 3
+    rig.manager.check()
+
+
+def test_idle_looks_at_a_part_of_what_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle, "LOOK", 16)
+    rig = Rig(slots=64)
+    rig.put("a" * 30)
+    rig.put("b" * 30)
+    rig.idle(3)
+    assert rig.c.nvme_written == 0
+    rig.idle(6)  # the last part, then as many a tick as it looks at
+    assert rig.c.nvme_written == 60
+    first = {k for _, k in rig.store.order[:32]}
+    assert first > set(rig.chain("b" * 30).keys(0)), "the hottest, whichever part they were in"
+
+
+def test_an_idle_engine_waits_for_a_disk_that_fails() -> None:
+    rig = Rig(slots=64)
+    rig.put("a" * 60)
+    rig.clock.advance(IDLE_S)
+    rig.store.write_result = StoreResult.IO_ERROR
+    for _ in range(10):
+        rig.tick(True)
+    assert rig.c.nvme_io_errors == 16 and rig.c.nvme_outrun == 0
+    rig.clock.advance(COOL_S)
+    rig.tick(True)
+    assert rig.c.nvme_io_errors == 17, "one chunk finds out"
+    rig.store.write_result = None
+    rig.clock.advance(COOL_S)
+    for _ in range(6):
+        rig.tick(True)
+    assert rig.c.nvme_written == 60 - 17 and rig.c.nvme_outrun == 0
+
+
+def with_chunks_waiting() -> tuple[Rig, list[Entry]]:
+    """A rig some of whose chunks, those returned, are evicted once they are written."""
+    rig = Rig(slots=64)
+    rig.worth_it()
+    for text in ("a" * 32, "b" * 32, "cdef"):
+        rig.put(text)
+    waiting = [e for e in rig.manager._pool.index if e.reserved]
+    assert waiting
+    return rig, waiting
+
+
+def test_what_waits_to_be_written_may_go_when_the_tier_is_taken_out_of_use() -> None:
+    rig, _ = with_chunks_waiting()
+    index = rig.manager._pool.index
+    rig.manager.quarantine(Tier.NVME)
+    rig.tick()
+    assert not any(e.reserved for e in index) and not rig.store.order
+    assert rig.manager.drain(5.0)
+
+
+def test_what_waits_to_be_written_when_its_session_ends_is_not() -> None:
+    rig, waiting = with_chunks_waiting()
+    purse = rig.judge._purse
+    chain = rig.chain("a" * 32)
+    rig.manager.keep.release(chain, 0, chain.tokens)
+    rig.manager.check()
+    assert not any(e.reserved for e in rig.manager._pool.index)
+    assert rig.judge._purse == min(SHARE * 64 * UNIT, purse + len(waiting) * UNIT)
+    rig.tick()
+    assert not rig.store.order
 
 
 def test_an_unknown_mode_is_refused() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +81,71 @@ def test_prefault_reaches_all_bytes() -> None:
     assert a.view(MIB, 1)[0] == 9
     assert os.stat(a.path).st_blocks * 512 >= a.data_bytes
     a.close()
+
+
+def _pmd_mapped(address: int) -> int:
+    """Bytes of the mapping at ``address`` that are on huge pages."""
+    mine, found = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if ranges := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            mine = int(ranges[1], 16) <= address < int(ranges[2], 16)
+        elif mine and line.startswith("ShmemPmdMapped:"):
+            found = int(line.split()[1]) << 10
+    return found
+
+
+def test_hugepages_are_there_where_it_says_so() -> None:
+    """Also where shmem_enabled says never; and nobody who writes meanwhile loses a byte."""
+    small = Arena.create(64 * MIB, 4, 1, hugepages=False)
+    assert not small.hugepages
+    a = Arena.create(64 * MIB, 4, 1)
+    other = Arena.attach(a.path, a.inode)
+    done = threading.Event()
+    rounds = [0]
+
+    def write() -> None:
+        view = np.frombuffer(other.view(0, 64 * MIB), np.uint8)
+        while not done.is_set():
+            rounds[0] += 1
+            view[5 :: 64 << 10] = rounds[0] % 251
+
+    a.view(3 * MIB, 4)[:] = b"kept"
+    writer = threading.Thread(target=write)
+    writer.start()
+    for each in (small, a):
+        each.prefault_start(2)
+    end = time.monotonic() + 20
+    while min(small.prefaulted_bytes(), a.prefaulted_bytes()) < 64 * MIB:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    done.set()
+    writer.join()
+    assert bytes(a.view(3 * MIB, 4)) == b"kept"
+    last = np.frombuffer(a.view(0, 64 * MIB), np.uint8)[5 :: 64 << 10]
+    assert set(last.tolist()) == {rounds[0] % 251}
+    assert not _pmd_mapped(small.data_ptr)
+    assert (_pmd_mapped(a.data_ptr) > 0) == a.hugepages
+
+
+def test_a_prefault_holds_nobody_up() -> None:
+    """Mapping memory takes the lock that a prefault holds, and the cores are busy with others."""
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    a = Arena.create(2048 * MIB, 4, 1, hugepages=False)
+    took: list[float] = []
+    try:
+        a.prefault_start(1)
+        end = time.monotonic() + 3
+        while a.prefaulted_bytes() < a.data_bytes and time.monotonic() < end:
+            begin = time.monotonic()
+            mmap.mmap(-1, MIB).close()
+            took.append(time.monotonic() - begin)
+            time.sleep(0.001)
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+        a.close()
+    assert sorted(took)[len(took) // 2] < 0.02
 
 
 def test_close_stops_a_running_prefault() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from kvoffload import _core
 from kvoffload.cli import doctor, probes
 from kvoffload.cli.doctor import Check, Status
 from kvoffload.cli.main import app
@@ -107,22 +108,27 @@ def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "status"),
+    ("text", "word"),
     [
-        ("always within_size [advise] never deny force", Status.OK),
-        ("always within_size advise [never] deny force", Status.WARN),
-        (None, Status.WARN),
+        ("always [advise] never deny", "advise"),
+        ("always advise never [deny]", "deny"),
+        (None, None),
     ],
 )
-def test_hugepages(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, status: Status
-) -> None:
+def test_the_switch_of_hugepages(tmp_path: Path, text: str | None, word: str | None) -> None:
     setting = tmp_path / "shmem_enabled"
     if text:
         setting.write_text(text)
-    word = probes.shmem_hugepages(str(setting))
-    monkeypatch.setattr(probes, "shmem_hugepages", lambda: word)
-    assert doctor.check_hugepages().status is status
+    assert probes.shmem_hugepages(str(setting)) == word
+
+
+def test_hugepages(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = _core.Arena.create(2 << 20, 1, 1)
+    assert probes.arena_hugepages() == arena.hugepages
+    monkeypatch.setattr(probes, "arena_hugepages", lambda: True)
+    assert doctor.check_hugepages().status is Status.OK
+    monkeypatch.setattr(probes, "arena_hugepages", lambda: False)
+    assert doctor.check_hugepages().status is Status.WARN
 
 
 def test_memlock_matters_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

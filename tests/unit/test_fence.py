@@ -57,7 +57,7 @@ def test_a_prefix_hit_only_reads(rig: tuple[Arena, Fence, int]) -> None:
 
 def test_blocks_of_another_connectors_load(rig: tuple[Arena, Fence, int]) -> None:
     _, fence, _ = rig
-    fence.note([[5, 8]])
+    fence.note(SimpleNamespace(get_block_ids=lambda: [[5, 8]]))
     assert fence.due(output(), []) == [7]
     assert fence.due(output(), []) == [], "once"
 

@@ -17,11 +17,23 @@ from kvoffload.core.hints import (
     Hints,
     parse_hints,
 )
+from kvoffload.core.holds import Holds
 from kvoffload.core.index import Kept
+from kvoffload.core.layout import boundary_tokens
+from kvoffload.core.lookup import span
 from kvoffload.core.manager import Manager
+from kvoffload.core.pins import Pins
 from kvoffload.core.policy import POLICIES
-from kvoffload.types import CacheLayout, SlotState
-from tests.support.fakes import UNIT, full_group, layout_of, run_until_idle, sliding_group
+from kvoffload.core.stats import Counters
+from kvoffload.types import CacheLayout, ChunkKey, SlotState
+from tests.support.fakes import (
+    UNIT,
+    chain_of,
+    full_group,
+    layout_of,
+    run_until_idle,
+    sliding_group,
+)
 from tests.unit.test_manager import ONE, TOK, Rig, make
 
 # -- the vocabulary
@@ -57,6 +69,9 @@ def test_all_hints_are_taken() -> None:
         {"retain_s": MAX_RETAIN_S + 1},
         {"retain_s": True},
         {"retain_s": "600"},
+        {"retain_s": 10**400},
+        {"retain_s": -(10**5000)},
+        {"priority": 10**5000},
         {"store": 0},
         {"store": "no"},
         {"end_session": 1},
@@ -84,7 +99,7 @@ def test_a_bad_value_is_left_out_with_one_line(given: dict[str, Any]) -> None:
 def test_unknown_keys_and_other_things() -> None:
     hints, (problem,) = parse_hints({"retain": 5, "store": False})
     assert problem.reason == "unknown_key" and "retain_s" in problem.line and not hints.store
-    for wrong in (None, 5, "pin", ["pin"], True):
+    for wrong in (None, 5, "pin", ["pin"], True, 10**5000):
         hints, (problem,) = parse_hints(wrong)
         assert hints == NO_HINTS and problem.reason == "not_an_object"
     _, problems = parse_hints({f"k{i}": i for i in range(1000)})
@@ -224,6 +239,32 @@ def test_what_comes_back_keeps_its_own_ancestors_too() -> None:
     rig.manager.check()
 
 
+def test_retention_that_has_ended_makes_the_next_no_stronger() -> None:
+    """Whether or not a tick came in between."""
+    rig = make(slots=8)
+    rig.put("ab")
+    retain(rig, "ab", seconds=10.0, level=3)
+    rig.clock.advance(20.0)
+    retain(rig, "ab", seconds=10.0)
+    hold = rig.manager.keep._holds.get(rig.chain("ab").key(0, 1))
+    assert hold is not None and hold.level == 0
+    rig.manager.check()
+
+
+def test_what_keeps_coming_back_leaves_no_rows() -> None:
+    """The order of what is retained is bounded by what is retained, with no hint in between too."""
+    rig = make(slots=8)
+    rig.put("ab")
+    retain(rig, "ab")
+    for _ in range(200):
+        root = rig.manager._pool.index.get(rig.chain("a").key(0, 0))
+        assert root is not None
+        rig.manager.slot_failed(root.ref, rig_failure())
+        rig.put("a")
+    rig.manager.check()
+    assert sum(map(len, rig.manager.keep._holds._queues)) < 100
+
+
 def rig_failure() -> Any:
     from kvoffload.types import LoadFailure
 
@@ -317,6 +358,31 @@ def test_reset_ends_pins() -> None:
     rig.manager.check()
 
 
+def test_a_chat_that_pins_every_turn_is_kept_book_of_once() -> None:
+    rig = make(slots=1024)
+    pins = rig.manager.keep._pins
+    text = "x" * 200
+    chain = rig.chain(text)
+    for turn in range(1, 201):
+        assert rig.manager.keep.pin(chain, turn * TOK)
+    assert len(pins) == 200 and pins.nbytes == 200 * UNIT
+    assert sum(len(tips) for tips in pins._prompts.values()) == 200, "a row per prompt"
+    rig.manager.check()
+
+
+def test_a_pin_of_a_prefix_outlives_the_pin_that_goes_on() -> None:
+    rig = make(slots=16)
+    rig.put("abcd")
+    keep, chain = rig.manager.keep, rig.chain("abcd")
+    assert keep.pin(chain, 2 * TOK) and keep.pin(chain, 4 * TOK)
+    assert keep.unpin(chain, 4 * TOK) and keep.nbytes[Kept.PINNED] == 2 * UNIT
+    others(rig, 16)
+    assert rig.hit("abcd") == 2 * TOK, "an operator's pin of the system prompt, say"
+    assert keep.pin(chain, 4 * TOK) and keep.unpin(chain, 2 * TOK)
+    assert keep._pins.nbytes == 4 * UNIT
+    rig.manager.check()
+
+
 HYBRID: CacheLayout = layout_of(
     full_group(0, blocks=2, slot_bytes=2 * UNIT), sliding_group(1, window=40, slot_bytes=UNIT)
 )
@@ -330,6 +396,47 @@ def test_a_pin_of_a_hybrid_keeps_both_groups() -> None:
     assert rig.manager.keep.nbytes[Kept.PINNED] == (4 * 2 + 5) * UNIT, "of the window: its end"
     others(rig, 64)
     assert rig.hit("abcdefgh") == chain.tokens
+
+
+@given(
+    steps=st.lists(st.tuples(st.booleans(), st.text("ab", max_size=10)), max_size=30),
+    hybrid=st.booleans(),
+)
+def test_pins_are_the_union_of_what_each_prompt_needs(
+    steps: list[tuple[bool, str]], hybrid: bool
+) -> None:
+    layout = HYBRID if hybrid else ONE
+    counters = Counters()
+    pins = Pins(layout, 30 * UNIT, counters)
+    now: dict[bytes, set[bytes]] = {}
+    for pin, text in steps:
+        chain = chain_of(layout, text)
+        grid = boundary_tokens(layout)
+        end = chain.tokens // grid * grid
+        needs = {
+            chain.key(g.group, i)
+            for g in layout.groups
+            for to in (end, end - grid)
+            for i in span(g, 0, to)
+        }
+        name = chain.key(0, span(layout.groups[0], 0, end)[-1]) if needs else b""
+        before = set().union(*now.values())
+        if pin:
+            got = pins.pin(chain, chain.tokens)
+            if got is not None:
+                now[name] = needs
+                assert set(got) == needs - before
+            else:
+                sizes = {k: g.slot_bytes for g in layout.groups for k in chain.keys(g.group)}
+                more = sum(sizes[ChunkKey(k)] for k in needs - before)
+                assert not needs or (pins.nbytes + more > pins.max_bytes and name not in now)
+        else:
+            had = now.pop(name, None)
+            gone = pins.unpin(chain, chain.tokens)
+            assert (gone is None) == (had is None)
+            assert set(gone or ()) == before - set().union(*now.values())
+        pins.check()
+        assert set(pins._chunks) == set().union(*now.values())
 
 
 # -- the end of a session
@@ -397,15 +504,110 @@ def test_what_is_released_is_not_written_and_goes_from_nvme() -> None:
     assert rig.manager.counters.tier_errors == 1, "a store that cannot delete costs a count"
 
 
+def use_again(rig: Rig, text: str) -> None:
+    """A later request loads it, and there is time to write."""
+    lease = rig.load(text)
+    assert lease is not None
+    rig.manager.release(lease.id)
+    run_until_idle(lambda: rig.manager.tick(False), rig.store)
+
+
 def test_released_and_used_again_it_is_written_after_all() -> None:
     rig = make(slots=16)
     rig.put("ab")
     release(rig, "ab")
-    lease = rig.load("ab")
-    assert lease is not None
-    rig.manager.release(lease.id)
+    use_again(rig, "ab")
+    assert len(rig.store.held) == 2
+
+
+def test_written_then_released_and_used_again_it_is_written_again() -> None:
+    rig = make(slots=16)
+    rig.put("ab")
     run_until_idle(lambda: rig.manager.tick(False), rig.store)
     assert len(rig.store.held) == 2
+    release(rig, "ab")
+    assert not rig.store.held
+    use_again(rig, "ab")
+    assert len(rig.store.held) == 2 and rig.manager.occupancy().dirty_chunks == 0
+
+
+def test_released_while_it_is_being_written_it_does_not_stay_on_nvme() -> None:
+    rig = make(slots=16)
+    rig.put("ab")
+    rig.manager.tick(False)
+    assert release(rig, "ab") == 2
+    rig.store.step()
+    rig.manager.poll()
+    rig.manager.check()
+    assert not rig.store.held and rig.manager.counters.hint_deleted == 2
+    use_again(rig, "ab")
+    assert len(rig.store.held) == 2
+
+
+def test_released_while_it_is_being_written_and_stored_anew_it_stays() -> None:
+    rig = make(slots=16)
+    rig.put("a")
+    rig.manager.tick(False)
+    release(rig, "a")
+    entry = rig.manager._pool.index.get(rig.chain("a").key(0, 0))
+    assert entry is not None
+    rig.manager.slot_failed(entry.ref, rig_failure())
+    rig.put("a")
+    run_until_idle(lambda: rig.manager.tick(False), rig.store)
+    rig.manager.check()
+    assert len(rig.store.held) == 1 and rig.manager.counters.hint_deleted == 0
+
+
+def test_released_while_it_is_being_written_by_a_store_that_cannot_delete() -> None:
+    rig = make(slots=16)
+    rig.put("a")
+    rig.manager.tick(False)
+    release(rig, "a")
+    rig.store.raising = {"delete"}
+    rig.store.step()
+    rig.manager.poll()
+    assert rig.manager.counters.tier_errors == 1 and rig.hit("a") == TOK
+
+
+def test_a_session_ends_only_its_own_retention() -> None:
+    rig = make(slots=16)
+    rig.put("abcdef")
+    keep, chain = rig.manager.keep, rig.chain("abcdef")
+    keep.retain(chain, 6 * TOK, 100, owner="a")
+    keep.retain(chain, 4 * TOK, 50, owner="b")
+    rig.manager.check()
+    assert keep.release(chain, 0, 6 * TOK, owner="a") == 2, "what b asked to keep stays"
+    assert keep.nbytes[Kept.RETAINED] == 4 * UNIT
+    others(rig, 16)
+    assert rig.hit("abcdef") == 4 * TOK
+
+
+def test_what_a_request_adds_within_a_second_does_not_renew_what_is_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = make(slots=512)
+    text = "x" * 200
+    rig.put(text)
+    adds = 0
+    real = Holds.add
+
+    def counting(self: Holds, *args: Any) -> bool:
+        nonlocal adds
+        adds += 1
+        return real(self, *args)
+
+    monkeypatch.setattr(Holds, "add", counting)
+    keep, chain = rig.manager.keep, rig.chain(text)
+    keep.retain(chain, 100 * TOK, 60)
+    assert 100 <= adds <= 200
+    adds = 0
+    for n in range(100, 200):
+        keep.retain(chain, (n + 1) * TOK, 60, start=n * TOK)
+        rig.clock.advance(0.01)
+    assert adds <= 200 + 2 * 200, "each once, and all of them at most twice in that second"
+    rig.manager.check()
+    until = {hold.until for key in keep._holds if (hold := keep._holds.get(key)) is not None}
+    assert until == {1061.0}, "all of the chain as long as its end"
 
 
 def test_what_is_being_loaded_is_not_deleted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -86,6 +87,29 @@ def test_a_killed_writers_file_is_dead_and_removed(tmp_path: Path) -> None:
     assert [p.name for p in live_files(tmp_path)] == ["1.jsonl"]
     assert not path.exists()
     mine.file.close()
+
+
+def test_a_file_that_is_written_anew_meanwhile_is_not_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader has the old file open, whose lock is free once the writer has a new one."""
+    path = tmp_path / "1.jsonl"
+    writer = Writer(path)
+    real = fcntl.flock
+    took: list[int] = []
+
+    def flock(fd: int, how: int) -> None:
+        if how & fcntl.LOCK_SH and not took:
+            writer.add(*range(10))
+            real(fd, how)  # the old file's: free
+            took.append(fd)
+        else:
+            real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert live_files(tmp_path) == [path] and took
+    assert read_lines(path)[-1] == {"n": 9}
+    writer.file.close()
 
 
 def test_only_what_is_ours_and_dead_is_removed(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from kvoffload.core.hashchain import Chain
 from kvoffload.core.lookup import Search, span
 from kvoffload.core.manager import Lease, Manager, slots_needed
 from kvoffload.core.nvme import MAX_HUNG_JOBS, STALL_S
+from kvoffload.core.planner import DEADLINE_FLOOR_S, DEADLINE_LEAST_S
 from kvoffload.core.pool import STORE_TIMEOUT_S
 from kvoffload.core.prefill import PrefillWork
-from kvoffload.core.writebehind import INFLIGHT_FLOOR_BYTES
+from kvoffload.core.writebehind import INFLIGHT_BUSY_BYTES, INFLIGHT_FLOOR_BYTES
 from kvoffload.errors import ConfigError
 from kvoffload.tiers.null import NullStore
 from kvoffload.types import (
@@ -289,6 +290,36 @@ def test_fifo_policy_runs_the_same_manager() -> None:
     assert rig.load("ab") is not None  # touching does not matter, the lease does
     rig.put("mn")
     assert rig.hit("ab") == 32 and rig.hit("xy") == 0 and rig.hit("mn") == 32
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "lru"])
+def test_value_is_what_the_engine_takes_to_compute_a_chunk_at_its_depth(policy: str) -> None:
+    """Nothing while that is not known; then a deep chunk that came back stays longer."""
+    rig = make(policy=policy)
+
+    def heat_of_deep_and_shallow(deep: str, shallow: str) -> tuple[int, int]:
+        rig.put(deep)
+        rig.put(shallow)
+        for text in (deep, shallow):
+            lease = rig.load(text)
+            assert lease is not None
+            rig.manager.release(lease.id)
+        index = rig.manager._pool.index
+        keys = rig.chain(deep).key(0, len(deep) - 1), rig.chain(shallow).key(0, 0)
+        a, b = (index.get(k) for k in keys)
+        assert a is not None and b is not None
+        seconds = rig.manager.recompute_seconds(a.chunk * TOK, (a.chunk + 1) * TOK)
+        assert index._value(a) == (None if seconds is None else seconds / UNIT)
+        return index.heat(a), index.heat(b)
+
+    old, young = heat_of_deep_and_shallow("abcdef", "g")
+    assert old < young, "not known: the least recently used first"
+    for end in (512, 4096, 32768):
+        took = end * (1e-6 + 1e-6 * end / 2)  # hardly anything but attention
+        rig.manager.observe_prefill(PrefillWork.span(0, end), took)
+    old, young = heat_of_deep_and_shallow("klmnop", "q")
+    assert (old > young) == (policy == "adaptive")
+    rig.manager.check()
 
 
 def test_an_extent_moves_to_the_class_that_needs_it() -> None:
@@ -870,7 +901,9 @@ def test_reads_that_hung_teach_no_rate() -> None:
     assert rig.hit("abcdefghijkl") == 12 * TOK, "and it is used again"
 
 
-def test_a_read_that_never_returns_does_not_keep_requests_away() -> None:
+def test_a_read_that_never_returns_does_not_keep_requests_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rig = make(slots=32)
     _nvme_rate(rig)
     for _ in range(4):
@@ -887,7 +920,13 @@ def test_a_read_that_never_returns_does_not_keep_requests_away() -> None:
         rig.clock.advance(STALL_S * 1.1)
         rig.manager.tick(True)
     assert rig.manager.counters.nvme_stalled == 1
-    assert rig.manager.plan(rig.chain("abcdefghijkl"), 8 * TOK, 12 * TOK).end == 12 * TOK
+    assert tier.reads.inflight and not rig.manager.reading()
+    planned = rig.manager.plan(rig.chain("abcdefghijkl"), 8 * TOK, 12 * TOK)
+    assert planned.end == 12 * TOK and planned.queue_s == 0.0, "nobody queues behind it"
+    limits: list[int] = []
+    monkeypatch.setattr(tier.writes, "submit", lambda now, limit: limits.append(limit))
+    rig.manager.tick(True)
+    assert limits == [INFLIGHT_BUSY_BYTES], "nor do writes give way to it"
 
 
 def test_while_nothing_moves_nobody_else_begins_to_wait() -> None:
@@ -949,6 +988,8 @@ def test_hung_reads_cost_deadlines_then_nothing() -> None:
     for i in range(8):
         lease = rig.load("abcdefgh"[: i + 1], start=i * TOK)
         assert lease is not None
+        if not i:
+            rig.clock.advance(DEADLINE_FLOOR_S)
         rig.manager.slot_failed(lease.items[-1].ref, LoadFailure.DEADLINE)
         rig.manager.release(lease.id)
         rig.manager.check()
@@ -960,6 +1001,19 @@ def test_hung_reads_cost_deadlines_then_nothing() -> None:
     rig.manager.poll()
     rig.manager.check()
     assert rig.manager.occupancy().slots_quarantined == 0
+
+
+def test_short_deadlines_do_not_stop_a_tier_that_got_on_lately() -> None:
+    rig = make(slots=32)
+    rig.to_nvme("abcdefgh")
+    for i in range(8):
+        lease = rig.load("abcdefgh"[: i + 1], start=i * TOK)
+        assert lease is not None
+        if not i:
+            rig.clock.advance(DEADLINE_LEAST_S)
+        rig.manager.slot_failed(lease.items[-1].ref, LoadFailure.DEADLINE)
+        rig.manager.release(lease.id)
+    assert rig.manager.counters.nvme_breaker_trips == 0 and rig.hit("abcdefgh") == 8 * TOK
 
 
 # -- construction

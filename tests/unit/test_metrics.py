@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvoffload.metric_table import METRICS, Kind
 from kvoffload.metrics import (
-    METRICS,
-    Kind,
     Recorder,
     empty_payload,
     is_empty,

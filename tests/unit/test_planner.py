@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvoffload.core.planner import (
     DEADLINE_FLOOR_S,
+    DEADLINE_LEAST_S,
     LoadMode,
     Plan,
     Step,
@@ -243,7 +244,10 @@ def test_decisions_say_what_happened() -> None:
     ("planned", "want"),
     [
         (Plan(1, Decision.UNKNOWN), 5.0),
-        (Plan(1, Decision.WHOLE, 0.001, 0.1), DEADLINE_FLOOR_S),
+        (Plan(1, Decision.WHOLE, 0.001, 0.5), DEADLINE_FLOOR_S),
+        (Plan(1, Decision.WHOLE, 0.001, 0.1), 0.1),
+        (Plan(1, Decision.WHOLE, 0.001, 0.01), DEADLINE_LEAST_S),
+        (Plan(1, Decision.WHOLE, 0.001), DEADLINE_FLOOR_S),
         (Plan(1, Decision.WHOLE, 0.1, 1.0), 0.4),
         (Plan(1, Decision.WHOLE, 0.001, 20.0), 1.0),
         (Plan(1, Decision.WHOLE, 100.0, 200.0), 5.0),

@@ -233,6 +233,69 @@ def test_aged_counts_uses_of_one_request_once() -> None:
     assert aged.heat(key(0)) > aged.heat(key(999)) + 1000, "a fourth"
 
 
+def aged_by_value(values: list[float | None], uses: int) -> AgedPolicy:
+    """Chunks 0, 1, ... that came in this order and were then used in this order."""
+    aged = AgedPolicy(count(1))
+    for n, value in enumerate(values):
+        aged.insert(key(n), None, value)
+        aged.offer(key(n))
+    for _ in range(uses - 1):
+        for n in range(len(values)):
+            aged.touch([key(n)])
+    return aged
+
+
+def order(policy: Policy, n: int) -> list[int]:
+    return drain(policy, {}, {key(i) for i in range(n)})
+
+
+def test_of_chunks_that_came_back_those_that_take_long_to_compute_stay() -> None:
+    values: list[float | None] = [1e-9, 8e-9, 1e-9, 2e-9, None, 8e-9]
+    assert order(aged_by_value(values, 1), 6) == [0, 1, 2, 3, 4, 5], "no use for value alone"
+    aged = aged_by_value(values, 3)
+    assert aged.victim() == key(0)
+    assert order(aged, 6)[-2:] == [1, 5], "what is worth most goes last"
+    heat = aged_by_value([1.0] * 50 + [1000.0], 3).heat
+    assert heat(key(50)) < 4 * heat(key(49)), "however much it is worth, for a few turnovers only"
+
+
+def test_cheap_chunks_keep_what_their_use_is_worth() -> None:
+    plain, valued = aged_by_value([None, None], 3), aged_by_value([1.0, 1e-6], 3)
+    assert [valued.heat(key(n)) for n in (0, 1)] == [plain.heat(key(n)) for n in (0, 1)]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])
+def test_the_unit_of_value_does_not_matter(scale: float) -> None:
+    values = [1.0 + n * n % 17 for n in range(100)]
+    scaled = aged_by_value([v * scale for v in values], 2)
+    assert order(scaled, 100) == order(aged_by_value([*values], 2), 100) != list(range(100))
+    even = aged_by_value([3.0 * scale] * 100, 2)
+    assert order(even, 100) == list(range(100)), "no difference, no effect"
+
+
+def test_what_value_is_compared_with_follows_what_comes_in() -> None:
+    """After many chunks of the new kind a value that was high is nothing special any more."""
+    aged = aged_by_value([1.0] * 20, 1)
+    was = aged._grade(8.0)
+    for n in range(100, 400):
+        aged.insert(key(n), None, 8.0)
+        aged.remove(key(n))
+    assert was >= 3 and aged._grade(8.0) == 0 and aged._grade(64.0) >= 3
+
+
+def test_the_duel_hears_of_value() -> None:
+    adaptive = AdaptivePolicy(count(1))
+    for n in range(2000):
+        adaptive.insert(key(n), None, 1.0 + n)
+        adaptive.touch([key(n)])
+    followed = adaptive._followed
+    assert 10 < len(followed) < 2000
+    assert all(v == 1.0 + int.from_bytes(k, "little") for k, v in followed.items())
+    aged = adaptive._duel._second._policy
+    assert isinstance(aged, AgedPolicy) and aged._mean > 100
+    adaptive.check(set(), {key(n) for n in range(2000)})
+
+
 def test_aged_forgets_old_counts() -> None:
     aged = AgedPolicy(count(1))
     cached(aged, list(range(1, 1000)), 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
@@ -207,7 +208,20 @@ def test_the_block_size_is_worked_out_or_asked_for(tmp_path: Path) -> None:
         ("{", "line 2: is not JSON"),
         ("[1]", "line 2: is not a JSON object"),
         ('{"timestamp": 0, "input_length": 4}', "line 2: needs timestamp"),
-        ('{"timestamp": 0, "input_length": -1, "hash_ids": []}', "line 2: needs timestamp"),
+        ('{"timestamp": 0, "input_length": -1, "hash_ids": []}', "line 2: input_length=-1: must"),
+        ('{"timestamp": 0, "input_length": 4.0, "hash_ids": []}', "line 2: input_length=4.0: must"),
+        ('{"timestamp": 0, "input_length": true, "hash_ids": []}', "line 2: input_length=true:"),
+        (
+            '{"timestamp": 0, "input_length": 4, "output_length": 1e400, "hash_ids": []}',
+            "line 2: output_length=Infinity: must be a whole",
+        ),
+        ('{"timestamp": NaN, "input_length": 4, "hash_ids": []}', "line 2: timestamp=NaN: must"),
+        ('{"timestamp": "0", "input_length": 4, "hash_ids": []}', 'line 2: timestamp="0": must'),
+        ('{"timestamp": 0, "input_length": 4, "hash_ids": "ab"}', 'line 2: hash_ids="ab": must'),
+        ('{"timestamp": 0, "input_length": 4, "hash_ids": %s}' % ("[" * 99999), "line 2: is not"),
+        ('{"timestamp": 0, "input_length": 99, "hash_ids": [1.2, 1.7]}', "line 2: hash_ids"),
+        ('{"timestamp": 0, "input_length": 99, "hash_ids": [1, 1.0]}', "line 2: hash_ids"),
+        ('{"timestamp": 0, "input_length": 99, "hash_ids": [true]}', "line 2: hash_ids"),
         ('{"timestamp": 0, "input_length": 99, "hash_ids": ["x"]}', "line 2: hash_ids"),
         ('{"timestamp": 0, "input_length": 99, "hash_ids": [null]}', "line 2: hash_ids"),
         ('{"timestamp": 0, "input_length": 99, "hash_ids": [-1]}', "line 2: hash_ids"),
@@ -218,6 +232,19 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, why: str) -> None:
     path.write_text('{"meta": true, "block_size": 16}\n' + line + "\n")
     with pytest.raises(ConfigError, match=why):
         list(Trace(path))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
+def test_a_damaged_file_is_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t.jsonl{suffix}"
+    module: Any = {".gz": gzip, ".xz": lzma, ".bz2": bz2}[suffix]
+    text = "".join(json.dumps(row) + "\n" for row in rows(count=3000))
+    whole = module.compress(text.encode())
+    for damaged in (whole[: len(whole) // 2], whole[:10] + b"\xff" * 99, b"x" * 99):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=rf"{path.name}.*: cannot be read: ") as raised:
+            list(Trace(path, BLOCK))
+        assert "\n" not in str(raised.value)
 
 
 def test_keys_are_spread_and_distinct() -> None:
@@ -351,6 +378,8 @@ def test_command(tmp_path: Path) -> None:
         (["--policy", "best"], "policy='best'"),
         (["--load", "maybe"], "load='maybe'"),
         (["--nvme", "10%", "--nvme-store", "x"], "nvme_store='x'"),
+        (["--nvme-store", "x"], "nvme_store='x': must be one of fifo, lru"),
+        (["--nvme-admission", "x"], "nvme_admission='x': must be one of "),
         (["--dram-gbps", "0"], "dram_gbps=0"),
         (["--last-use-hints", "2"], "last_use_hints=2"),
         (["--block-tokens", "64"], "block_tokens=64"),

@@ -21,7 +21,8 @@ from kvoffload.core.ledger import Ledger
 from kvoffload.core.lookup import primary
 from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.guard import HookGuard
-from kvoffload.metrics import METRICS, Recorder, split_series
+from kvoffload.metric_table import METRICS
+from kvoffload.metrics import Recorder, split_series
 from kvoffload.types import CacheLayout, GroupKind, GroupLayout, Tier
 
 HOSTILE = '<script src="http://evil/x.js">alert(1)</script>\x1b[31m[red]&"\''
@@ -153,6 +154,16 @@ def test_advice_needs_tokens_and_a_curve() -> None:
     assert "no hit-ratio curve" in size_advice([], 1e9)[0]
     flat = Curve("dram", None, {0.5: 0.4, 1.0: 0.5, 2.0: 0.505})
     assert size_advice([flat], 1e6)[-1] == "Advice: leave DRAM as it is."
+
+
+def test_just_below_a_cliff_growing_is_said_first() -> None:
+    """LRU finds little until the whole working set fits: half of too little is as good."""
+    cliff = Curve("dram", float(1 << 30), {0.25: 0.02, 0.5: 0.02, 1.0: 0.02, 2.0: 0.62, 4.0: 0.62})
+    lines = size_advice([cliff], 1e6)
+    assert lines[-2] == "Advice: 2x DRAM (2.0 GiB) brings most for its size."
+    without = "Without more DRAM, 0.25x DRAM (256.0 MiB) would do as well as what is there."
+    assert lines[-1] == without
+    assert [x for x in lines if x.startswith("Advice")] == [lines[-2]]
 
 
 class Page(HTMLParser):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -263,6 +266,33 @@ def test_bad_urls(file: Path, text: str) -> None:
     assert done.exit_code == 2 and "--url" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--retain", "1000000"], "--retain 1e+06: give seconds above 0, at most 604800"),
+        (["--retain", "nan"], "--retain nan: give"),
+        (["--retain", "inf"], "--retain inf: give"),
+        (["--retain", "0"], "--retain 0: give"),
+        (["--timeout", "nan"], "--timeout nan: give seconds from 0.1 to 86400"),
+        (["--timeout", "inf"], "--timeout inf: give"),
+        (["--timeout", "0"], "--timeout 0: give"),
+        (["--api-key", "sk-secret\n"], "--api-key (or VLLM_API_KEY, OPENAI_API_KEY): give"),
+        (["--api-key", "sk-secr\u20act"], "--api-key"),
+    ],
+)
+def test_bad_options_are_one_line_before_anything_is_sent(
+    seen: Seen, url: str, file: Path, options: list[str], why: str
+) -> None:
+    done = run(file, "--url", url, *options)
+    assert done.exit_code == 2 and why in done.stderr and done.stderr.count("\n") == 1
+    assert not seen.bodies and not seen.keys and "secr" not in done.output
+
+
+def test_a_key_from_the_environment_is_checked_too(seen: Seen, url: str, file: Path) -> None:
+    done = run(file, "--url", url, env={"VLLM_API_KEY": "sk-secret\n"})
+    assert done.exit_code == 2 and "VLLM_API_KEY" in done.stderr and "secret" not in done.output
+
+
 def test_urls_are_completed() -> None:
     assert Server.at("host:9", None, 1).url == "http://host:9"
     assert Server.at("https://h/x/v1/", None, 1).url == "https://h/x"
@@ -317,3 +347,42 @@ def test_ctrl_c_says_how_far_it_came(seen: Seen, url: str, tmp_path: Path, monke
     (tmp_path / "p").write_text("a\nb\nc")
     done = run(tmp_path / "p", "--url", url)
     assert done.exit_code == 130 and "1 of 3" in done.stderr
+
+
+def test_ctrl_c_waits_for_no_answer(seen: Seen, url: str, tmp_path: Path) -> None:
+    """A server that hangs, and retries: the process ends at once all the same."""
+    stop, asked = threading.Event(), threading.Event()
+
+    def complete(body: dict[str, Any]) -> Answer:
+        asked.set()
+        stop.wait(60)
+        return good(body)
+
+    seen.complete = complete
+    (tmp_path / "p").write_text("a\nb\nc")
+    # A runner in the background of a shell has SIGINT ignored, and its children inherit that.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from kvoffload.cli.main import app; app()"
+    args = ["warm", str(tmp_path / "p"), "--url", url, "--concurrency", "2"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert asked.wait(60)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=50)  # a hanging answer would take 60
+    finally:
+        child.kill()
+        child.wait()
+        stop.set()
+    assert child.returncode == 130 and b"stopped: 0 of 3" in said
+
+
+def test_a_bug_in_a_sender_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(self: Any, prompt: Any) -> Any:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(warm_client.Warmer, "send", send)
+    warmer = warm_client.Warmer(Server("http://127.0.0.1:1"), "m", {})
+    with pytest.raises(RuntimeError, match="bug"):
+        list(warmer.run([warm_client.Prompt(1, {"prompt": "x"})], 4))

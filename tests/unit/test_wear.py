@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from kvoffload.cli.store import app
-from kvoffload.core.wear import HourOf, Wear, days_left, device_bytes
+from kvoffload.core.wear import HourOf, Wear, days_left
 from kvoffload.store import open_store
+from kvoffload.tiers.base import device_bytes
 
 PAGE = """\
 # TYPE kvoffload_nvme_payload_bytes_total counter

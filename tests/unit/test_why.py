@@ -25,7 +25,7 @@ from kvoffload.core.why import (
     cause_of,
 )
 from kvoffload.engines.vllm.spaces import MAX_KNOWN, KnownSpaces, Space
-from kvoffload.metrics import METRICS
+from kvoffload.metric_table import METRICS
 from kvoffload.types import CacheLayout, ChunkKey, Decision, MissCause, Tier
 from tests.support.fakes import chain_of, full_group, layout_of
 
@@ -160,6 +160,13 @@ def test_the_nearest_kin() -> None:
     reset, other, both = (kin.variant(s, b"", n) for s, n in (("a", 1), ("b", 2), ("b", 1)))
     assert mine.nearest([both, reset, both]) == reset
     assert mine.nearest([reset, other]) == other, "the newest of equals"
+
+
+def test_a_salt_may_be_half_a_character() -> None:
+    """JSON carries lone surrogates, and vLLM takes such a salt."""
+    kin = Kin()
+    assert kin.variant("\ud800", b"", 1) == kin.variant("\ud800", b"", 1)
+    assert kin.variant("\ud800", b"", 1).salt != kin.variant("\ud801", b"", 1).salt
 
 
 def test_kin_tells_nothing_but_equality() -> None:

@@ -186,6 +186,46 @@ def test_following(running: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("--follow", "--json").exit_code == 2
 
 
+def test_nothing_missed_is_told_from_nothing_asked(running: Engines) -> None:
+    running.start(7, [HIT])
+    assert "nothing was missed" in run("--misses").stdout
+    named = run("--misses", "abd")
+    assert named.exit_code == 0 and "nothing was missed" in named.stdout
+    running.start(8, [])
+    assert "no requests yet" in run("--pid", "8").stdout
+    assert "no requests yet" in run("--pid", "8", "--misses").stdout
+
+
+def test_an_id_is_shown_by_the_engine_that_had_it(running: Engines) -> None:
+    running.start(7, [EVICTED])
+    running.start(8, [OTHER])
+    text = run("xyz").stdout
+    assert "engine 8" in text and "engine 7" not in text and "no requests" not in text
+
+
+def test_following_engines_of_one_process_id(
+    running: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers that share a home number their processes alike; one may start meanwhile."""
+    file = running.start(7, [EVICTED])
+    late: list[LineFile] = []
+
+    def sleep(seconds: float) -> None:
+        if late:
+            file.close()
+        else:
+            head = {"kind": "engine", "pid": 7}
+            late.append(LineFile(running.folder / "7-b.jsonl", 9, head, list))
+            file.append([{"kind": "request", **OTHER.as_dict()}])
+
+    monkeypatch.setattr(why, "_sleep", sleep)
+    result = run("--follow")
+    assert result.exit_code == 0, result.exception
+    lines = result.stdout.splitlines()
+    assert "cmpl-xyz" in lines[2] and lines[3] == "the engine has ended"
+    late[0].close()
+
+
 def test_ctrl_c_ends_following(running: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     running.start(7, [EVICTED])
 

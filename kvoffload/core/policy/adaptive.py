@@ -21,14 +21,14 @@ class AdaptivePolicy(AgedPolicy):
     def __init__(self, ticks: Iterator[int]) -> None:
         super().__init__(ticks)
         self._duel = Duel(LruPolicy(count(1)), AgedPolicy(count(1)))
-        self._followed: set[ChunkKey] = set()  # resident and in the duel's sample
+        self._followed: dict[ChunkKey, float | None] = {}  # value; resident and in the sample
         self._room = 1 << 62  # chunks resident when something was last to be evicted
 
-    def insert(self, key: ChunkKey, parent: ChunkKey | None) -> None:
+    def insert(self, key: ChunkKey, parent: ChunkKey | None, value: float | None = None) -> None:
         """See Policy."""
-        super().insert(key, parent)
+        super().insert(key, parent, value)
         if self._duel.follows(key):
-            self._followed.add(key)
+            self._followed[key] = value
             self._use(key)
 
     def touch(self, chain: Sequence[ChunkKey]) -> None:
@@ -41,10 +41,10 @@ class AdaptivePolicy(AgedPolicy):
             if self._duel.follows(key):
                 self._use(key)
             else:
-                followed.discard(key)  # the sample became sparser since it was inserted
+                del followed[key]  # the sample became sparser since it was inserted
 
     def _use(self, key: ChunkKey) -> None:
-        self._duel.use(key, self._room)
+        self._duel.use(key, self._room, self._followed[key])
         worth = 1.0 if self._duel.second_leads else 0.0
         if worth != self.worth:
             self.set_worth(worth)
@@ -57,10 +57,10 @@ class AdaptivePolicy(AgedPolicy):
     def remove(self, key: ChunkKey) -> None:
         """See Policy."""
         super().remove(key)
-        self._followed.discard(key)
+        self._followed.pop(key, None)
 
     def check(self, offered: set[ChunkKey], resident: set[ChunkKey]) -> None:
         """See Policy."""
         super().check(offered, resident)
-        assert self._followed <= resident, "follows a chunk that left"
+        assert self._followed.keys() <= resident, "follows a chunk that left"
         self._duel.check()

@@ -20,9 +20,16 @@ class Policy(ABC):
     Deterministic; not thread safe (the Manager's lock guards it); every call O(log n) amortised.
     """
 
+    weighs = False
+    """Whether ``insert`` looks at the value; it need not be worked out for the others."""
+
     @abstractmethod
-    def insert(self, key: ChunkKey, parent: ChunkKey | None) -> None:
-        """A chunk became resident. It is not offered yet."""
+    def insert(self, key: ChunkKey, parent: ChunkKey | None, value: float | None = None) -> None:
+        """A chunk became resident. It is not offered yet.
+
+        ``value``: seconds that computing it takes, per byte of it; None while nobody knows. Only
+        the proportions within one policy matter.
+        """
 
     @abstractmethod
     def touch(self, chain: Sequence[ChunkKey]) -> None:
@@ -72,7 +79,7 @@ class OrderedPolicy(Policy):
     def __len__(self) -> int:
         return len(self._stamp)
 
-    def insert(self, key: ChunkKey, parent: ChunkKey | None) -> None:
+    def insert(self, key: ChunkKey, parent: ChunkKey | None, value: float | None = None) -> None:
         """See Policy."""
         self._stamp[key] = next(self._ticks)
 
@@ -84,7 +91,8 @@ class OrderedPolicy(Policy):
                 self._stamp[key] = stamp - RETIRED
                 if key in self._offered:  # the heap holds a higher stamp, which surfaces too late
                     heapq.heappush(self._heap, (stamp - RETIRED, key))
-        self._compact()
+        if len(self._heap) > 2 * len(self._offered) + 64:
+            self._compact()
 
     def remove(self, key: ChunkKey) -> None:
         """See Policy."""
@@ -96,7 +104,8 @@ class OrderedPolicy(Policy):
         if key not in self._offered:
             self._offered.add(key)
             heapq.heappush(self._heap, (self._stamp[key], key))
-            self._compact()
+            if len(self._heap) > 2 * len(self._offered) + 64:
+                self._compact()
 
     def withhold(self, key: ChunkKey) -> None:
         """See Policy."""
@@ -120,9 +129,8 @@ class OrderedPolicy(Policy):
         return self._stamp[key]
 
     def _compact(self) -> None:
-        if len(self._heap) > 2 * len(self._offered) + 64:
-            self._heap = [(self._stamp[k], k) for k in self._offered]
-            heapq.heapify(self._heap)
+        self._heap = [(self._stamp[k], k) for k in self._offered]
+        heapq.heapify(self._heap)
 
     def check(self, offered: set[ChunkKey], resident: set[ChunkKey]) -> None:
         """See Policy."""

@@ -21,7 +21,7 @@ class Ghost:
         self._policy = policy
         self.held: set[ChunkKey] = set()
 
-    def use(self, key: ChunkKey, room: int) -> bool:
+    def use(self, key: ChunkKey, room: int, value: float | None) -> bool:
         """One use of ``key`` in a cache of ``room`` keys. True when it was held."""
         policy, held = self._policy, self.held
         if key in held:
@@ -31,7 +31,7 @@ class Ghost:
             victim = policy.victim()
             assert victim is not None, "all that is held is offered"
             self.drop(victim)
-        policy.insert(key, None)
+        policy.insert(key, None, value)
         policy.offer(key)
         held.add(key)
         return False
@@ -64,10 +64,13 @@ class Duel:
         """Whether ``key`` is in the sample."""
         return not crc32(key) & self._mask
 
-    def use(self, key: ChunkKey, resident: int) -> None:
-        """One use of a key in the sample, while the whole cache holds ``resident`` chunks."""
+    def use(self, key: ChunkKey, resident: int, value: float | None = None) -> None:
+        """One use of a key in the sample, while the whole cache holds ``resident`` chunks.
+
+        ``value`` as in ``Policy.insert``: for the two policies; here a hit is a hit.
+        """
         room = max(1, resident // (self._mask + 1))
-        first, second = self._first.use(key, room), self._second.use(key, room)
+        first, second = self._first.use(key, room, value), self._second.use(key, room, value)
         if first != second:
             self._score += second - first
             self._weight += 1

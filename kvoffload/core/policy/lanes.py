@@ -116,7 +116,7 @@ class S3FifoPolicy(LanePolicy):
         self._uses: dict[ChunkKey, int] = {}
         self._past: _Past = OrderedDict()  # left the small queue, the longest gone first
 
-    def insert(self, key: ChunkKey, parent: ChunkKey | None) -> None:
+    def insert(self, key: ChunkKey, parent: ChunkKey | None, value: float | None = None) -> None:
         """See Policy."""
         known = key in self._past
         self._past.pop(key, None)
@@ -160,7 +160,7 @@ class ArcPolicy(LanePolicy):
         self._past_proven: _Past = OrderedDict()
         self._target = 0.0  # chunks that the young lane should hold
 
-    def insert(self, key: ChunkKey, parent: ChunkKey | None) -> None:
+    def insert(self, key: ChunkKey, parent: ChunkKey | None, value: float | None = None) -> None:
         """See Policy."""
         young, proven = self._past_young, self._past_proven
         lane = self._proven

@@ -20,9 +20,9 @@ class LruPolicy(OrderedPolicy):
         super().__init__(ticks)
         self._parent: dict[ChunkKey, ChunkKey] = {}
 
-    def insert(self, key: ChunkKey, parent: ChunkKey | None) -> None:
+    def insert(self, key: ChunkKey, parent: ChunkKey | None, value: float | None = None) -> None:
         """See Policy."""
-        super().insert(key, parent)
+        self._stamp[key] = next(self._ticks)
         if parent is not None:
             self._parent[key] = parent
 
@@ -34,10 +34,11 @@ class LruPolicy(OrderedPolicy):
 
     def remove(self, key: ChunkKey) -> None:
         """See Policy."""
+        stamp = self._stamp.pop(key)
+        self._offered.discard(key)
         parent = self._parent.pop(key, None)
-        if parent is not None and self._stamp.get(parent, -1) >= 0:  # retired stays retired
-            self._stamp[parent] = max(self._stamp[parent], self._stamp[key])
-        super().remove(key)
+        if parent is not None and 0 <= self._stamp.get(parent, -1) < stamp:  # retired stays retired
+            self._stamp[parent] = stamp
 
     def check(self, offered: set[ChunkKey], resident: set[ChunkKey]) -> None:
         """See Policy."""

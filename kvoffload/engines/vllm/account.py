@@ -5,6 +5,7 @@ Scheduler thread only. Nothing here decides anything: a failure costs figures, n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvoffload.core.mrc import MissRatioCurve
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.metrics import Recorder
-from kvoffload.types import CacheLayout, GroupKind, Tier
+from kvoffload.types import CacheLayout, ChunkKey, GroupKind, Tier
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Sizes at which the curve is exported, as multiples of the tier's own."""
@@ -26,6 +27,7 @@ CURVE_S = 5.0
 WINDOW = 8
 """The curve looks back over so many times the chunks of the largest size it is asked about."""
 WINDOW_MIN = 1 << 18
+MAX_UNFED = 32  # requests that the curve is behind, at most: about 1 ms to catch up
 
 _harmless = guarded(lambda self, *args: None)
 
@@ -51,6 +53,7 @@ class Accounts:
         self._main = primary(layout) if layout.groups else None
         self._sizes: dict[Tier, tuple[float, float]] = {}  # chunks before the tier, in it
         self._fed: dict[str, int] = {}  # chunks of live requests that the curve has seen
+        self._unfed: list[tuple[Sequence[ChunkKey], int | None]] = []
         self._curve_read = float("-inf")
         full = [g for g in layout.groups if g.kind is GroupKind.FULL]
         if full and self._main is not None and dram_bytes > 0:
@@ -66,12 +69,11 @@ class Accounts:
     # -- hooks
 
     @_harmless
-    def arrived(self, request: Any) -> None:
-        """A request was seen for the first time."""
+    def arrived(self, request: Any, named: str | None) -> None:
+        """A request was seen for the first time. ``named``: the tenant of its hints."""
         adapter = getattr(request, "lora_request", None)
         model = str(adapter.lora_name) if adapter is not None else self._model
-        params = getattr(request, "kv_transfer_params", None)
-        tenant = tenant_of(params, getattr(request, "cache_salt", None))
+        tenant = tenant_of(named, getattr(request, "cache_salt", None))
         self.ledger.begin(str(request.request_id), model, tenant)
 
     @_harmless
@@ -82,15 +84,16 @@ class Accounts:
         if self.curve is not None and self._main is not None:
             count = min(chain.n_chunks(self._main.group), prompt // self._main.chunk_tokens)
             self._fed[state.request_id] = count
-            self.curve.query(chain.keys(self._main.group)[:count], prompt)
+            self._feed(chain.keys(self._main.group)[:count], prompt)
 
     @_harmless
     def loaded(self, attempt: Attempt, seconds: float, recompute_s: float | None) -> None:
         """A load was answered after ``seconds``; whether it failed is in the attempt."""
         nbytes: dict[Tier, int] = {}
-        for item in attempt.lease.items:
-            slot = self._layout.groups[item.group].slot_bytes
-            nbytes[item.tier] = nbytes.get(item.tier, 0) + slot
+        for (tier, group), chunks in Counter(
+            [(item.tier, item.group) for item in attempt.lease.items]
+        ).items():
+            nbytes[tier] = nbytes.get(tier, 0) + chunks * self._layout.groups[group].slot_bytes
         total = attempt.end - attempt.start
         nvme = min(total, attempt.lease.tokens_by_tier.get(Tier.NVME, 0))
         tokens = {Tier.DRAM: total - nvme, Tier.NVME: nvme}
@@ -112,7 +115,22 @@ class Accounts:
         if fed is not None and chain is not None and self._main is not None:
             keys = chain.keys(self._main.group)
             if len(keys) > fed and self.curve is not None:
+                self._feed(keys, None)
+
+    def _feed(self, keys: Sequence[ChunkKey], prompt: int | None) -> None:
+        """A query (``prompt`` tokens) or a touch for the curve, which is fed at the next export: it
+        takes tens of microseconds, and here a request waits."""
+        self._unfed.append((keys, prompt))
+        if len(self._unfed) >= MAX_UNFED:
+            self._feed_curve()
+
+    def _feed_curve(self) -> None:
+        unfed, self._unfed = self._unfed, []
+        for keys, prompt in unfed if self.curve is not None else ():
+            if prompt is None:
                 self.curve.touch(keys)
+            else:
+                self.curve.query(keys, prompt)
 
     # -- export
 
@@ -121,6 +139,7 @@ class Accounts:
         """Everything booked since the last call goes to the metrics; the curve, now and then."""
         for (model, tenant), account in self.ledger.take().items():
             self._book(model, tenant, account)
+        self._feed_curve()
         if self.curve is not None and now - self._curve_read >= CURVE_S and self.curve.tokens:
             self._curve_read = now
             self._metrics.set("kvoffload_curve_tokens", round(self.curve.tokens))
@@ -151,3 +170,4 @@ class Accounts:
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         self.ledger.check()
+        assert len(self._unfed) < MAX_UNFED, "the curve is too far behind"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from kvoffload.config import GIB, Config
 from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Manager, slots_needed
 from kvoffload.engines.vllm import compat, geometry, plugin
+from kvoffload.engines.vllm.background import Background
 from kvoffload.engines.vllm.namespace import NamespaceSource
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.stats import KVOffloadStats
@@ -24,8 +24,11 @@ from kvoffload.types import CacheLayout
 
 logger = logging.getLogger("vllm.kvoffload")
 
-TICK_S = 0.05
 DRIVES_S = 1.0
+PREFAULT_THREADS = 4
+PREFAULT_WAIT_S = 5.0
+"""The longest an engine's start waits for the arena: a second or less per GiB and core. A page
+first touched when a chunk is stored costs more, and a request is there then."""
 
 
 def engine_config(vllm_config: Any) -> Config:
@@ -48,37 +51,12 @@ def engine_layout(vllm_config: Any, kv_cache_config: Any, config: Config) -> Cac
 # ------------------------------------------------------------------------------ scheduler role
 
 
-class Ticker:
-    """Every 50 ms: the shadow check, and ``tick`` while the engine takes no steps."""
-
-    def __init__(self, half: SchedulerHalf) -> None:
-        self._half = half
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvoffload-tick", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.wait(TICK_S):
-            try:
-                self._half.compare_sample()
-                self._half.why.work(time.monotonic())
-                if not self._half.stepped_within(TICK_S):
-                    self._half.manager.tick(busy=False)
-            except Exception as exc:  # a tick that fails costs write-behind, never the engine
-                self._half.guard.record("tick", exc)
-
-    def stop(self) -> None:
-        """End the thread; returns when it has."""
-        self._stop.set()
-        self._thread.join(timeout=2.0)
-
-
 @dataclass(slots=True)
 class SchedulerSide:
     """What lives in the EngineCore process."""
 
     half: SchedulerHalf
-    ticker: Ticker
+    background: Background
     arena: Any
     store: Any
     namespaces: NamespaceSource
@@ -95,14 +73,13 @@ class SchedulerSide:
         return KVOffloadStats(data=payload) if payload is not None else None
 
     def shutdown(self, flush_s: float) -> None:
-        """Stop ticking, flush what the time allows, close. Idempotent, never raises."""
+        """Stop the threads, flush what the time allows, close. Idempotent, never raises."""
         if self.closed:
             return
         self.closed = True
         began = time.monotonic()
-        self.ticker.stop()
+        self.background.stop()
         try:
-            self.half.why.close()
             self.half.shutdown(flush_s)
             if self.store is not None:
                 self.store.close(1000)
@@ -130,7 +107,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
     data_bytes = config.dram_bytes() if refused is None else 4 << 20
     slots = slots_needed(layout, data_bytes) if refused is None else 1
     arena = _core.Arena.create(data_bytes, slots, layout.world_size)
-    arena.prefault_start()
+    _prefault(arena)
     namespaces = NamespaceSource(vllm_config, kv_cache_config)
     store = _open_store(config) if refused is None else None
     manager = Manager(
@@ -161,7 +138,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
     half.metrics.set("kvoffload_nvme_endurance_bytes", (config.nvme_tbw or 0) * 1e12)
     half.why.write_to(*_for_why(vllm_config, config, arena, store))
     _announce(config, layout, arena, store)
-    return SchedulerSide(half, Ticker(half), arena, store, namespaces)
+    return SchedulerSide(half, Background(half), arena, store, namespaces)
 
 
 def _for_why(
@@ -222,7 +199,10 @@ def _open_store(config: Config) -> Any:
         return None
     try:
         store = open_drives(
-            config.nvme_path, max_bytes=config.nvme_bytes(), io_engine=config.io_engine
+            config.nvme_path,
+            max_bytes=config.nvme_bytes(),
+            io_engine=config.io_engine,
+            endurance_bytes=int(config.nvme_tbw * 1e12) if config.nvme_tbw else None,
         )
     except OSError as exc:
         logger.error("kvoffload: nvme_path is not used, DRAM only: %s", exc)
@@ -244,6 +224,14 @@ def _with_faults(store: Any) -> Any:
         control,
     )
     return FaultyStore(store, Path(control))
+
+
+def _prefault(arena: Any) -> None:
+    """Touch the arena before there are requests to hold up; what takes longer goes on gently."""
+    arena.prefault_start(min(PREFAULT_THREADS, len(os.sched_getaffinity(0))))
+    end = time.monotonic() + PREFAULT_WAIT_S
+    while arena.prefaulted_bytes() < arena.data_bytes and time.monotonic() < end:
+        time.sleep(0.005)
 
 
 def _unopened(store: Any) -> list[str]:

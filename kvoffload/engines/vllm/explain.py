@@ -1,4 +1,4 @@
-"""The tick thread's half of why-miss: explains what was noted, and writes it down."""
+"""The half of why-miss with a thread of its own: explains what was noted, and writes it down."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Names(Protocol):
 
 
 class Explainer:
-    """One per scheduler half. Tick thread only, after ``write_to``. ``keep``: reports kept."""
+    """One per scheduler half. Why thread only, after ``write_to``. ``keep``: reports kept."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Explainer:
 
     def write_to(self, roots: Sequence[Path], head: Mapping[str, Any]) -> None:
         """Keep the reports in a file for ``kvoffload why``, and know the namespaces of the chunk
-        store's directories. Before the tick thread starts; does no I/O itself."""
+        store's directories. Before the thread starts; does no I/O itself."""
         self._folder = reports_folder()
         self._head = {"kind": "engine", "pid": os.getpid(), "started": time.time(), **head}
         self._roots = roots

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import random
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -31,18 +32,22 @@ class InjectedFault(RuntimeError):
 
 
 class HookGuard:
-    """Counts and logs hook failures of one connector role. Used by the owning thread only."""
+    """Counts and logs hook failures of one connector role. ``record`` and ``take_errors``: any
+    thread (background.py); the rest: the owning thread, or before there are others."""
 
     def __init__(self, role: str) -> None:
         self.role = role
         self.errors: dict[str, int] = {}
         self._logged: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()  # of both
         planted = os.environ.get("KVOFFLOAD_TEST_FAULTS")
         self._faults: dict[str, float] = json.loads(planted) if planted else {}
         self._draws: dict[str, random.Random] = {}
 
     def maybe_fault(self, hook: str) -> None:
         """Raise a planted fault, if one is due."""
+        if not self._faults:
+            return
         left = self._faults.get(f"{self.role}.{hook}", 0)
         if not left or (0 < left < 1 and not self._drawn(hook, left)):
             return
@@ -64,10 +69,12 @@ class HookGuard:
 
     def record(self, hook: str, exc: BaseException) -> None:
         """Count an exception; log it the first time this hook fails with this kind."""
-        self.errors[hook] = self.errors.get(hook, 0) + 1
         mark = (hook, type(exc).__name__)
-        if mark not in self._logged:
+        with self._lock:
+            self.errors[hook] = self.errors.get(hook, 0) + 1
+            first = mark not in self._logged
             self._logged.add(mark)
+        if first:
             logger.error(
                 "kvoffload: %s hook %s failed and was skipped (%s: %s); requests go on without "
                 "the cache. Further failures of this kind are only counted.",
@@ -76,7 +83,8 @@ class HookGuard:
 
     def take_errors(self) -> dict[str, int]:
         """Failures by hook since the last call."""
-        errors, self.errors = self.errors, {}
+        with self._lock:
+            errors, self.errors = self.errors, {}
         return errors
 
 

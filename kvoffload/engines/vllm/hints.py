@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+from kvoffload.core.forks import Forks
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.hints import MAX_NAME, NO_HINTS, Hints, Problem, parse_hints
 from kvoffload.core.lookup import primary
@@ -29,8 +31,16 @@ MAX_SESSIONS = 4096
 """Sessions whose first own chunk is remembered; the least recently used is forgotten."""
 
 
-def common_tokens(chain: Chain, other: Chain, group: int, chunk_tokens: int) -> int:
-    """Tokens of the longest prefix, in chunks of ``group``, that both chains have."""
+class _First(NamedTuple):
+    """The first chunk that one of a session's requests computed, and when that arrived."""
+
+    chunk: int
+    key: ChunkKey
+    since: float
+
+
+def common_chunks(chain: Chain, other: Chain, group: int) -> int:
+    """The longest prefix, in chunks of ``group``, that both chains have."""
     mine, theirs = chain.keys(group), other.keys(group)
     low, high = 0, min(len(mine), len(theirs))
     while low < high:  # equal keys mean equal prefixes
@@ -39,7 +49,7 @@ def common_tokens(chain: Chain, other: Chain, group: int, chunk_tokens: int) -> 
             low = middle
         else:
             high = middle - 1
-    return low * chunk_tokens
+    return low
 
 
 class RequestHints:
@@ -57,8 +67,8 @@ class RequestHints:
         self._clock = clock
         self._main = primary(layout)
         self._said = float("-inf")
-        # Session -> (place, key) of the first chunk that one of its requests computed.
-        self._sessions: OrderedDict[str, tuple[int, ChunkKey]] = OrderedDict()
+        self._sessions: OrderedDict[str, _First] = OrderedDict()
+        self._forks = Forks()
 
     # -- reading
 
@@ -74,6 +84,8 @@ class RequestHints:
             hints, problems = parse_hints(one, hints)
             for problem in problems:
                 self._refuse(problem, request)
+                if problem.key == "tenant" and hints.tenant is None:
+                    hints = replace(hints, tenant="")  # booked apart from those who named none
         for kind in hints.kinds():
             self._metrics.hint(kind)
         return hints
@@ -105,10 +117,15 @@ class RequestHints:
                 self._refuse(Problem("pin_refused", f"kvoffload.pin=true: {why}"), state.request)
         self.used(state, chain, chain.tokens)
 
-    def used(self, state: RequestState, chain: Chain, end: int) -> None:
-        """[0, end) of the request is in DRAM as far as it will be: retain it."""
-        if state.hints.keeps_s:
-            self._manager.keep.retain(chain, end, state.hints.keeps_s, state.hints.priority)
+    def used(self, state: RequestState, chain: Chain, end: int, start: int = 0) -> None:
+        """[0, end) of the request is in DRAM as far as it will be, [0, start) was before: retain
+        it."""
+        hints = state.hints
+        if hints.keeps_s:
+            owner = _user(state)
+            self._manager.keep.retain(
+                chain, end, hints.keeps_s, hints.priority, start=start, owner=owner
+            )
 
     def finished(
         self,
@@ -118,42 +135,61 @@ class RequestHints:
     ) -> None:
         """The request ended, in whatever way. ``live``: the others."""
         hints = state.hints
-        session = hints.session or getattr(state.request, "session_id", None)
-        chain = chain_of(state) if hints != NO_HINTS or session else None
+        session = _session(state)
+        chain = chain_of(state) if hints != NO_HINTS or session is not None else state.chain
         if chain is None:
             return
-        own = self._own(state, chain, session)
+        main, user = self._main, _user(state)
+        keys = chain.keys(main.group)
+        own, since = self._own(state, chain, session)
+        if state.born is not None:
+            self._forks.used(keys, own // main.chunk_tokens, user, self._clock())
         if not hints.end_session:
             self.arrived(state, chain)
             return
-        main = self._main
+        shared = self._forks.by_others(keys, own // main.chunk_tokens, user, since)
         for other in live:
             if other.chain is not None:
-                shared = common_tokens(chain, other.chain, main.group, main.chunk_tokens)
-                own = max(own, shared)
+                shared = max(shared, common_chunks(chain, other.chain, main.group))
+        own = max(own, shared * main.chunk_tokens)
         if own < chain.tokens:
-            self._manager.keep.release(chain, own, chain.tokens)
+            self._manager.keep.release(chain, own, chain.tokens, owner=user)
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         assert len(self._sessions) <= MAX_SESSIONS, "sessions are not bounded"
+        self._forks.check()
 
-    def _own(self, state: RequestState, chain: Chain, session: Any) -> int:
-        """From where on the chain was computed by the request's session (or by itself)."""
-        born = chain.tokens if state.born is None else state.born
-        if not isinstance(session, str) or not 0 < len(session) <= MAX_NAME:
-            return born
+    def _own(self, state: RequestState, chain: Chain, session: str | None) -> tuple[int, float]:
+        """From which token on the chain was computed by the request's session (or by itself), and
+        since when."""
         main = self._main
         keys = chain.keys(main.group)
+        own = chain.tokens if state.born is None else max(state.born, state.found)
+        since = state.arrived
+        if session is None:
+            return own, since
         known = self._sessions.pop(session, None)
-        if known is not None and known[0] < len(keys) and keys[known[0]] == known[1]:
-            born = min(born, known[0] * main.chunk_tokens)
-        first = -(-born // main.chunk_tokens)
+        there = known is not None and keys[known.chunk : known.chunk + 1] == [known.key]
+        if known is not None and there and known.chunk * main.chunk_tokens <= own:
+            own, since = known.chunk * main.chunk_tokens, known.since
         if not state.hints.end_session:
+            first = -(-own // main.chunk_tokens)
             if first < len(keys):
-                known = (first, keys[first])
+                known = _First(first, keys[first], since)
             if known is not None:
                 self._sessions[session] = known
                 if len(self._sessions) > MAX_SESSIONS:
                     self._sessions.popitem(last=False)
-        return born
+        return own, since
+
+
+def _session(state: RequestState) -> str | None:
+    session = state.hints.session or getattr(state.request, "session_id", None)
+    return session if isinstance(session, str) and 0 < len(session) <= MAX_NAME else None
+
+
+def _user(state: RequestState) -> str:
+    """In whose name the request uses and keeps chunks: its session's, or its own."""
+    session = _session(state)
+    return f"session {session}" if session is not None else f"request {state.request_id}"

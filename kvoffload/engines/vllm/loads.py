@@ -10,13 +10,15 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from kvoffload.core.follow import Leaders
 from kvoffload.core.loads import Attempt, LoadTable
 from kvoffload.core.manager import Lease, Manager
 from kvoffload.core.planner import deadline_s
 from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.guard import HookGuard
-from kvoffload.engines.vllm.meta import FailOrder, LoadOrder, WorkerReport
+from kvoffload.engines.vllm.meta import I32, FailOrder, LoadOrder, WorkerReport
 from kvoffload.engines.vllm.orders import BlockTables, load_copies
 from kvoffload.engines.vllm.requests import ProvisionalLease, RequestState
 from kvoffload.engines.vllm.stores import AGAIN
@@ -63,7 +65,7 @@ class Loads:
         self._fail_by_blocks = fail_by_blocks
         self._why = why
         self._table = LoadTable()
-        self._blocks: dict[int, list[int]] = {}  # that an attempt was to fill
+        self._fills: dict[int, list[I32]] = {}  # by attempt: the blocks it is to fill; -1: none
         self._unsent: list[LoadOrder] = []
 
     def is_banned(self, request_id: str) -> bool:
@@ -106,9 +108,7 @@ class Loads:
         self._leaders.add(attempt)
         state.provisional = None  # the attempt owns the lease, whatever breaks below
         copies = load_copies(self._layout, held.lease, tables, held.start, end)
-        self._blocks[attempt.attempt] = [
-            block for c in copies for block in c.block_ids[c.block_ids >= 0].tolist()
-        ]
+        self._fills[attempt.attempt] = [c.block_ids for c in copies]
         self._unsent.append(LoadOrder(attempt.attempt, state.request_id, within, copies))
         total = end - held.start
         nvme = min(total, held.lease.tokens_by_tier.get(Tier.NVME, 0))
@@ -132,11 +132,12 @@ class Loads:
         self._unsent = [o for o in self._unsent if o.attempt != attempt.attempt]
         # No blocks named: the ranks answer with failed_recving. The request's blocks include those
         # of its HBM hit, which running requests share; naming them makes vLLM truncate those too.
-        self._blocks[attempt.attempt] = []
+        self._fills[attempt.attempt] = []
         if self._fail_by_blocks:  # the only way before vLLM 0.30, which then has one KV group
             block = self._layout.groups[0].block_tokens
             wanted = slice(attempt.start // block, -(-attempt.end // block))
-            self._blocks[attempt.attempt] = [int(b) for b in blocks.get_block_ids()[0][wanted]]
+            ids = np.array(blocks.get_block_ids()[0][wanted], np.int32)
+            self._fills[attempt.attempt] = [ids]
         attempt.next_order = 0.0
 
     def orders(self, now: float) -> tuple[list[LoadOrder], list[FailOrder]]:
@@ -164,9 +165,13 @@ class Loads:
 
     def _due(self, now: float) -> list[FailOrder]:
         return [
-            FailOrder(a.attempt, a.request_id, self._blocks.get(a.attempt, []))
+            FailOrder(a.attempt, a.request_id, self._blocks(a.attempt), a.void)
             for a in self._table.due(now)
         ]
+
+    def _blocks(self, attempt: int) -> list[int]:
+        """What an attempt is to fill. Not kept as a list: only failures ask."""
+        return [b for ids in self._fills.get(attempt, ()) for b in ids[ids >= 0].tolist()]
 
     def fail_all(self) -> None:
         """The cache was reset or the weights changed: nothing outstanding may be used."""
@@ -184,7 +189,7 @@ class Loads:
         invalid = set(output.invalid_block_ids or ())
         for attempt in self._table if invalid else ():
             # With several ranks one may report its failure steps before the last one answers.
-            if not invalid.isdisjoint(self._blocks.get(attempt.attempt, ())):
+            if not invalid.isdisjoint(self._blocks(attempt.attempt)):
                 attempt.failed = True
         for request_id in output.finished_recving or ():
             answered = self._table.answer(request_id, failed=request_id in failed_requests)
@@ -204,14 +209,16 @@ class Loads:
                 self._guard.record("update_connector_output.report", exc)
 
     def _finish(self, attempt: Attempt) -> None:
-        self._blocks.pop(attempt.attempt, None)
+        self._fills.pop(attempt.attempt, None)
         self._leaders.remove(attempt)
         if attempt.request_id not in self._states:
             self._table.forget(attempt.request_id)  # aborted while loading: no ban to keep
         self._manager.release(attempt.lease.id)
         state = self._states.get(attempt.request_id)
         seconds = self._clock() - attempt.opened
-        self._account(attempt)
+        recompute = self._manager.recompute_seconds(attempt.start, attempt.end)
+        if self._accounts is not None:
+            self._accounts.loaded(attempt, seconds, recompute)
         if attempt.failed:
             # Take in what else of this load is bad, so that the recomputed chunks are stored anew.
             self._manager.poll()
@@ -222,18 +229,14 @@ class Loads:
         else:
             if state is not None:
                 self._why.loaded(state, state.hit_sources or {})
+                if attempt.start <= state.stored and not state.hints.keeps_s:
+                    # A tier has it: no step need look it up again (retention would want to).
+                    state.stored = max(state.stored, attempt.end)
             self._metrics.load_done(seconds, attempt.end - attempt.start)
-            self._learn(attempt, seconds)
+            self._learn(attempt, seconds, recompute)
 
-    def _account(self, attempt: Attempt) -> None:
-        if self._accounts is not None:
-            seconds = self._clock() - attempt.opened
-            recompute = self._manager.recompute_seconds(attempt.start, attempt.end)
-            self._accounts.loaded(attempt, seconds, recompute)
-
-    def _learn(self, attempt: Attempt, seconds: float) -> None:
+    def _learn(self, attempt: Attempt, seconds: float, recompute: float | None) -> None:
         """What the load saved, and how far off its plan was."""
-        recompute = self._manager.recompute_seconds(attempt.start, attempt.end)
         if recompute is not None:
             self._metrics.saved(recompute - seconds)
         planned = attempt.planned
@@ -264,10 +267,10 @@ class Loads:
 
     def is_empty(self) -> bool:
         """Nothing outstanding, nothing waiting to be sent."""
-        return not (len(self._table) or self._blocks or self._unsent or len(self._leaders))
+        return not (len(self._table) or self._fills or self._unsent or len(self._leaders))
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         self._table.check()
         for attempt in self._table:
-            assert attempt.attempt in self._blocks, "attempt without its blocks"
+            assert attempt.attempt in self._fills, "attempt without its blocks"

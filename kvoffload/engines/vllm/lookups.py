@@ -62,7 +62,7 @@ class Lookups:
     def offer(self, state: RequestState, chain: Chain, start: int) -> int | None:
         """Tokens beyond ``start`` to be loaded, 0 for none, None to be asked again."""
         if state.sampled:
-            self._manager.computes_from(state.request_id, start)
+            self._manager.shadow.computes_from(state.request_id, start)
             return 0
         now = self._clock()
         held = state.provisional
@@ -103,7 +103,6 @@ class Lookups:
         first = not state.looked_up
         state.looked_up = True
         planned = self._manager.plan(chain, start, limit)
-        self._why.looked_up(state, chain, start, limit, planned)
         end = planned.end
         if self._eagle and end > start:
             # The drafter needs the hidden states of the last block: vLLM recomputes it on a local
@@ -112,7 +111,8 @@ class Lookups:
             if self._sliding:  # another boundary needs other blocks of the window
                 end = self._manager.lookup(chain, start, end).end
             end = max(end, start)
-            planned = replace(planned, end=end)
+        self._why.looked_up(state, chain, start, limit, planned, end)
+        planned = replace(planned, end=end) if end < planned.end else planned
         if first:
             self._metrics.lookup(queried=max(0, limit - start), hit=max(0, end - start))
             if self._accounts is not None:

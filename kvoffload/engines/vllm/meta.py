@@ -5,6 +5,7 @@ Block ids and slots travel as numpy arrays: metadata is broadcast to every rank 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +32,27 @@ class ChunkCopies:
     def __len__(self) -> int:
         return len(self.slots)
 
+    def __reduce__(self) -> tuple[Callable[..., ChunkCopies], tuple[int | bytes, ...]]:
+        # As bytes: a request waits for these, and an array costs ten times as much to pickle.
+        arrays = (self.slots, self.generations, self.offsets, self.block_ids)
+        return _unpickled, (self.group, self.keys, *(a.tobytes() for a in arrays))
+
+
+def _unpickled(
+    group: int, keys: bytes, slots: bytes, generations: bytes, offsets: bytes, block_ids: bytes
+) -> ChunkCopies:
+    """The arrays are read-only views."""
+    chunks = len(slots) // 4
+    blocks = len(block_ids) // (4 * chunks) if chunks else 0
+    return ChunkCopies(
+        group,
+        np.frombuffer(slots, np.uint32),
+        np.frombuffer(generations, np.uint64),
+        np.frombuffer(offsets, np.uint64),
+        keys,
+        np.frombuffer(block_ids, np.int32).reshape(chunks, blocks),
+    )
+
 
 @dataclass(slots=True)
 class LoadOrder:
@@ -52,11 +74,16 @@ class StoreOrder:
 
 @dataclass(slots=True)
 class FailOrder:
-    """Answer this attempt as failed now. ``block_ids`` are all blocks it was to fill."""
+    """Answer this attempt as failed. ``block_ids`` are all blocks it was to fill.
+
+    ``void``: now, however it went: what it brings must not be used. Else once it has had its time,
+    unless it has ended well by then.
+    """
 
     attempt: int
     request_id: str
     block_ids: list[int]
+    void: bool = False
 
 
 @dataclass(slots=True)

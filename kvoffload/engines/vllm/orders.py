@@ -20,9 +20,9 @@ def _copies(
 ) -> ChunkCopies:
     return ChunkCopies(
         group=group.group,
-        slots=np.asarray([i.ref.slot for i in items], np.uint32),
-        generations=np.asarray([i.ref.generation for i in items], np.uint64),
-        offsets=np.asarray([i.ref.offset for i in items], np.uint64),
+        slots=np.array([i.ref.slot for i in items], np.uint32),
+        generations=np.array([i.ref.generation for i in items], np.uint64),
+        offsets=np.array([i.ref.offset for i in items], np.uint64),
         keys=b"".join([i.key for i in items]),
         block_ids=ids,
     )
@@ -43,20 +43,48 @@ def load_copies(
     lies beyond ``end`` or that left the window (null block 0) is -1: never written."""
     out = []
     for group in layout.groups:
-        items = [i for i in lease.items if i.group == group.group]
-        table = np.asarray(tables[group.group], np.int32)
-        if not items or not len(table):
-            continue
-        index = _block_index(group, items)
-        token = index * group.block_tokens
-        wanted = (token >= start) & (token + group.block_tokens <= end) & (index < len(table))
-        ids = np.where(wanted, table[np.minimum(index, len(table) - 1)], -1)
-        ids = np.where(ids > 0, ids, -1).astype(np.int32)
-        used = (ids >= 0).any(axis=1)
-        if used.any():
-            some = [item for item, yes in zip(items, used.tolist(), strict=True) if yes]
-            out.append(_copies(group, some, np.ascontiguousarray(ids[used])))
+        table, size, n = tables[group.group], group.block_tokens, group.blocks_per_chunk
+        first, stop = -(-start // size), min(end // size, len(table))
+        some: Sequence[LeaseItem] = [i for i in lease.items if i.group == group.group]
+        ids = _run_of(some, table, n, first, stop)
+        if ids is None:
+            some, ids = _rows_of(some, table, n, first, stop)
+        if some:
+            out.append(_copies(group, some, np.array(ids, np.int32).reshape(-1, n)))
     return out
+
+
+def _run_of(
+    items: Sequence[LeaseItem], table: Sequence[int], n: int, first: int, stop: int
+) -> Sequence[int] | None:
+    """The blocks of most loads: all of consecutive chunks. None where it is not so simple."""
+    if not items:
+        return None
+    chunk, after = items[0].chunk, items[0].chunk + len(items)
+    if chunk * n < first or after * n > stop:
+        return None
+    if [i.chunk for i in items] != list(range(chunk, after)):
+        return None
+    ids = table[chunk * n : after * n]
+    return ids if min(ids) > 0 else None
+
+
+def _rows_of(
+    items: Sequence[LeaseItem], table: Sequence[int], n: int, first: int, stop: int
+) -> tuple[list[LeaseItem], list[int]]:
+    """The items of which any block is wanted, and their blocks."""
+    # Plain lists: an array's overhead is more than a chunk's few blocks cost.
+    some: list[LeaseItem] = []
+    ids: list[int] = []
+    for item in items:
+        at = item.chunk * n
+        row = [table[i] if first <= i < stop else -1 for i in range(at, at + n)]
+        row = [block if block > 0 else -1 for block in row]
+        if max(row) < 0:
+            continue
+        some.append(item)
+        ids += row
+    return some, ids
 
 
 def store_copies(
@@ -96,11 +124,11 @@ class Fence:
         if len(self._pending) > 64:
             self._prune()
 
-    def note(self, tables: BlockTables) -> None:
+    def note(self, blocks: Any) -> None:
         """Blocks given to a request for somebody else's load (MultiConnector): they are written
-        outside of any step's forward."""
+        outside of any step's forward. The table of a long prompt is made only where it matters."""
         if self._pending:
-            for ids in tables:
+            for ids in blocks.get_block_ids():
                 self._noted.update(ids)
 
     def spoil(self, output: Any, give_up: Callable[[int, int], bool]) -> int:

@@ -51,6 +51,7 @@ class RequestState:
     hints: Hints = NO_HINTS
     pin_done: bool = False  # its pin hint has been answered
     born: int | None = None  # tokens that it did not compute itself, once it is scheduled
+    found: int = 0  # tokens up to which what it computed was held before
     stored: int = 0
     arrived: float = 0.0  # on the engine's clock
     again: int = 0  # passes from the root still to make after a failed load

@@ -25,6 +25,7 @@ from kvoffload.engines.vllm.loads import Loads
 from kvoffload.engines.vllm.lookups import Lookups
 from kvoffload.engines.vllm.meta import ArenaAddress, StepOrders, WorkerReport
 from kvoffload.engines.vllm.orders import Fence
+from kvoffload.engines.vllm.pace import Export, ExportPace, TickPace
 from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.engines.vllm.shadow import ShadowCheck
 from kvoffload.engines.vllm.stores import StorePlanner
@@ -36,8 +37,6 @@ from kvoffload.types import CacheLayout, MissCause, Tier
 
 logger = logging.getLogger("vllm.kvoffload")
 
-STATS_S = 0.1
-"""Levels and totals are exported at most this often."""
 PREFILL_TOKENS = 64
 """Steps with fewer tokens say nothing about the prefill rate."""
 
@@ -154,8 +153,8 @@ class SchedulerHalf:
         self._hbm_holds: Callable[[Any], bool] | None = None
         self._weights_epoch = arena.epoch()
         self._steps = StepClock()
-        self._last_tick = float("-inf")
-        self._last_stats = float("-inf")
+        self._tick_pace = TickPace()
+        self._export_pace = ExportPace()
         self._last_step = float("-inf")
 
     def watch_hbm(
@@ -181,10 +180,11 @@ class SchedulerHalf:
             self._hints.arrived(state, chain)
         if chain is None or self.config.load == "never" or self._skips_cache(request):
             return
-        if self._ready():
-            pin = state.hints.pin is True
+        pin = state.hints.pin is True
+        wished = pin or state.hints.prefetch
+        # Alone it is looked up in the next step, which starts the same reads.
+        if self._ready() and (wished or len(self._states) > 1):
             start = 0 if pin else self._hbm_tokens(request)  # what is pinned is pinned in DRAM
-            wished = pin or state.hints.prefetch
             self.manager.prefetch(state.request_id, chain, start, request.num_tokens, wished)
 
     def _hbm_tokens(self, request: Any) -> int:
@@ -238,25 +238,25 @@ class SchedulerHalf:
         """Turn the provisional lease into a load order. Never raises; never leaves vLLM waiting."""
         try:
             self.guard.maybe_fault("update_state_after_alloc")
-            self._commit(request, blocks.get_block_ids(), num_external)
+            self._commit(request, blocks, num_external)
         except Exception as exc:
             self.guard.record("update_state_after_alloc", exc)
             if num_external > 0:
                 self._loads.commit_failed(request, blocks, num_external)
 
-    def _commit(self, request: Any, block_ids: Any, num_external: int) -> None:
+    def _commit(self, request: Any, blocks: Any, num_external: int) -> None:
         state = self._state(request)
         held = state.provisional
         if num_external <= 0:
             # Not chosen, nothing to load, or the second call after an async load.
-            self._fence.note(block_ids)
+            self._fence.note(blocks)
             if not self._loads.outstanding(state.request_id):
                 self._lookups.drop(state)
                 self.why.settled(state)
             return
         if held is None:
             raise RuntimeError(f"load of {num_external} tokens without a lease")
-        self._loads.commit(state, held, block_ids, num_external)
+        self._loads.commit(state, held, blocks.get_block_ids(), num_external)
         self._lookups.committed(state)
 
     def hit_sources(self, request: Any, num_external: int) -> dict[Tier, int] | None:
@@ -276,6 +276,7 @@ class SchedulerHalf:
             return self._build(output)
         except Exception as exc:
             self.guard.record("build_connector_meta", exc)
+        self._steps.built(None, self._clock())  # its output comes all the same
         return StepOrders(
             arena=self._address(),
             idle=False,
@@ -301,7 +302,14 @@ class SchedulerHalf:
         orders.fence = self._fence.due(output, orders.loads)
         if self._ready():
             orders.stores = self._stores.orders(output, self._states, self._chain)
-        if orders.loads or orders.stores or orders.fails or self._tick_due(now):
+        tick = self._tick_pace.due(
+            now,
+            loads=bool(orders.loads),
+            reading=bool(orders.loads) and self.manager.reading(),
+            stores=bool(orders.stores),
+            fails=bool(orders.fails),
+        )
+        if tick:
             self._tick(busy=not orders.idle)
         self._loads.sent()  # not before: when anything above raises, these loads must be failed
         self._steps.built(self._prefill_work(output), now)
@@ -313,12 +321,6 @@ class SchedulerHalf:
             self.manager.tick(busy=busy)
         except Exception as exc:  # the step's stores have begun: they must reach the workers
             self.guard.record("tick", exc)
-
-    def _tick_due(self, now: float) -> bool:
-        due = now - self._last_tick >= 0.05
-        if due:
-            self._last_tick = now
-        return due
 
     def stepped_within(self, seconds: float) -> bool:
         """Whether a step was built in the last ``seconds`` (any thread)."""
@@ -343,9 +345,11 @@ class SchedulerHalf:
 
     def _prefill_work(self, output: Any) -> PrefillWork | None:
         """Prompt tokens of a step, None where they are few or not most of it."""
-        prompt, total = PrefillWork(0, 0.0), 0
+        total = sum(output.num_scheduled_tokens.values())
+        if total < PREFILL_TOKENS:
+            return None  # most steps only decode
+        prompt = PrefillWork(0, 0.0)
         for request_id, scheduled in output.num_scheduled_tokens.items():
-            total += scheduled
             state = self._states.get(request_id)
             if state is not None:
                 done = int(state.request.num_computed_tokens)
@@ -366,12 +370,13 @@ class SchedulerHalf:
 
     def _forget(self, request: Any) -> None:
         state = self._states.pop(str(request.request_id), None)
+        self._export_pace.request_ended(self._clock())
         if state is not None:
             self._lookups.drop(state)
             if self._recorder is not None and state.chain is not None:
                 record(self._recorder, state, self.layout)
             if state.sampled:
-                self.manager.sample_over(state.request_id)
+                self.manager.shadow.request_over(state.request_id)
         self.manager.cancel_prefetch(str(request.request_id))
         self._loads.forget(str(request.request_id))
         self._accounts.ended(str(request.request_id), state.chain if state is not None else None)
@@ -382,12 +387,15 @@ class SchedulerHalf:
 
     @guarded(lambda self: False)
     def has_pending_push_work(self) -> bool:
-        """Keep an idle engine stepping: workers attach, or copies are out. Never for disk."""
+        """Keep an idle engine stepping: workers attach, copies are out, or metrics are to be
+        exported. Never for disk."""
         if not self._serve:
             return False
         if not self._attach.done():
             return self._attach.worth_waiting()
-        return self.manager.store_inflight() > 0
+        storing = self.manager.store_inflight() > 0
+        wanted = self._export_pace.wants_step(self._clock(), storing)
+        return storing or (wanted and not self._states)
 
     @guarded(lambda self: False)
     def reset_cache(self) -> bool:
@@ -418,15 +426,18 @@ class SchedulerHalf:
 
     @guarded(lambda self: None)
     def take_stats(self) -> Payload | None:
-        """Metrics since the last call, None when nothing happened that is worth a message."""
+        """What changed since the last call, None when nothing did or it can wait (ExportPace)."""
         now = self._clock()
         for hook, count in self.guard.take_errors().items():
             self.metrics.failure(f"hook_{hook}", count)
-        if now - self._last_stats < STATS_S and not self.metrics.changed():
-            return None  # a plain decode step: its own time travels with the next message
-        self._last_stats = now
-        report_levels(self.manager, self.metrics)
-        self._accounts.report(now)
+        running = bool(self._states)
+        storing = not running and self.manager.store_inflight() > 0  # O(slots being filled)
+        export = self._export_pace.next(now, running=running, storing=storing)
+        if export is Export.NOTHING:
+            return None
+        if export is Export.ALL:
+            report_levels(self.manager, self.metrics)
+            self._accounts.report(now)
         payload = self.metrics.take()
         return None if is_empty(payload) else payload
 
@@ -462,7 +473,7 @@ class SchedulerHalf:
                         "kvoffload: streaming-input sessions are neither loaded nor stored."
                     )
             self._states[request_id] = state
-            self._accounts.arrived(request)
+            self._accounts.arrived(request, state.hints.tenant)
         return state
 
     def _chain(self, state: RequestState) -> Chain | None:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.manager import Check, Manager
+from kvoffload.core.manager import Manager
 from kvoffload.core.pages import LIMIT, PageFormat, worst_error
+from kvoffload.core.shadow import Check
 from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.metrics import Recorder
 from kvoffload.types import LoadFailure, Tier
@@ -62,7 +63,9 @@ class ShadowCheck:
                 state.hints.store
                 and self._rng.random() < self._share
                 and bool(
-                    self._manager.sample(state.request_id, chain, start, end, self._arena.epoch())
+                    self._manager.shadow.begin(
+                        state.request_id, chain, start, end, self._arena.epoch()
+                    )
                 )
             )
             if state.sampled:
@@ -71,7 +74,7 @@ class ShadowCheck:
 
     def compare(self) -> bool:
         """Compare one chunk, if one is due. Tick thread. True when there may be more."""
-        check = self._manager.verify_due()
+        check = self._manager.shadow.due()
         if check is None:
             return False
         error: float | None = None
@@ -79,7 +82,7 @@ class ShadowCheck:
             error = self._error(check)
         finally:
             same = None if error is None else error <= LIMIT
-            counts = self._manager.verified(check, same)
+            counts = self._manager.shadow.settle(check, same)
         if error is not None and counts:
             self.worst = max(self.worst, error)
             if not same:

@@ -17,7 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvoffload.metrics import METRICS, Kind, Metric, empty_payload, is_empty, merge, split_series
+from kvoffload.metric_table import METRICS, Kind, Metric
+from kvoffload.metrics import empty_payload, is_empty, merge, split_series
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.manager import Manager
+from kvoffload.core.lookup import primary
+from kvoffload.core.manager import Manager, StoreItem
 from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.guard import HookGuard
 from kvoffload.engines.vllm.hints import RequestHints
@@ -42,6 +43,7 @@ class StorePlanner:
         self._hints = hints
         self._eagle = eagle
         self._grid = min((g.chunk_tokens for g in layout.groups), default=1)
+        self._main = primary(layout)
         self._blocks_per_chunk = {g.group: g.blocks_per_chunk for g in layout.groups}
         self._number = 0
 
@@ -85,11 +87,21 @@ class StorePlanner:
         tables = block_state.get_block_ids(state.request_id) if block_state is not None else None
         if chain is None or tables is None:
             return None
-        order = self._order(state, chain, tables, end)
-        self._hints.used(state, chain, end)
+        start = 0 if state.again else state.stored
+        order = self._order(state, chain, tables, start, end)
+        self._hints.used(state, chain, end, start)
         state.stored = end
         state.again = max(0, state.again - 1)
         return order
+
+    def _found(self, state: RequestState, items: Sequence[StoreItem], end: int) -> None:
+        """Remember how far others, or its session's turns, had stored what it has computed now."""
+        size = self._main.chunk_tokens
+        new = {i.chunk for i in items if i.group == self._main.group}
+        for i in range(end // size - 1, state.stored // size - 1, -1):
+            if i not in new:
+                state.found = (i + 1) * size
+                return
 
     def storable(self, state: RequestState, scheduled: int) -> int:
         """Tokens whose KV is final after this step: computed, and hashed (so not speculative)."""
@@ -101,17 +113,18 @@ class StorePlanner:
             end -= self._layout.align_tokens
         return max(end, 0)
 
-    def _order(self, state: RequestState, chain: Chain, tables: Any, end: int) -> StoreOrder | None:
-        start = 0 if state.again else state.stored
-
+    def _order(
+        self, state: RequestState, chain: Chain, tables: Any, start: int, end: int
+    ) -> StoreOrder | None:
         def present(group: int, chunk: int) -> bool:
             n = self._blocks_per_chunk[group]
             ids = tables[group][chunk * n : (chunk + 1) * n]
             return len(ids) == n and all(b > 0 for b in ids)
 
         items = self._manager.begin_store(chain, start, end, present)
+        self._found(state, items, end)
         if state.sampled:
-            items += self._manager.begin_twins(state.request_id, end)
+            items += self._manager.shadow.begin_twins(state.request_id, end)
         if not items:
             return None
         try:

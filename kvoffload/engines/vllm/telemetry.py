@@ -64,7 +64,7 @@ def report_levels(manager: Manager, metrics: Recorder) -> None:
     counters = manager.counters
     metrics.dram(use.bytes_used, use.bytes_total, use.bytes_pinned, use.slots_used)
     kept = manager.keep.nbytes
-    metrics.kept(kept[Kept.RETAINED], kept[Kept.PINNED])
+    metrics.kept(kept[Kept.RETAINED], kept[Kept.PINNED], use.nvme_retained_bytes)
     nvme = None
     if use.nvme_max:
         nvme = {
@@ -74,7 +74,8 @@ def report_levels(manager: Manager, metrics: Recorder) -> None:
             "bytes_max": use.nvme_max,
             "entries": use.nvme_entries,
         }
-    metrics.manager(counters.as_dict(), nvme)
+    events = counters.as_dict() | {"hint_retain_cut_nvme": use.nvme_retain_cut}
+    metrics.manager(events, nvme)
     if use.wear is not None:
         metrics.wear(use.wear)
     metrics.planner(use.bytes_per_s, use.prefill_tokens_per_s)

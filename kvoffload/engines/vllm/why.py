@@ -2,8 +2,8 @@
 
 A failure in here costs a report, never a hit: nothing raises but ``close``. Every request ends in
 at most one report, when it gets its blocks, or when its load has ended; one that is aborted before
-gets none. Scheduler-thread methods are O(1) and do no I/O; ``work`` and ``close`` belong to the
-tick thread.
+gets none. Scheduler-thread methods are O(1) and do no I/O; ``work`` and ``close`` belong to a
+thread of their own (engines/vllm/background.py), which files may stop.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class WhyMiss:
 
     @property
     def log(self) -> WhyLog:
-        """The last reports and the totals. Tick thread."""
+        """The last reports and the totals. Why thread."""
         return self._explainer.log
 
     # ---------------------------------------------------------------- scheduler thread
@@ -88,8 +88,14 @@ class WhyMiss:
             self._bar(asked, start, cause, note)
 
     @_guarded
-    def looked_up(self, state: Any, chain: Chain, start: int, limit: int, planned: Plan) -> None:
-        """Each lookup of a request until it gets its blocks: the last one counts."""
+    def looked_up(
+        self, state: Any, chain: Chain, start: int, limit: int, planned: Plan, offered: int
+    ) -> None:
+        """Each lookup of a request until it gets its blocks: the last one counts.
+
+        [``start``, ``offered``) is offered: with a drafter less than ``planned``. What is missing
+        is looked for behind the plan: the block in between is held, and computed all the same.
+        """
         asked = self._asked(state)
         if asked is None:
             return
@@ -98,6 +104,7 @@ class WhyMiss:
             self._space()
         end, size = planned.end, self._size
         asked.hbm, asked.plan, asked.barred, asked.space = start, planned, None, self._here
+        asked.offered = offered
         asked.chunk = chunk = end // size
         keys = chain.keys(self._main.group)
         if chunk >= len(keys) or (chunk + 1) * size > limit:
@@ -136,7 +143,7 @@ class WhyMiss:
             return
         if asked.barred is None and asked.plan is None:
             self._bar(asked, asked.hbm, MissCause.NOT_ASKED, "the engine did not ask")
-        elif asked.barred is None and asked.plan.end > asked.hbm:
+        elif asked.barred is None and asked.offered > asked.hbm:
             self._bar(asked, asked.hbm, MissCause.NOT_ASKED, "the engine did not take the offer")
         self._close(asked)
 
@@ -202,7 +209,7 @@ class WhyMiss:
         )
         return self._here
 
-    # ---------------------------------------------------------------- tick thread
+    # ---------------------------------------------------------------- why thread
 
     def write_to(self, roots: Sequence[Path], head: Mapping[str, Any]) -> None:
         """See Explainer.write_to; nothing where no requests are kept."""
@@ -215,7 +222,7 @@ class WhyMiss:
         self._explainer.work(self._closed, now)
 
     def close(self) -> None:
-        """Remove the file. Idempotent; after the tick thread has ended."""
+        """Remove the file. Idempotent."""
         self._explainer.close()
 
     def check(self) -> None:

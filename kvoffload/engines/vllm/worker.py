@@ -7,6 +7,7 @@ answered exactly once, whatever breaks (docs/request-lifecycle.md, "exactly once
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,8 @@ class RunningLoad:
     order: LoadOrder
     jobs: dict[int, ChunkCopies] = field(default_factory=dict)
     started: bool = False
+    until: float = 0.0  # its deadline, once it has started
+    overdue: bool = False  # the scheduler half waits no longer
     bad_blocks: set[int] = field(default_factory=set)
     failure: LoadFailure | None = None
 
@@ -68,7 +71,10 @@ class StepAnswers:
 
 
 class WorkerHalf:
-    """One per rank. ``attach`` opens the arena, ``make_engine`` builds the device's copy engine."""
+    """One per rank. ``attach`` opens the arena, ``make_engine`` builds the device's copy engine.
+
+    ``clock``: seconds, for loads that the scheduler half waits for no longer.
+    """
 
     def __init__(
         self,
@@ -77,12 +83,14 @@ class WorkerHalf:
         *,
         attach: Callable[[str, int], Any],
         make_engine: Callable[[Any], CopyEngine],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.guard = HookGuard("worker")
         self.layout = layout
         self.rank = rank
         self._attach = attach
         self._make_engine = make_engine
+        self._clock = clock
         self._single_group = len(layout.groups) == 1
         self._fragments: dict[int, tuple[Sequence[Fragment], int]] = {}
         self._engine: CopyEngine | None = None
@@ -190,16 +198,18 @@ class WorkerHalf:
     def start_load_kv(self) -> None:
         """Submit this step's loads; carry out fail orders."""
         orders = self._orders
-        if orders is None:
+        if orders is None or not (self._running or orders.fails):
             return
         for load in list(self._running.values()):
             if not load.started:
                 self._start(load)
         for fail in orders.fails:
             self._fail(fail)
+        self._fail_overdue()
 
     def _start(self, load: RunningLoad) -> None:
         load.started = True
+        load.until = self._clock() + load.order.deadline_ms / 1000.0
         engine = self._engine
         if engine is None:
             self._fail_load(load, LoadFailure.WORKER_LOST)
@@ -240,8 +250,22 @@ class WorkerHalf:
             load = RunningLoad(LoadOrder(fail.attempt, fail.request_id, 0, []), started=True)
             load.bad_blocks = set(fail.block_ids)
             self._running[fail.attempt] = load
+        elif load.started and not fail.void:
+            load.overdue = True
+            return
         load.started = True
         self._fail_load(load, LoadFailure.DEADLINE)
+
+    def _fail_overdue(self) -> None:
+        """The scheduler half counts from before a forward, which may take longer than a load is
+        given: one that has ended well meanwhile is not failed, and none before its own deadline."""
+        if not any(load.overdue for load in self._running.values()):
+            return
+        self._collect()
+        now = self._clock()
+        for load in self._running.values():
+            if load.overdue and load.jobs and now >= load.until:
+                self._fail_load(load, LoadFailure.DEADLINE)
 
     def _fail_load(self, load: RunningLoad, reason: LoadFailure) -> None:
         """Mark failed and cancel; it is answered once no job of it can write a block any more."""

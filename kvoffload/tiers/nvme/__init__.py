@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from kvoffload._core import SegmentStore
 from kvoffload.config import IoEngine, refuse_overlap
 from kvoffload.errors import StoreError
+from kvoffload.tiers.nvme.counted import CountedStore
 from kvoffload.tiers.nvme.drive import Drive, DriveLevel
 from kvoffload.tiers.nvme.shares import drive_bounds
 from kvoffload.tiers.nvme.striped import StripedStore
@@ -27,6 +28,7 @@ def open_segment_store(
     direct: bool = True,
     read_only: bool = False,
     io_engine: IoEngine = "auto",
+    endurance_bytes: int | None = None,
 ) -> SegmentStore:
     """Open or create the chunk store in ``path``; blocks while it recovers (milliseconds per GiB).
 
@@ -34,19 +36,14 @@ def open_segment_store(
     what the store was created with, at creation half of the free space. ``segment_bytes`` None:
     256 MiB, less where ``max_bytes`` is small. ``direct`` False: through the page cache.
     ``io_engine``: "uring" (StoreError where this process cannot have it), "threads", or "auto".
+    ``endurance_bytes``: what the drive endures; None: as a writer last said (``lifetime`` file).
     Raises StoreError (one line naming the path) and ValueError for numbers out of range.
     """
+    sizes = max_bytes or 0, segment_bytes or 0, threads, queue_bytes
     try:
-        return SegmentStore(
-            os.fspath(path),
-            max_bytes or 0,
-            segment_bytes or 0,
-            threads,
-            queue_bytes,
-            direct,
-            read_only,
-            io_engine,
-        )
+        if read_only:
+            return SegmentStore(os.fspath(path), *sizes, direct, True, io_engine)
+        return CountedStore(os.fspath(path), *sizes, direct, io_engine, endurance_bytes)
     except OSError as error:
         raise StoreError(error.errno, error.strerror) from error
 
@@ -60,17 +57,20 @@ def open_drives(
     direct: bool = True,
     read_only: bool = False,
     io_engine: IoEngine = "auto",
+    endurance_bytes: int | None = None,
 ) -> SegmentStore | StripedStore:
     """The store in one path, or one store over several (in any order), opened at the same time.
 
-    ``max_bytes`` is the sum over the paths (``shares.drive_bounds``); the rest is as in
-    ``open_segment_store``, for each path. Of several paths those that cannot be opened are left
-    out and named by ``StripedStore.drives()``. Raises ConfigError where paths are the same
-    directory or nested, StoreError when no path can be opened.
+    ``max_bytes`` is the sum over the paths (``shares.drive_bounds``), and so is
+    ``endurance_bytes``, in even shares; the rest is as in ``open_segment_store``, for each path. Of
+    several paths those that cannot be opened are left out and named by ``StripedStore.drives()``.
+    Raises ConfigError where paths are the same directory or nested, StoreError when no path can be
+    opened.
     """
     where = [os.fspath(path) for path in paths]
     refuse_overlap(where)
     bounds = [max_bytes or 0] if len(where) == 1 else drive_bounds(where, max_bytes)
+    endures = None if endurance_bytes is None else endurance_bytes // max(1, len(where))
 
     def opened(at: int) -> SegmentStore:
         return open_segment_store(
@@ -81,6 +81,7 @@ def open_drives(
             direct=direct,
             read_only=read_only,
             io_engine=io_engine,
+            endurance_bytes=endures,
         )
 
     def drive(at: int) -> Drive:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvoffload._core import Arena, SegmentStore
 
 _GREATEST = frozenset({"recover_ms", "segment_bytes", "uring"})
+_LEAST = frozenset({"lifetime_since", "lifetime_days_left"})
 
 
 class StripedStore(StripedJobs):
@@ -127,6 +128,25 @@ class StripedStore(StripedJobs):
             store.delete(keys)
         return int(held.sum())
 
+    def retain(self, keys: bytes, seconds: float, level: int = 0, owner: int = 0) -> bytes:
+        """See SegmentStore. On every drive that holds a key; each has its own bound."""
+        out = np.zeros(count_keys(keys), np.uint8)
+        for store in self._stores():
+            out |= np.frombuffer(store.retain(keys, seconds, level, owner), np.uint8)
+        return out.tobytes()
+
+    def retained(self, keys: bytes, owner: int = 0) -> bytes:
+        """See SegmentStore. On any drive."""
+        out = np.zeros(count_keys(keys), np.uint8)
+        for store in self._stores():
+            out |= np.frombuffer(store.retained(keys, owner), np.uint8)
+        return out.tobytes()
+
+    def retain_none(self) -> None:
+        """See SegmentStore."""
+        for store in self._stores():
+            store.retain_none()
+
     def queued_bytes(self) -> int:
         """See SegmentStore."""
         return sum(store.queued_bytes() for store in self._stores())
@@ -134,11 +154,15 @@ class StripedStore(StripedJobs):
     def stats(self) -> dict[str, int | float]:
         """See SegmentStore: sums over the drives, and ``drives``, ``drives_up``, ``drive_trips``.
 
-        ``recover_ms`` and ``segment_bytes`` are the greatest, as drives recover at the same time.
+        ``recover_ms`` and ``segment_bytes`` are the greatest, as drives recover at the same time;
+        ``lifetime_since`` and ``lifetime_days_left`` the least.
         """
         out: dict[str, int | float] = {}
         for stats in [store.stats() for store in self._stores()]:
             for name, value in stats.items():
+                if name in _LEAST:
+                    out[name] = min(out.get(name, value), value)
+                    continue
                 had = out.get(name, 0)
                 out[name] = max(had, value) if name in _GREATEST else had + value
         with self._lock:
