@@ -69,6 +69,7 @@ struct StoreSegment {
 inline constexpr uint8_t kHot = 1, kKept = 2;
 inline constexpr unsigned kPinLevel = 4;    // above the priorities of retention, 0 to 3
 inline constexpr uint64_t kLargeStore = 8;  // segments
+inline constexpr auto kRescueStall = std::chrono::seconds(5);  // a rescue that hangs, by then
 // The lifetime file and the one that replaces it, ours; a directory, a lock and a lifetime file for
 // each of the next two openers.
 inline constexpr uint64_t kSlack = 8 * kBlock;
@@ -255,6 +256,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     bool rewrite(const Key& key, const StoreEntry& e, bool kept, AlignedBuf& buf,
                  std::unique_lock<std::mutex>& lk);
     bool is_at(const Key& key, const StoreEntry& e);
+    bool rescue_place(uint64_t pad, bool kept, std::unique_lock<std::mutex>& lk);
     StoreSegment* blank();  // a clean segment to be written over
     void zero_piece(StoreSegment& seg, const AlignedBuf& zeros, std::unique_lock<std::mutex>& lk);
     std::vector<Key> marked_keys(const StoreSegment& seg, uint8_t mark,

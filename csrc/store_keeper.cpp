@@ -11,7 +11,6 @@ namespace {
 
 constexpr auto kJournalEvery = std::chrono::milliseconds(10);
 constexpr auto kRefreshEvery = std::chrono::seconds(1);
-constexpr auto kRescueStall = std::chrono::seconds(5);  // a rescue that hangs, by then
 
 }  // namespace
 

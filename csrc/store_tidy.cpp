@@ -15,7 +15,8 @@
 namespace kvo::store {
 namespace {
 
-constexpr auto kQuiet = std::chrono::milliseconds(5);  // longest wait for reads, per chunk
+constexpr auto kQuiet = std::chrono::milliseconds(5);     // longest wait for reads, per chunk
+constexpr auto kSealing = std::chrono::milliseconds(10);  // until it is looked again
 constexpr uint64_t kPiece = 1 << 20;  // of zeros: what a load may have to wait behind
 
 // Idle I/O priority, where the disk's scheduler knows such a thing. Not nice(2): a thread that is
@@ -217,14 +218,23 @@ bool StoreImpl::rescue_one(StoreSegment& from, const Key& key, uint8_t mark, Ali
     return rewrite(key, e, kept, buf, lk);
 }
 
+// Makes `open` one that so many bytes fit into. False: there is no place.
+bool StoreImpl::rescue_place(uint64_t pad, bool kept, std::unique_lock<std::mutex>& lk) {
+    for (;;) {
+        if (open && open->tail + pad + footer_bytes(open->reserved + 1) <= open->bytes) return true;
+        if (clean.empty()) return false;  // its last bytes are left to puts
+        if (open) close_open();
+        if (next_segment()) continue;
+        if (!kept || stop_tidy || Clock::now() >= rescue_moved + kRescueStall) return false;
+        // Two that are full are to be sealed first: what is kept would be given up for good.
+        done_cv.wait_for(lk, kSealing);
+    }
+}
+
 bool StoreImpl::rewrite(const Key& key, const StoreEntry& e, bool kept, AlignedBuf& buf,
                         std::unique_lock<std::mutex>& lk) {
     uint64_t pad = round_up(e.len);
-    if (open && open->tail + pad + footer_bytes(open->reserved + 1) > open->bytes) {
-        if (clean.empty()) return false;  // its last bytes are left to puts
-        close_open();
-    }
-    if ((!open && clean.empty()) || !next_segment()) return false;
+    if (!rescue_place(pad, kept, lk)) return false;
     StoreSegment& to = *open;
     Record r{};
     r.type = kPut;

@@ -239,7 +239,13 @@ class EngineLife:
     def reset_prefix_cache(
         self, reset_connector: bool = False, reset_running: bool = False, timeout: float = 30.0
     ) -> bool:
-        """Empty HBM's prefix cache; retried while blocks are still held (stores on their way out)."""
+        """Empty HBM's prefix cache; retried while blocks are still held.
+
+        What was asked before is in the tiers then: a request's stores may still be under way when
+        its last token is here, and its blocks are free at once.
+        """
+        if self.args.get("kv_transfer_config") is not None and not reset_connector:
+            self.metrics()
         deadline = time.monotonic() + timeout
         while True:
             answer = self.call(
