@@ -260,8 +260,8 @@ class TestBound:
             store.check()
         with life(drives * 32 / 1024) as store:
             assert held(store, range(2000, 2200)) == newest
-            assert set(fill(store, 3000, 3000 + drives * 350)) == {StoreResult.OK}
-            assert len(held(store, range(3000, 3000 + drives * 350))) == drives * 350
+            assert set(fill(store, 3000, 3000 + drives * 250)) == {StoreResult.OK}
+            assert len(held(store, range(3000, 3000 + drives * 250))) == drives * 250
             assert all(n <= 32 * MIB for n in sizes())
             assert sum(sizes()) > drives * 16 * MIB
             store.check()
