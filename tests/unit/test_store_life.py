@@ -136,9 +136,11 @@ class TestRescue:
             store.get_many([key_of(j) for j in range(40)])
             assert store._native is not None
             store._native.inject("read_eio", 1)
+            settle(store)
+            before = store.stats()["reinserted_chunks"]  # what was read first may have gone
             fill(store, 40, 200)
             store._native.inject("read_eio", 0)
-            assert store.stats()["reinserted_chunks"] == 0
+            assert store.stats()["reinserted_chunks"] == before
             assert [store.get(key_of(i)) for i in range(190, 200)] == [
                 payload_of(i) for i in range(190, 200)
             ]
