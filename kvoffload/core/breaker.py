@@ -77,6 +77,10 @@ class Breaker:
         self._open_until = None
         self._probing = False
 
+    def inconclusive(self) -> None:
+        """What was read as a probe is gone or was damaged: the next request is the probe."""
+        self._probing = False
+
     def failure(self, now: float) -> None:
         """The tier failed or did not answer in time."""
         self._failures += 1

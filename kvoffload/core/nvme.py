@@ -210,6 +210,7 @@ class NvmeTier:
         entry = self._pool.take_as(what, Tier.NVME, now)
         if entry is not None and self.read_up([entry], now):
             self._counters.nvme_probes += 1
+            self.reads.probe = what
             self.breaker.probing()
 
     def timed_out(self, entry: Entry, now: float) -> None:

@@ -58,7 +58,8 @@ class Reads:
         self._job_ids = job_ids
         self.inflight: dict[int, list[Entry]] = {}
         self._began: dict[int, float] = {}
-        self.last_failed: ChunkId | None = None  # what a probe reads
+        self.last_failed: ChunkId | None = None  # what the next probe reads
+        self.probe: ChunkId | None = None  # what the last one read, or reads
 
     def submit(self, entries: Sequence[Entry], now: float) -> bool:
         """Read FILLING entries, one job per group. False when a group was refused: its entries are
@@ -99,14 +100,25 @@ class Reads:
             elif result == StoreResult.CORRUPT:
                 self._counters.nvme_corrupt += 1
                 self._pool.note(entry, Gone.BAD_BYTES)
+                self._gone(entry)
             elif result == StoreResult.MISS:
                 self._counters.nvme_miss += 1
                 self._pool.note(entry, Gone.WRITTEN)
+                self._gone(entry)
             else:
                 self._counters.nvme_io_errors += 1
                 self.last_failed = entry.chunk_id()
                 self._breaker.failure(now)
             self._pool.read_over(entry, result == StoreResult.OK, now)
+
+    def _gone(self, entry: Entry) -> None:
+        """The store holds ``entry`` no more. As a probe that says nothing, and no other would ever
+        be made."""
+        if self.last_failed == entry.chunk_id():
+            self.last_failed = None
+        if self.probe == entry.chunk_id():
+            self.probe = None
+            self._breaker.inconclusive()
 
     def wanted(self) -> Iterator[list[Entry]]:
         """The chunks of each job that anybody still waits for: one that hangs and was given up is

@@ -38,11 +38,14 @@ def test_half_open_lets_one_probe_decide() -> None:
     breaker.failure(COOL_S)
     assert breaker.state(COOL_S) is BreakerState.OPEN and counters.nvme_breaker_trips == 2
     breaker.probing()
+    breaker.inconclusive()
+    assert breaker.closed(2 * COOL_S) and breaker.state(2 * COOL_S) is BreakerState.HALF_OPEN
+    breaker.probing()
     breaker.success()
     assert breaker.closed(COOL_S) and breaker.state(COOL_S) is BreakerState.CLOSED
 
 
-@given(st.lists(st.tuples(st.sampled_from(["ok", "bad", "trip", "probe"]), st.floats(0, 20))))
+@given(st.lists(st.tuples(st.sampled_from(["ok", "bad", "trip", "probe", "gone"]), st.floats(0, 20))))
 def test_always_recovers(events: list[tuple[str, float]]) -> None:
     breaker, now = Breaker(Counters(), threshold=2), 0.0
     for what, wait in events:
@@ -53,6 +56,8 @@ def test_always_recovers(events: list[tuple[str, float]]) -> None:
             breaker.failure(now)
         elif what == "trip":
             breaker.trip(now)
+        elif what == "gone":
+            breaker.inconclusive()
         elif breaker.probe_due(now):
             breaker.probing()
         breaker.check()

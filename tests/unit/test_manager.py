@@ -826,6 +826,30 @@ def test_a_failing_disk_is_left_alone_for_a_while() -> None:
     rig.manager.check()
 
 
+@pytest.mark.parametrize("result", [StoreResult.MISS, StoreResult.CORRUPT])
+def test_a_probe_of_what_is_gone_decides_nothing(result: StoreResult) -> None:
+    """It was recycled, or damaged: the tier must not wait for that probe for good."""
+    rig = make()
+    rig.to_nvme("abcdefgh")
+    lease = rig.load("abcdefgh")
+    assert lease is not None
+    rig.store.read_result = StoreResult.IO_ERROR
+    rig.store.step()
+    rig.manager.poll()
+    rig.manager.release(lease.id)
+    assert rig.hit("abcdefgh") == 0
+    rig.clock.advance(COOL_S)
+    rig.manager.tick(False)
+    assert rig.manager.counters.nvme_probes == 1
+    rig.store.read_result = result
+    rig.store.step()
+    rig.manager.tick(False)
+    rig.manager.tick(False)
+    assert rig.manager.counters.nvme_probes == 1, "no other is known to have failed"
+    assert rig.hit("abcdefgh") > 0, "so a request is the probe"
+    rig.manager.check()
+
+
 def test_a_full_or_read_only_disk_still_serves() -> None:
     rig = make(slots=32)
     rig.to_nvme("abcdefgh")
