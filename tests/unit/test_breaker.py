@@ -45,7 +45,9 @@ def test_half_open_lets_one_probe_decide() -> None:
     assert breaker.closed(COOL_S) and breaker.state(COOL_S) is BreakerState.CLOSED
 
 
-@given(st.lists(st.tuples(st.sampled_from(["ok", "bad", "trip", "probe", "gone"]), st.floats(0, 20))))
+@given(
+    st.lists(st.tuples(st.sampled_from(["ok", "bad", "trip", "probe", "gone"]), st.floats(0, 20)))
+)
 def test_always_recovers(events: list[tuple[str, float]]) -> None:
     breaker, now = Breaker(Counters(), threshold=2), 0.0
     for what, wait in events:
