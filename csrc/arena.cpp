@@ -292,9 +292,8 @@ void Arena::prefault_start(unsigned threads) {
 
 // Who maps or unmaps memory in this process waits for a step, so it is short, and does not give way
 // to others while it holds that lock; once the arena is in use the thread rests instead, nearly all
-// the time: an engine may need every core there is. At nice 19
-// and 64 MiB a step, beside two busy threads on two cores, an mmap() elsewhere took 80 ms at the
-// median and up to 500.
+// the time: an engine may need every core there is. At nice 19 and 64 MiB a step, beside two busy
+// threads on two cores, an mmap() elsewhere took 80 ms at the median and up to 500.
 void Arena::prefault_range(uint64_t begin, uint64_t end, uint64_t threads) {
     pthread_setname_np(pthread_self(), "kvo-prefault");
     // A huge page takes 0.2 to 0.5 ms of CPU, in a guest at times 5 (its host may have to find the

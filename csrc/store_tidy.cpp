@@ -1,7 +1,7 @@
 // The tidy thread: what makes the store better and hardly anybody waits for. Rescue: chunks that
 // hints keep, and those that were read since they were written, are written again before their
-// segment is recycled. Zeros: a new segment
-// is written once before it is used, the first write to preallocated extents being slower.
+// segment is recycled. Zeros: a new segment is written once before it is used, the first write to
+// preallocated extents being slower.
 #include <linux/ioprio.h>
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -801,7 +801,8 @@ def test_store_errors_are_misses(what: str) -> None:
     assert rig.hit("ab") == 32
 
 
-def test_a_failing_disk_is_left_alone_for_a_while() -> None:
+def _tripped() -> Rig:
+    """Every read of eight chunks failed, and the pause before a probe is over."""
     rig = make()
     rig.to_nvme("abcdefgh")
     lease = rig.load("abcdefgh")
@@ -812,6 +813,11 @@ def test_a_failing_disk_is_left_alone_for_a_while() -> None:
     rig.manager.release(lease.id)
     assert rig.manager.counters.nvme_breaker_trips == 1 and rig.hit("abcdefgh") == 0
     rig.clock.advance(COOL_S)
+    return rig
+
+
+def test_a_failing_disk_is_left_alone_for_a_while() -> None:
+    rig = _tripped()
     rig.manager.tick(False)  # a probe that nobody waits for
     assert rig.manager.counters.nvme_probes == 1 and rig.hit("abcdefgh") == 0
     rig.store.step()
@@ -829,16 +835,7 @@ def test_a_failing_disk_is_left_alone_for_a_while() -> None:
 @pytest.mark.parametrize("result", [StoreResult.MISS, StoreResult.CORRUPT])
 def test_a_probe_of_what_is_gone_decides_nothing(result: StoreResult) -> None:
     """It was recycled, or damaged: the tier must not wait for that probe for good."""
-    rig = make()
-    rig.to_nvme("abcdefgh")
-    lease = rig.load("abcdefgh")
-    assert lease is not None
-    rig.store.read_result = StoreResult.IO_ERROR
-    rig.store.step()
-    rig.manager.poll()
-    rig.manager.release(lease.id)
-    assert rig.hit("abcdefgh") == 0
-    rig.clock.advance(COOL_S)
+    rig = _tripped()
     rig.manager.tick(False)
     assert rig.manager.counters.nvme_probes == 1
     rig.store.read_result = result
