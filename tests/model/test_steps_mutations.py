@@ -50,6 +50,15 @@ def load_and_resume() -> None:
     engine.finish()
 
 
+def load_beside_a_decode() -> None:
+    engine = MiniEngine(Options(in_flight=2, load_lag=3))
+    engine.ask(tokens(40, 1), 9)
+    engine.forget_hbm()
+    engine.add(tokens(9, 2), 60)
+    engine.add(tokens(40, 1), 9)
+    engine.finish()
+
+
 def loads_that_always_fail() -> None:
     engine = MiniEngine(Options(in_flight=2))
     engine.ask(tokens(40))
@@ -193,6 +202,17 @@ def two_ranks() -> None:
 
 def no_fence(patch: Patch) -> None:
     patch.setattr(orders.Fence, "due", lambda self, output, loads: [])
+
+
+def fence_is_always_clear(patch: Patch) -> None:
+    patch.setattr(orders.Fence, "is_clear", lambda self, output: True)
+
+
+def looks_a_step_late(patch: Patch) -> None:
+    real = stores.StorePlanner._put_off
+    patch.setattr(
+        stores.StorePlanner, "_put_off", lambda self, name, left: real(self, name, left + 1)
+    )
 
 
 def fence_forgets_early(patch: Patch) -> None:
@@ -342,6 +362,8 @@ class Case:
 
 CASES = [
     Case(no_fence, reuse_under_stores, "in DRAM"),
+    Case(fence_is_always_clear, reuse_under_stores, "in DRAM"),
+    Case(looks_a_step_late, load_beside_a_decode, "complete chunk is not stored"),
     Case(fence_forgets_early, reuse_under_stores, "in DRAM"),
     Case(answers_twice, load_and_resume, "twice|unknown request|while"),
     Case(never_answers, load_and_resume, "not idle"),

@@ -235,6 +235,7 @@ class MiniEngine:
         self.clock.now += 0.001
         if len(self.queue) < self.options.in_flight and self.scheduler.has_requests():
             step = self.scheduler.schedule()
+            self._nothing_overdue(step)
             self.queue.append(step)
             for rank in self.ranks:
                 rank.push(step)
@@ -250,6 +251,21 @@ class MiniEngine:
         self._book()
         self.check()
         return True
+
+    def _nothing_overdue(self, step: StepOutput) -> None:
+        """Requests are looked at when they may have completed a chunk; here all are, in each step."""
+        half = self.scheduler_half
+        if not (self.namespaces.known and half._ready()) or half.guard.errors:
+            return
+        for request_id in step.num_scheduled_tokens:  # they count as computed by now
+            state = half._states.get(request_id)
+            if state is None or state.chain is None or state.tainted or not state.hints.store:
+                continue
+            request, layout = state.request, self.layout
+            end = min(request.num_computed_tokens, len(request.block_hashes) * layout.hash_tokens)
+            end -= layout.align_tokens if self.options.eagle else 0
+            grid = min(g.chunk_tokens for g in layout.groups)
+            assert end // grid <= state.stored // grid, "a complete chunk is not stored"
 
     def _run_some(self) -> None:
         """Ranks run ahead at their own pace, each in order."""

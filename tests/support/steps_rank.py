@@ -193,8 +193,11 @@ class Rank:
         half.handle_preemptions(orders)
         self._poison(step, orders)
         self._update_requests(step)
-        half.bind(orders)
+        idle = half.bind(orders)
         sampled = self._forward(step)
+        if idle:  # the connector calls no other hook
+            half.clear()
+            return RankOutput(sampled, set(), set(), set())
         half.start_load_kv()
         if not self._spec:
             half.wait_for_save()

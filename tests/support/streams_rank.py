@@ -88,14 +88,17 @@ class StreamRank(Rank):
             if mode == "after":
                 self._zero(zero)
             self._update_requests(step)
-            half.bind(step.metadata)
+            idle = half.bind(step.metadata)
             sampled = self._forward(step)
             end = self.runtime.mark() if sampled else None
-            out = self._after_forward(half, sampled)
+            out = self._after_forward(half, sampled, idle)
             self._ends.append((end, self.world.release()))
         return out
 
-    def _after_forward(self, half: Any, sampled: dict[str, list[int]]) -> Any:
+    def _after_forward(self, half: Any, sampled: dict[str, list[int]], idle: bool) -> Any:
+        if idle:
+            half.clear()
+            return RankOutput(sampled, set(), set(), set())
         half.start_load_kv()
         if not self._spec:
             half.wait_for_save()

@@ -6,6 +6,7 @@ Followed: vLLM 0.30 to 0.33, live on 0.32, by contract tests on the others. 0.26
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import re
@@ -175,6 +176,13 @@ def wanted_layout(vllm_config: Any) -> str | None:
     return _BLOCK_OUTERMOST if getattr(vllm_config, ALONE, False) is True else None
 
 
+@functools.cache
+def _transfer_results() -> Any:
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+    return base.KVConnectorTransferResults
+
+
 # -- the bridge ------------------------------------------------------------------------------------
 
 
@@ -234,9 +242,7 @@ class Bridge:
     @staticmethod
     def transfer_results(finished: set[str], failed: set[str]) -> Any:
         """KVConnectorTransferResults (0.30+)."""
-        from vllm.distributed.kv_transfer.kv_connector.v1 import base
-
-        return base.KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
+        return _transfer_results()(finished_recving=finished, failed_recving=failed)
 
     @staticmethod
     def finished(finished: set[str], failed: set[str]) -> tuple[set[str] | None, set[str] | None]:

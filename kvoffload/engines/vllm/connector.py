@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvoffload.engines.vllm import build, compat, plugin
-from kvoffload.engines.vllm.meta import StepOrders, WorkerReport
+from kvoffload.engines.vllm.meta import CALM, StepOrders, WorkerReport
 from kvoffload.engines.vllm.stats import KVOffloadPromMetrics, KVOffloadStats
 
 if TYPE_CHECKING:
@@ -39,6 +39,13 @@ class StepMetadata(KVConnectorMetadata):
 
     def __init__(self, orders: StepOrders) -> None:
         self.orders = orders
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return "CALM_STEP" if self is CALM_STEP else (StepMetadata, (self.orders,))
+
+
+CALM_STEP = StepMetadata(CALM)
+"""Of most steps; pickled by name, as CALM is."""
 
 
 class WorkerMetadata(KVConnectorWorkerMetadata):
@@ -63,11 +70,16 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: build.SchedulerSide | None = None
         self._worker: build.WorkerSide | None = None
+        self._half: Any = None  # of the scheduler role
+        self._rank: Any = None  # of the worker role
+        self._idle = False  # nothing to do for the rank in this step
         self._bridge = compat.Bridge()
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = build.scheduler_side(vllm_config, kv_cache_config)
+            self._half = self._scheduler.half
         else:
             self._worker = build.worker_side(vllm_config, kv_cache_config)
+            self._rank = self._worker.half
             plugin.add_weights_listener(self._worker.half.weights_changed)
 
     # ------------------------------------------------------------ class-level answers
@@ -104,11 +116,6 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         return KVOffloadPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ------------------------------------------------------------ scheduler role
-
-    @property
-    def _half(self) -> Any:
-        assert self._scheduler is not None
-        return self._scheduler.half
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         """HBM's own prefix cache: watched after in-place weight updates, and at arrivals."""
@@ -147,7 +154,8 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Orders of this step."""
-        return StepMetadata(self._half.build_connector_meta(self._bridge.step(scheduler_output)))
+        orders = self._half.build_connector_meta(self._bridge.step(scheduler_output))
+        return CALM_STEP if orders is CALM else StepMetadata(orders)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Answers of the ranks."""
@@ -179,11 +187,6 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
 
     # ------------------------------------------------------------ worker role
 
-    @property
-    def _rank(self) -> Any:
-        assert self._worker is not None
-        return self._worker.half
-
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """KV tensors of this rank."""
         assert self._worker is not None
@@ -191,6 +194,8 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Fence: stores whose source blocks this step overwrites are finished first."""
+        if kv_connector_metadata is CALM_STEP:
+            return  # no fence
         if isinstance(kv_connector_metadata, StepMetadata):
             self._rank.handle_preemptions(kv_connector_metadata.orders)
 
@@ -198,16 +203,22 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         """Take this step's orders."""
         super().bind_connector_metadata(connector_metadata)
         if isinstance(connector_metadata, StepMetadata):
-            self._rank.bind(connector_metadata.orders)
+            self._idle = self._rank.bind(connector_metadata.orders)
+
+    def has_connector_metadata(self) -> bool:
+        """Never: vLLM asks whether to call the two hooks of each layer, which are empty here."""
+        return False
 
     def clear_connector_metadata(self) -> None:
         """End of step."""
         super().clear_connector_metadata()
+        self._idle = False
         self._rank.clear()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Submit loads."""
-        self._rank.start_load_kv()
+        if not self._idle:
+            self._rank.start_load_kv()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are per request and asynchronous; nothing to wait for in a layer."""
@@ -219,28 +230,34 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """Submit stores."""
-        self._rank.wait_for_save()
+        if not self._idle:
+            self._rank.wait_for_save()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Requests whose loads ended, failed ones included."""
+        if self._idle:
+            return self._bridge.transfer_results(set(), set())
         answers = self._rank.transfer_results()
-        results: KVConnectorTransferResults = self._bridge.transfer_results(
-            answers.finished, answers.failed
-        )
-        return results
+        return self._bridge.transfer_results(answers.finished, answers.failed)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """As get_transfer_results, for vLLM before 0.30."""
+        if self._idle:
+            return None, None
         answers = self._rank.transfer_results()
         return self._bridge.finished(answers.finished, answers.failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks left without valid KV by failed loads."""
+        if self._idle:
+            return set()
         blocks: set[int] = self._rank.take_invalid_blocks()
         return blocks
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """This rank's account of the step."""
+        if self._idle:
+            return None
         report = self._rank.take_report()
         return WorkerMetadata(report) if report is not None else None
 

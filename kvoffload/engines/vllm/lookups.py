@@ -172,6 +172,10 @@ class Lookups:
             state.provisional = None
         self._leased.pop(state.request_id, None)
 
+    def is_empty(self) -> bool:
+        """No provisional lease."""
+        return not self._leased
+
     def expire(self, now: float) -> None:
         """Drop provisional leases that vLLM has not asked for in a while."""
         for state in list(self._leased.values()):

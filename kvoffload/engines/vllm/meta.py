@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +106,17 @@ class StepOrders:
     loads: list[LoadOrder] = field(default_factory=list)
     stores: list[StoreOrder] = field(default_factory=list)
     fails: list[FailOrder] = field(default_factory=list)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        # By name: most steps are calm, and every one of them waits for this.
+        if self is CALM:
+            return "CALM"
+        rest = (self.arena, self.idle, self.low_water, self.fence)
+        return StepOrders, (*rest, self.loads, self.stores, self.fails)
+
+
+CALM = StepOrders()
+"""Of every step that has a forward and nothing to do for us. The workers know it by identity."""
 
 
 @dataclass(slots=True)

@@ -131,6 +131,19 @@ class Fence:
             for ids in blocks.get_block_ids():
                 self._noted.update(ids)
 
+    def is_clear(self, output: Any) -> bool:
+        """Whether the step certainly writes no source of a store. Asked every step: a running
+        request that gets no new block is most of them."""
+        if not self._pending:
+            return True
+        return not (
+            self._noted
+            or output.scheduled_new_reqs
+            or any(output.scheduled_cached_reqs.new_block_ids)
+            or getattr(output, "new_block_ids_to_zero", None)
+            or getattr(output, "kv_cache_block_copies", None)
+        )
+
     def spoil(self, output: Any, give_up: Callable[[int, int], bool]) -> int:
         """Fail stores whose source blocks this step zeroes or copies over. Returns slots failed.
 

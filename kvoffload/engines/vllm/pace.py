@@ -36,6 +36,10 @@ class TickPace:
             self._last = now
         return due
 
+    def rests(self, now: float) -> bool:
+        """Whether a step with none of these needs no tick."""
+        return now - self._last < TICK_S
+
 
 class Export(Enum):
     """What of the metrics leaves with a step."""

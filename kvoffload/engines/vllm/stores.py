@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,19 @@ from kvoffload.engines.vllm.orders import Fence, store_copies
 from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.types import CacheLayout
 
+NEVER = 1 << 62  # tokens
 AGAIN = 3
 """After a failed load, chunks whose bad copies are still being taken out of the tiers cannot be
 stored yet: that many steps look again from the root."""
 
 
 class StorePlanner:
-    """Builds the store orders of a step and enters them in the fence. Scheduler thread only."""
+    """Builds the store orders of a step and enters them in the fence. Scheduler thread only.
+
+    A request completes a chunk every few dozen steps, so each is looked at when it may have done
+    so, not in every step: a step costs O(requests that are due). Time is counted in tokens, as if
+    every request had been given as many as the step's greediest, so that it is never late.
+    """
 
     def __init__(
         self,
@@ -46,6 +53,9 @@ class StorePlanner:
         self._main = primary(layout)
         self._blocks_per_chunk = {g.group: g.blocks_per_chunk for g in layout.groups}
         self._number = 0
+        self._tokens = 0  # the time
+        self._due: dict[str, int] = {}  # when each request known is to be looked at
+        self._queue: list[tuple[int, str]] = []  # heap of the same, and of what is no longer true
 
     def orders(
         self,
@@ -55,33 +65,86 @@ class StorePlanner:
     ) -> list[StoreOrder]:
         """One order per scheduled request that completes a chunk in this step."""
         out: list[StoreOrder] = []
-        for request_id, scheduled in output.num_scheduled_tokens.items():
+        for request_id in self._to_look_at(output.num_scheduled_tokens):
             state = states.get(request_id)
             if state is None or state.tainted or state.unsupported:
                 continue
-            if state.born is None:
-                state.born = int(state.request.num_computed_tokens)
-            if not state.hints.store:
-                continue
             try:
-                order = self._of_request(output, state, scheduled, chain_of)
+                order = self._of_request(output, state, chain_of)
             except Exception as exc:  # the orders of the other requests have slots already
                 self._guard.record("store_orders", exc)
+                self._put_off(request_id, 1)
                 continue
             if order is not None:
                 out.append(order)
         return out
 
+    def look_at(self, request_id: str) -> None:
+        """Its KV may no longer be what it was (it was admitted anew): look at it in the next step
+        that it is in."""
+        self._due.pop(request_id, None)
+
+    forget = look_at
+    """The request is over."""
+
+    def look_at_all(self) -> None:
+        """Nothing is stored any more."""
+        self._due.clear()
+        self._queue.clear()
+
+    def _to_look_at(self, scheduled: Mapping[str, int]) -> list[str]:
+        """Requests of the step that are new here or due; never again unless they are put off."""
+        if not scheduled:
+            return []
+        self._tokens += max(scheduled.values())
+        some = []
+        if not scheduled.keys() <= self._due.keys():
+            some = [r for r in scheduled if r not in self._due]
+        while self._queue and self._queue[0][0] <= self._tokens:
+            due, request_id = heapq.heappop(self._queue)
+            if self._due.get(request_id) != due:
+                continue
+            if request_id in scheduled:
+                some.append(request_id)
+                self._due[request_id] = NEVER
+            else:
+                del self._due[request_id]  # not in this step: new when it comes back
+        self._due.update(dict.fromkeys(some, NEVER))
+        return some
+
+    def _put_off(self, request_id: str, tokens: int) -> None:
+        self._due[request_id] = due = self._tokens + tokens
+        heapq.heappush(self._queue, (due, request_id))
+
     def _of_request(
         self,
         output: Any,
         state: RequestState,
-        scheduled: int,
         chain_of: Callable[[RequestState], Chain | None],
     ) -> StoreOrder | None:
-        end = self.storable(state, scheduled)
-        if end // self._grid <= state.stored // self._grid and not state.again:
+        if state.born is None:
+            state.born = int(state.request.num_computed_tokens)
+        if not state.hints.store:
             return None
+        scheduled = output.num_scheduled_tokens[state.request_id]
+        order = None
+        end = self.storable(state, scheduled)
+        if end // self._grid > state.stored // self._grid or state.again:
+            order = self._of_chunks(output, state, end, chain_of)
+        # The next step while its hash is not known, or there is no chain yet.
+        boundary = (state.stored // self._grid + 1) * self._grid
+        left = boundary - int(state.request.num_computed_tokens) - scheduled
+        self._put_off(state.request_id, 1 if state.again else max(1, left))
+        return order
+
+    def _of_chunks(
+        self,
+        output: Any,
+        state: RequestState,
+        end: int,
+        chain_of: Callable[[RequestState], Chain | None],
+    ) -> StoreOrder | None:
+        """The order for the chunks up to token ``end``, and what is known of them afterwards."""
         chain = chain_of(state)
         block_state = output.kv_connector_block_state
         tables = block_state.get_block_ids(state.request_id) if block_state is not None else None
@@ -137,3 +200,9 @@ class StorePlanner:
         if self._accounts is not None:
             self._accounts.stored(state.request_id, items)
         return order
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant."""
+        queued = set(self._queue)
+        for request_id, due in self._due.items():
+            assert due == NEVER or (due, request_id) in queued, "a request will not be looked at"

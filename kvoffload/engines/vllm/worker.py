@@ -15,6 +15,7 @@ from typing import Any
 from kvoffload.copy.base import DEADLINE, LOAD, OK, CopyEngine, Fragment
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.meta import (
+    CALM,
     ArenaAddress,
     BadChunk,
     ChunkCopies,
@@ -179,9 +180,14 @@ class WorkerHalf:
             for job in jobs:
                 self._settle(job)
 
-    def bind(self, orders: StepOrders) -> None:
-        """Take this step's orders. Entering the loads cannot fail; attaching is guarded."""
+    def bind(self, orders: StepOrders) -> bool:
+        """Take this step's orders. Entering the loads cannot fail; attaching is guarded.
+
+        Whether there is nothing to do in this step: then only ``clear`` need be called.
+        """
         self._orders = orders
+        if orders is CALM and self._is_idle():
+            return True
         if self._answered:
             self._answered = {a for a in self._answered if a >= orders.low_water}
         for order in orders.loads:
@@ -189,6 +195,14 @@ class WorkerHalf:
                 self._running.setdefault(order.attempt, RunningLoad(order))
         if self._engine is None:
             self._bind(orders)
+        return False
+
+    def _is_idle(self) -> bool:
+        """Nothing of ours is out, and nothing to be said."""
+        return (
+            not (self._running or self._job_store or self._invalid or self.guard.errors)
+            and self._report.is_empty()
+        )
 
     @guarded(lambda self, orders: None)
     def _bind(self, orders: StepOrders) -> None:
