@@ -26,6 +26,7 @@ SCHEDULER = (
     "update_state_after_alloc",
     "build_connector_meta",
     "update_connector_output",
+    "step_ended",
     "request_finished",
     "has_pending_push_work",
     "reset_cache",

@@ -25,6 +25,7 @@ SCHEDULER_HOOKS = (
     "update_state_after_alloc",
     "build_connector_meta",
     "update_connector_output",
+    "step_ended",
     "request_finished",
     "has_pending_push_work",
     "reset_cache",

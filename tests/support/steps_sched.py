@@ -380,7 +380,10 @@ class MiniScheduler:
         disturbed = self._handle_invalid(conn.invalid_block_ids, step)
         for rid, n in step.num_scheduled_tokens.items():
             self._take_output(rid, n, sampled[rid], skip=rid in disturbed)
-        self.half.update_connector_output(conn, conn.report)
+        if conn.report or conn.finished_recving or conn.invalid_block_ids:
+            self.half.update_connector_output(conn, conn.report)
+        else:  # as the connector does
+            self.half.step_ended()
         for rid in conn.finished_recving:
             assert rid in self.requests, f"finished_recving for unknown request {rid}"
             request = self.requests[rid]

@@ -12,30 +12,54 @@ from kvoffload.tiers.nvme import StripedStore, open_drives
 WORK = PrefillWork.span(0, 2048)
 
 
+class Steps(StepClock):
+    """One whose clock is told."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: self.now)
+        self.now = 0.0
+
+    def ended_at(self, now: float) -> tuple[PrefillWork, float] | None:
+        self.now = now
+        return self.ended()
+
+
 def test_one_step_in_flight() -> None:
-    clock = StepClock()
-    clock.built(WORK, 10.0)
-    assert clock.ended(10.1) == (WORK, 10.1 - 10.0)
-    clock.built(None, 10.2)
-    assert clock.ended(10.3) is None
+    steps = Steps()
+    steps.built(WORK, 10.0)
+    assert steps.ended_at(10.1) == (WORK, 10.1 - 10.0)
+    steps.built(None, 10.2)
+    assert steps.ended_at(10.3) is None
 
 
 def test_two_steps_in_flight() -> None:
     """The prefill is built while a decode step still runs; its time starts when that one ends."""
-    clock = StepClock()
-    clock.built(None, 0.0)
-    clock.built(WORK, 0.001)
-    assert clock.ended(0.005) is None
-    clock.built(None, 0.006)
-    assert clock.ended(0.105) == (WORK, 0.105 - 0.005)
+    steps = Steps()
+    steps.built(None, 0.0)
+    steps.built(WORK, 0.001)
+    assert steps.ended_at(0.005) is None
+    steps.built(WORK, 0.006)
+    assert steps.ended_at(0.105) == (WORK, 0.105 - 0.005)
+    assert steps.ended_at(0.205) == (WORK, 0.205 - 0.105)
 
 
 def test_missing_outputs_are_not_paired_wrongly() -> None:
-    clock = StepClock()
+    steps = Steps()
     for i in range(MAX_STEPS_OUT + 3):
-        clock.built(WORK, float(i))
-    clock.ended(100.0)
-    assert clock.ended(101.0) is None, "forgotten"
+        steps.built(WORK, float(i))
+    steps.ended_at(100.0)
+    assert steps.ended_at(101.0) is None, "forgotten"
+    steps.built(WORK, 102.0)
+    assert steps.ended_at(103.0) == (WORK, 1.0), "and paired again"
+
+
+def test_an_output_too_many_is_not_paired_wrongly() -> None:
+    steps = Steps()
+    steps.ended_at(1.0)
+    steps.built(None, 2.0)
+    steps.built(WORK, 2.1)
+    assert steps.ended_at(3.0) is None
+    assert steps.ended_at(4.0) == (WORK, 1.0)
 
 
 def test_drives_of_a_store_over_several_paths(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ class SchedulerSide:
 
     def stats(self) -> KVOffloadStats | None:
         """Metrics since the last call."""
+        if not self.half.has_stats():
+            return None
         now = time.monotonic()
         if self.store is not None and now - self.drives_said >= DRIVES_S:
             self.drives_said = now

@@ -70,6 +70,11 @@ class ExportPace:
             self._until = now + REPORT_WITHIN_S
         return now < self._until
 
+    def rests(self, now: float) -> bool:
+        """Whether ``next`` would say NOTHING for an engine with requests."""
+        began = self._unreported
+        return not self.ended and began is not None and now - began < STATS_S
+
     def next(self, now: float, running: bool, storing: bool) -> Export:
         """What leaves with this step; asked once a step. ``running``: there are requests; then
         ``storing`` does not matter."""

@@ -152,7 +152,8 @@ class SchedulerHalf:
         self._hbm_empty: Callable[[], bool] = lambda: False
         self._hbm_holds: Callable[[Any], bool] | None = None
         self._weights_epoch = arena.epoch()
-        self._steps = StepClock()
+        self._steps = StepClock(clock)
+        self._step_seconds: list[float] = []
         self._tick_pace = TickPace()
         self._export_pace = ExportPace()
         self._last_step = float("-inf")
@@ -292,15 +293,16 @@ class SchedulerHalf:
         self._check_epoch()
         calm = self._is_calm(output, now)
         orders = CALM if calm else self._loads_and_fence(output, now)
-        if self._ready():
+        looks = (calm or self._ready()) and self._stores.has_work(output.num_scheduled_tokens)
+        if looks:
             stores = self._stores.orders(output, self._states, self._chain)
             if stores:
                 orders = StepOrders(low_water=self._loads.low_water()) if calm else orders
                 orders.stores = stores
         if orders is not CALM:
             self._finish_orders(orders, now)
-        self._steps.built(self._prefill_work(output), now)
-        self.metrics.scheduler_step(time.perf_counter() - began)
+        self._steps.built(self._prefill_work(output) if looks else None, now)
+        self._step_seconds.append(time.perf_counter() - began)
         return orders
 
     def _is_calm(self, output: Any, now: float) -> bool:
@@ -312,6 +314,7 @@ class SchedulerHalf:
             and self._loads.is_empty()
             and self._lookups.is_empty()
             and self._fence.is_clear(output)
+            and self._serve
             and self._attach.done()
         )
 
@@ -384,8 +387,13 @@ class SchedulerHalf:
         mostly = prompt.tokens >= PREFILL_TOKENS and 2 * prompt.tokens >= total
         return prompt if mostly else None
 
+    @guarded(lambda self: None)
+    def step_ended(self) -> None:
+        """As update_connector_output, of ranks that had nothing to say."""
+        self._learn_prefill()
+
     def _learn_prefill(self) -> None:
-        learned = self._steps.ended(self._clock())
+        learned = self._steps.ended()
         if learned is not None:
             self.manager.observe_prefill(*learned)
 
@@ -452,6 +460,10 @@ class SchedulerHalf:
         self.manager.reset()
         self.metrics.reset_epoch()
 
+    def has_stats(self) -> bool:
+        """Whether ``take_stats`` would find anything. Asked every step."""
+        return not (self._states and self._export_pace.rests(self._clock()))
+
     @guarded(lambda self: None)
     def take_stats(self) -> Payload | None:
         """What changed since the last call, None when nothing did or it can wait (ExportPace)."""
@@ -466,6 +478,9 @@ class SchedulerHalf:
         if export is Export.ALL:
             report_levels(self.manager, self.metrics)
             self._accounts.report(now)
+        times, self._step_seconds = self._step_seconds, []
+        for seconds in times:
+            self.metrics.scheduler_step(seconds)
         payload = self.metrics.take()
         return None if is_empty(payload) else payload
 

@@ -63,7 +63,10 @@ class StorePlanner:
         states: Mapping[str, RequestState],
         chain_of: Callable[[RequestState], Chain | None],
     ) -> list[StoreOrder]:
-        """One order per scheduled request that completes a chunk in this step."""
+        """One order per scheduled request that completes a chunk in this step.
+
+        Called for the steps that ``has_work`` says, right after it.
+        """
         out: list[StoreOrder] = []
         for request_id in self._to_look_at(output.num_scheduled_tokens):
             state = states.get(request_id)
@@ -92,14 +95,19 @@ class StorePlanner:
         self._due.clear()
         self._queue.clear()
 
+    def has_work(self, scheduled: Mapping[str, int]) -> bool:
+        """Take in a step, by request how many tokens it gets: whether one is new here or due."""
+        if not scheduled:
+            return False
+        self._tokens += max(scheduled.values())
+        queue = self._queue
+        return bool(queue and queue[0][0] <= self._tokens) or not (
+            scheduled.keys() <= self._due.keys()
+        )
+
     def _to_look_at(self, scheduled: Mapping[str, int]) -> list[str]:
         """Requests of the step that are new here or due; never again unless they are put off."""
-        if not scheduled:
-            return []
-        self._tokens += max(scheduled.values())
-        some = []
-        if not scheduled.keys() <= self._due.keys():
-            some = [r for r in scheduled if r not in self._due]
+        some = [r for r in scheduled if r not in self._due]
         while self._queue and self._queue[0][0] <= self._tokens:
             due, request_id = heapq.heappop(self._queue)
             if self._due.get(request_id) != due:

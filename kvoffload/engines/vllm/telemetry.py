@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from kvoffload.core.index import Kept
@@ -19,29 +20,41 @@ MAX_STEPS_OUT = 8
 
 
 class StepClock:
-    """Pairs each step's output with when the step was built. Scheduler thread only; seconds."""
+    """Pairs each step's output with when the step was built. Scheduler thread only; seconds.
 
-    def __init__(self) -> None:
-        self._out: deque[tuple[PrefillWork | None, float]] = deque()
+    Only steps that say something about prefill are kept: most do not, and cost a count.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._out: deque[tuple[int, PrefillWork, float]] = deque()
+        self._built = 0
+        self._ended = 0
         self._last_end = float("-inf")
 
     def built(self, prefill: PrefillWork | None, now: float) -> None:
         """A step was built; ``prefill`` None where it says nothing about prefill."""
-        self._out.append((prefill, now))
+        self._built += 1
+        if prefill is not None:
+            self._out.append((self._built, prefill, now))
 
-    def ended(self, now: float) -> tuple[PrefillWork, float] | None:
+    def ended(self) -> tuple[PrefillWork, float] | None:
         """A step's output arrived: (its prefill, seconds it ran), None when nothing is learned.
 
         Outputs come in the order of the steps. A step ran from when it was built, or from when the
         step before it ended, until now.
         """
+        self._ended = min(self._ended + 1, self._built)
+        if self._built - self._ended > MAX_STEPS_OUT:  # outputs went missing: pairs would be wrong
+            self._ended = self._built
+            self._out.clear()
+        if not self._out:
+            return None  # what is built from now on begins after this end
+        now = self._clock()
         learned = None
-        if self._out:
-            prefill, built = self._out.popleft()
-            if prefill is not None:
-                learned = prefill, now - max(built, self._last_end)
-            if len(self._out) > MAX_STEPS_OUT:
-                self._out.clear()  # outputs went missing: pairs would be wrong
+        if self._out[0][0] <= self._ended:
+            _, prefill, built = self._out.popleft()
+            learned = prefill, now - max(built, self._last_end)
         self._last_end = now
         return learned
 
