@@ -55,18 +55,23 @@ class Probe:
         self._open: dict[str, tuple[int, int]] = {}
         self._arrived: dict[str, int] = {}
         self._steps: list[int] = []
+        self._events: list[dict[str, Any]] = []
         self._now_ns = 0
         self._depth = 0
         atexit.register(self.flush)
 
-    def write(self, event: dict[str, Any]) -> None:
-        with open(self._path, "a") as out:
-            out.write(json.dumps(event) + "\n")
+    def note(self, event: dict[str, Any]) -> None:
+        """Written later: a request that is being timed waits for whoever notes something."""
+        self._events.append(event)
 
     def flush(self) -> None:
         if self._steps:
-            self.write({"ev": "steps", "ns": self._steps})
+            self.note({"ev": "steps", "ns": self._steps})
             self._steps = []
+        if self._events:
+            with open(self._path, "a") as out:
+                out.writelines(json.dumps(event) + "\n" for event in self._events)
+            self._events = []
 
     def timed(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         """``hook`` plus its time; a hook called by another hook counts once."""
@@ -111,7 +116,7 @@ class Probe:
             if began is not None:
                 event = {"ev": "load", "req": name, "tokens": began[1], "ns": now - began[0]}
                 event["since_arrival_ns"] = now - self._arrived.get(name, began[0])
-                self.write(event | ({"failed": True} if name in failed else {}))
+                self.note(event | ({"failed": True} if name in failed else {}))
 
     def _after_build_connector_meta(self, *_args: Any, **_kwargs: Any) -> None:
         self._steps.append(self._now_ns)
@@ -136,7 +141,8 @@ def _wrap_factory(module: ModuleType) -> None:
                 if hook is not None:
                     # On the instance: isinstance checks and class attributes stay as they are.
                     setattr(connector, name, probe.timed(name, hook))
-            probe.write({"ev": "created", "class": type(connector).__name__})
+            probe.note({"ev": "created", "class": type(connector).__name__})
+            probe.flush()
         return connector
 
     factory.create_connector = classmethod(create_connector)

@@ -331,12 +331,11 @@ class WorkerHalf:
     @guarded(lambda self: self._answer_all_failed())
     def transfer_results(self) -> StepAnswers:
         """Requests whose loads ended in this step, failed ones included. Each exactly once."""
-        self._collect()
         if self._orders is not None and self._orders.idle and self._engine is not None:
             first = next((j for load in self._running.values() for j in load.jobs), None)
             if first is not None:
                 self._engine.wait(first, IDLE_WAIT_MS)
-                self._collect()
+        self._collect()
         return self._answer()
 
     def _collect(self) -> None:
