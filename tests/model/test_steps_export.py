@@ -129,3 +129,19 @@ def test_a_step_that_could_not_be_built_is_paired_with_its_output(
         engine.step()
         assert half._steps._built - half._steps._ended == len(engine.queue)
     engine.run()
+
+
+def test_what_a_step_that_could_not_be_built_computes_is_stored_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The harness looks in every step whether a complete chunk was left out."""
+    engine = MiniEngine(Options(budget=32))
+    half = engine.scheduler_half
+    engine.add(tokens(64), 20)
+    engine.step()
+    monkeypatch.setattr(half, "_check_epoch", lambda: 1 // 0)
+    engine.step()
+    monkeypatch.undo()
+    engine.step()
+    assert half.guard.errors == {"build_connector_meta": 1}
+    engine.run()

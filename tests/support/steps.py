@@ -134,6 +134,7 @@ class MiniEngine:
         self.queue: list[StepOutput] = []
         self.abort_queue: list[str] = []
         self.steps = 0
+        self._failures = 0  # of the scheduler half's hooks
         self.bad_chunks = 0  # corrupt or lost slots that ranks reported
         self.hook_errors = 0  # exceptions in the ranks' hooks
         self.expect_bad = False  # a test corrupts bytes on purpose
@@ -255,7 +256,8 @@ class MiniEngine:
     def _nothing_overdue(self, step: StepOutput) -> None:
         """Requests are looked at when they may have completed a chunk; here all are, in each step."""
         half = self.scheduler_half
-        if not (self.namespaces.known and half._ready()) or half.guard.errors:
+        failures, self._failures = self._failures, sum(half.guard.errors.values())
+        if not (self.namespaces.known and half._ready()) or failures != self._failures:
             return
         for request_id in step.num_scheduled_tokens:  # they count as computed by now
             state = half._states.get(request_id)

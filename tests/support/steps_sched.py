@@ -382,8 +382,7 @@ class MiniScheduler:
             self._take_output(rid, n, sampled[rid], skip=rid in disturbed)
         if conn.report or conn.finished_recving or conn.invalid_block_ids:
             self.half.update_connector_output(conn, conn.report)
-        else:  # as the connector does
-            self.half.step_ended()
+        self.half.step_ended()  # with get_kv_connector_stats
         for rid in conn.finished_recving:
             assert rid in self.requests, f"finished_recving for unknown request {rid}"
             request = self.requests[rid]

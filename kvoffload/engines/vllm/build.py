@@ -64,7 +64,8 @@ class SchedulerSide:
     drives_said: float = field(default=float("-inf"))
 
     def stats(self) -> KVOffloadStats | None:
-        """Metrics since the last call."""
+        """Metrics since the last call. vLLM asks once per step's output."""
+        self.half.step_ended()
         if not self.half.has_stats():
             return None
         now = time.monotonic()

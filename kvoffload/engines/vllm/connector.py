@@ -161,8 +161,7 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         """Answers of the ranks."""
         meta = connector_output.kv_connector_worker_meta
         if not (meta or connector_output.finished_recving or connector_output.invalid_block_ids):
-            self._half.step_ended()
-            return
+            return  # of most steps
         report = meta.report if isinstance(meta, WorkerMetadata) else None
         self._half.update_connector_output(self._bridge.answers(connector_output), report)
 

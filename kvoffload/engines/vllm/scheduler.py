@@ -279,6 +279,7 @@ class SchedulerHalf:
         except Exception as exc:
             self.guard.record("build_connector_meta", exc)
         self._steps.built(None, self._clock())  # its output comes all the same
+        self._stores.look_at_all()  # it does not know what this step computes
         return StepOrders(
             arena=self._address(),
             idle=False,
@@ -293,7 +294,8 @@ class SchedulerHalf:
         self._check_epoch()
         calm = self._is_calm(output, now)
         orders = CALM if calm else self._loads_and_fence(output, now)
-        looks = (calm or self._ready()) and self._stores.has_work(output.num_scheduled_tokens)
+        most = max(output.num_scheduled_tokens.values(), default=0)
+        looks = (calm or self._ready()) and self._stores.has_work(output, most)
         if looks:
             stores = self._stores.orders(output, self._states, self._chain)
             if stores:
@@ -301,7 +303,8 @@ class SchedulerHalf:
                 orders.stores = stores
         if orders is not CALM:
             self._finish_orders(orders, now)
-        self._steps.built(self._prefill_work(output) if looks else None, now)
+        prefills = looks or most >= PREFILL_TOKENS
+        self._steps.built(self._prefill_work(output) if prefills else None, now)
         self._step_seconds.append(time.perf_counter() - began)
         return orders
 
@@ -366,7 +369,6 @@ class SchedulerHalf:
     @guarded(lambda self, output, report=None: self._loads.answer_blindly(output, report))
     def update_connector_output(self, output: Any, report: WorkerReport | None = None) -> None:
         """Take the ranks' answers: finish attempts, drop bad chunks, feed the rates."""
-        self._learn_prefill()
         if report is not None:
             self._loads.take_report(report)
         if not self._loads.is_empty():
@@ -389,10 +391,7 @@ class SchedulerHalf:
 
     @guarded(lambda self: None)
     def step_ended(self) -> None:
-        """As update_connector_output, of ranks that had nothing to say."""
-        self._learn_prefill()
-
-    def _learn_prefill(self) -> None:
+        """A step's output came, whatever it says: the prefill rate is learned from its time."""
         learned = self._steps.ended()
         if learned is not None:
             self.manager.observe_prefill(*learned)
@@ -473,14 +472,14 @@ class SchedulerHalf:
         export = self._export_pace.next(now, running=running, storing=storing)
         if export is Export.NOTHING:
             return None
+        times, self._step_seconds = self._step_seconds, []
+        for seconds in times:
+            self.metrics.scheduler_step(seconds)
         for hook, count in self.guard.take_errors().items():
             self.metrics.failure(f"hook_{hook}", count)
         if export is Export.ALL:
             report_levels(self.manager, self.metrics)
             self._accounts.report(now)
-        times, self._step_seconds = self._step_seconds, []
-        for seconds in times:
-            self.metrics.scheduler_step(seconds)
         payload = self.metrics.take()
         return None if is_empty(payload) else payload
 

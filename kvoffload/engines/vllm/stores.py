@@ -95,15 +95,13 @@ class StorePlanner:
         self._due.clear()
         self._queue.clear()
 
-    def has_work(self, scheduled: Mapping[str, int]) -> bool:
-        """Take in a step, by request how many tokens it gets: whether one is new here or due."""
-        if not scheduled:
-            return False
-        self._tokens += max(scheduled.values())
-        queue = self._queue
-        return bool(queue and queue[0][0] <= self._tokens) or not (
-            scheduled.keys() <= self._due.keys()
-        )
+    def has_work(self, output: Any, most: int) -> bool:
+        """Take in a step, in which no request gets more than ``most`` tokens: whether any request
+        is new here or due."""
+        self._tokens += most
+        if self._queue and self._queue[0][0] <= self._tokens:
+            return True
+        return not output.num_scheduled_tokens.keys() <= self._due.keys()
 
     def _to_look_at(self, scheduled: Mapping[str, int]) -> list[str]:
         """Requests of the step that are new here or due; never again unless they are put off."""

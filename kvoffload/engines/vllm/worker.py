@@ -332,6 +332,8 @@ class WorkerHalf:
     def transfer_results(self) -> StepAnswers:
         """Requests whose loads ended in this step, failed ones included. Each exactly once."""
         if self._orders is not None and self._orders.idle and self._engine is not None:
+            if len(self._running) > 1 or self._job_store:
+                self._collect()  # to wait for one that has not ended
             first = next((j for load in self._running.values() for j in load.jobs), None)
             if first is not None:
                 self._engine.wait(first, IDLE_WAIT_MS)
