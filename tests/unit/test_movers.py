@@ -239,8 +239,10 @@ def test_staged_uses_one_dma_for_what_is_dense_in_the_arena(fake: FakeRuntime) -
     device = np.zeros(64 * 8192, np.uint8)
     arena = np.zeros(64 * 4096 + LEAF, np.uint8)
     runs = [Run(device.ctypes.data + i * 8192, i * 4096, 4096) for i in range(64)]
-    staged(fake).copy(runs, arena.ctypes.data, False, STORE)
+    mover = staged(fake)
+    mover.copy(runs, arena.ctypes.data, False, STORE)
     fake.drain(STORE)
+    mover.close()  # its buffer, plain memory here, must outlive the copies
     assert [(run.offset, run.nbytes) for _, run in fake.runs] == [(0, 64 * 4096)]
 
 
