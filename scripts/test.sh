@@ -25,6 +25,7 @@ export PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_T
 STARTED=$SECONDS
 FAILED=()
 SUMMARY=()
+REASONS=()
 
 step() { # step NAME COMMAND...: run it, show and keep its output, remember how it went
     local name=$1 begin=$SECONDS status word
@@ -36,8 +37,13 @@ step() { # step NAME COMMAND...: run it, show and keep its output, remember how 
     if [[ $status -ne 0 ]]; then
         word="FAILED ($status)"
         FAILED+=("$name")
+        REASONS+=("$(why "$LOGS/$name.log")")
     fi
     SUMMARY+=("$(printf '%-14s %-12s %4d s  %s' "$name" "$word" $((SECONDS - begin)) "$(pytest_line "$LOGS/$name.log")")")
+}
+
+why() { # why LOG: the tests that failed, each in a line, or else the last lines of the step
+    grep -E '^(FAILED|ERROR) ' "$1" || tail -n 20 "$1"
 }
 
 pytest_line() { sed -n 's/^=* *\([0-9]\+ .* in [0-9.]\+s.*\)$/\1/p' "$1" | tail -n 1 | tr -d '='; }
@@ -92,6 +98,7 @@ printf '\n== summary\n'
 printf '%s\n' "${SUMMARY[@]}"
 printf 'total %d s\n' $((SECONDS - STARTED))
 if [[ ${#FAILED[@]} -gt 0 ]]; then
+    printf '%s\n' "${REASONS[@]}"
     printf 'FAILED: %s\n' "${FAILED[*]}"
     exit 1
 fi
