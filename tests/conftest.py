@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 _NEEDS_VLLM = {"e2e", "e2e_real", "contract"}
+
+
+def pytest_configure() -> None:
+    """The programs that tests start have to end by Ctrl-C, also in a run that a shell put in the background:
+    it ignores SIGINT there, and what a process ignores its children ignore as well."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def require_wheels() -> bool:
