@@ -44,6 +44,16 @@ class ModelShape:
 
 SHAPES = {
     "tiny": ModelShape(),
+    # SmolLM2-135M's shape, the demo's model: 45 KiB of KV per token in fp32.
+    "smollm135m": ModelShape(
+        hidden=576,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        vocab=49152,
+        max_tokens=8192,
+        intermediate=1536,
+    ),
     # Llama-3.1-8B's shape: 128 KiB of KV per token in bf16.
     "llama8b": ModelShape(
         hidden=4096,

@@ -280,7 +280,7 @@ def test_engines_keep_the_callers_path(
     assert paths.count(str(ROOT)) == 1 and "" not in paths
 
 
-def test_the_timed_model_has_the_shape_of_llama_8b(tmp_path: Path) -> None:
+def test_the_timed_models_have_the_shapes_they_are_named_after(tmp_path: Path) -> None:
     model = importlib.import_module("model")
     shape = model.SHAPES["llama8b"]
     assert shape.kv_bytes_per_token == 128 * 1024
@@ -290,3 +290,4 @@ def test_the_timed_model_has_the_shape_of_llama_8b(tmp_path: Path) -> None:
     assert config["num_key_value_heads"] == 8 and config["intermediate_size"] == 14336
     assert not list(made.glob("*.safetensors"))
     assert model.SHAPES["tiny"].engine == {"dtype": "float32"}
+    assert model.SHAPES["smollm135m"].kv_bytes_per_token == 45 * 1024  # 2 * 30 * 3 * 64 * 4
