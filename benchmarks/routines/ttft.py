@@ -2,9 +2,10 @@
 
 Per round and system two engine lives: the first takes every prompt cold, again from HBM, then from
 DRAM after the HBM prefix cache was reset, and waits for the write-behind; the second, after the
-page cache was dropped, takes the same prompts from NVMe. Systems alternate within a round. Every
-request streams 8 greedy tokens with logprobs, so that the very reload that was timed is also the
-one whose output is compared with the cold run without a connector.
+page cache was dropped, takes the same prompts from NVMe. Systems alternate within a round, and the
+next round takes them the other way round, so that drift favours none of them. Every request
+streams 8 greedy tokens with logprobs, so that the very reload that was timed is also the one whose
+output is compared with the cold run without a connector.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ class Samples:
     """What one system did at one length, over all rounds."""
 
     ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    by_round: dict[str, dict[int, list[float]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+    )
     load_ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     arrival_ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     loaded: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -59,9 +63,13 @@ class Samples:
     failed_loads: int = 0
     compared: int = 0
 
-    def add(self, phase: str, request: Json, life: LifeResult, reference: Json | None) -> None:
-        """Take one request's figures; ``reference`` is the same prompt cold without a connector."""
+    def add(
+        self, phase: str, number: int, request: Json, life: LifeResult, reference: Json | None
+    ) -> None:
+        """Take the figures of one request of round ``number``; ``reference`` is the same prompt
+        cold without a connector."""
         self.ms[phase].append(request["ttft"] * 1e3)
+        self.by_round[phase][number].append(request["ttft"] * 1e3)
         self.cached[phase].append(request["cached"] or 0)
         event = life.load_of(request["request"])
         if event is not None:
@@ -80,6 +88,10 @@ class Samples:
     def report(self) -> Json:
         """The contract's keys."""
         out: Json = {f"{p}_ms": summary(self.ms[p]) for p in PHASES}
+        out["life_medians_ms"] = {
+            p: [round(quantile(times, 0.5), 3) for times in self.by_round[p].values()]
+            for p in PHASES
+        }
         tiers = ("dram", "nvme_restart")
         out["load_only_ms"] = {p: summary(self.load_ms[p]) for p in tiers}
         out["arrival_to_loaded_ms"] = {p: summary(self.arrival_ms[p]) for p in tiers}
@@ -167,6 +179,7 @@ class Run:
         self.skipped: dict[str, str] = {}
         self.reference: dict[str, Json] = {}
         self.notes: list[str] = []
+        self._taken: list[tuple[str, str, int, list[Json], LifeResult]] = []  # in this round
         largest = max(self.plan.bytes_of(r) for r in self.plan.rounds)
         self.place: Workplace = context.workplace(
             {
@@ -180,14 +193,23 @@ class Run:
             dram_gib=max(1.0, math.ceil(largest * 1.5 / 2**30)),
         )
 
-    def _take(self, system: str, phase: str, requests: list[Json], life: LifeResult) -> None:
+    def round_over(self) -> None:
+        """Book what the round's lives said: those without a connector first, the others are
+        compared with them."""
+        taken, self._taken = self._taken, []
+        for entry in sorted(taken, key=lambda t: t[0] != "none"):
+            self._book(*entry)
+
+    def _book(
+        self, system: str, phase: str, number: int, requests: list[Json], life: LifeResult
+    ) -> None:
         for request in requests:
             prompt = request["prompt"]
             if system == "none" and phase == "cold" and not self.context.shape.dummy:
                 self.reference[prompt] = request
             sample = self.samples.setdefault(system, {})
             length = sample.setdefault(self.plan.length_of(prompt), Samples())
-            length.add(phase, request, life, self.reference.get(prompt))
+            length.add(phase, number, request, life, self.reference.get(prompt))
 
     def _life(self, system: str, ops: list[Json], storage: Path | None) -> LifeResult:
         start = time.monotonic()
@@ -209,7 +231,7 @@ class Run:
         self.context.progress(f"{system}: life {number + 1}a (cold, HBM, DRAM)")
         life = self._life(system, ops, storage)
         for phase, at in phases.items():
-            self._take(system, phase, life.ops[at]["requests"], life)
+            self._taken.append((system, phase, number, life.ops[at]["requests"], life))
         if storage is None:
             return
         if not life.ops[-1]["complete"]:
@@ -221,7 +243,7 @@ class Run:
         random.Random(number + 1).shuffle(order)
         self.context.progress(f"{system}: life {number + 1}b (NVMe after restart)")
         life = self._life(system, [_generate(("short", "warm")), _generate(tuple(order))], storage)
-        self._take(system, "nvme_restart", life.ops[1]["requests"], life)
+        self._taken.append((system, "nvme_restart", number, life.ops[1]["requests"], life))
 
     def read_limit(self, tokens: int) -> Json:
         """Raw O_DIRECT reads of one prompt's KV bytes, page cache dropped before each.
@@ -283,14 +305,14 @@ def run(context: Context, options: argparse.Namespace) -> Json:
         options.lengths = options.lengths and options.lengths.split(",")[0]
     run_ = Run(context, options)
     rounds = len(run_.plan.rounds)
-    # `none` goes first: its cold outputs are the reference that the others are compared with.
-    ordered = sorted(context.systems, key=lambda s: (s != "none", SYSTEMS.index(s)))
+    ordered = sorted(context.systems, key=SYSTEMS.index)
     for number in range(rounds):
-        for system in ordered:
+        for system in ordered if number % 2 == 0 else ordered[::-1]:
             if system in run_.skipped:
                 continue
             with skip_reason(run_.skipped, system):
                 run_.system_round(system, number)
+        run_.round_over()
     cases = [_case(run_, length) for length in run_.plan.lengths]
     return {
         "config": run_.place.describe() | {"output_tokens": OUTPUT_TOKENS, "rounds": rounds},
