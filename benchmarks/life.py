@@ -7,7 +7,7 @@ result is a line to ``out``, ``{"ready_s"}`` first. Times are seconds. Ops:
 
 - ``generate``: ``prompts`` one after the other; per prompt TTFT, token times, tokens, logprobs.
 - ``load``: the same, ``concurrency`` at a time, plus wall time and CPU seconds of the process tree.
-  ``define`` adds prompts. With ``limit_s`` a request that fails or takes longer is an ``error``
+  ``define`` adds prompts; clients start ``stagger_s`` (0) apart. With ``limit_s`` a request that fails or takes longer is an ``error``
   of its own. ``write`` ``{"after", "files": {path: text}, "controls": {path: text}}``
   replaces files, and writes to kernel control files, when so many were sent.
 - ``metrics``: the counters whose name starts with ``prefix``, summed over engines.
@@ -132,15 +132,17 @@ class Life:
         one = self._tried if "limit_s" in op else self._one
         wrote = None
 
-        async def client() -> None:
+        async def client(number: int) -> None:
             nonlocal wrote
+            await asyncio.sleep(number * op.get("stagger_s", 0.0))
             while queue:
                 if wrote is None and "write" in op:
                     wrote = self._write(op["write"], len(op["prompts"]) - len(queue))
                 results.append(await one(queue.pop(), op))
 
+        clients = range(min(op["concurrency"], len(queue)))
         cpu, start = self._tree.cpu_s(), time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(op["concurrency"])))
+        await asyncio.gather(*map(client, clients))
         wall = time.perf_counter() - start
         cpu = self._tree.cpu_s() - cpu
         return {"requests": results, "wall_s": wall, "cpu_s": cpu, "wrote": wrote}
