@@ -7,9 +7,10 @@ result is a line to ``out``, ``{"ready_s"}`` first. Times are seconds. Ops:
 
 - ``generate``: ``prompts`` one after the other; per prompt TTFT, token times, tokens, logprobs.
 - ``load``: the same, ``concurrency`` at a time, plus wall time and CPU seconds of the process tree.
-  ``define`` adds prompts; clients start ``stagger_s`` (0) apart. With ``limit_s`` a request that fails or takes longer is an ``error``
-  of its own. ``write`` ``{"after", "files": {path: text}, "controls": {path: text}}``
-  replaces files, and writes to kernel control files, when so many were sent.
+  ``define`` adds prompts; clients start ``stagger_s`` (0) apart. With ``limit_s`` a request that
+  fails or takes longer is an ``error`` of its own. ``write`` ``{"after", "files": {path: text},
+  "controls": {path: text}}`` replaces files, and writes to kernel control files, when so many
+  were sent.
 - ``metrics``: the counters whose name starts with ``prefix``, summed over engines.
 - ``alive``: whether the engine says that it is healthy.
 - ``reset``: drop the HBM prefix cache, leave the connector's tiers alone.
