@@ -162,14 +162,15 @@ def bootstrap(
 
 
 def bootstrap_ratio(
-    above: Sequence[float], below: Sequence[float], q: float, rounds: int = 300, seed: int = 0
+    pairs: Sequence[tuple[float, float]], q: float, rounds: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of a ratio of quantiles; both sides are resampled."""
+    """95 % percentile-bootstrap interval of quantile ``q`` of the first values over that of the
+    second: pairs are resampled, for both sides had the same requests at the same times."""
     rng = random.Random(seed)
 
     def once() -> float:
-        top = quantile(rng.choices(above, k=len(above)), q)
-        return top / quantile(rng.choices(below, k=len(below)), q)
+        above, below = zip(*rng.choices(pairs, k=len(pairs)), strict=True)
+        return quantile(above, q) / quantile(below, q)
 
     samples = [once() for _ in range(rounds)]
     return quantile(samples, 0.025), quantile(samples, 0.975)

@@ -60,13 +60,14 @@ class Arm:
             if "error" not in r and _caught(r, w.fault_at)
         ]
 
-    def later(self) -> list[float]:
-        """Milliseconds of the requests sent under the fault."""
+    def pairs(self, *, later: bool = False) -> list[tuple[float, float]]:
+        """Milliseconds of the same request, kvoffload's and recomputed; ``later``: only those sent
+        under the fault."""
         return [
-            r["ttft"] * 1e3
+            (own["ttft"] * 1e3, none["ttft"] * 1e3)
             for w in self.windows
-            for r in w.kvoffload
-            if "error" not in r and w.fault_at is not None and r["sent"] >= w.fault_at
+            for own, none in pairs_of(w.kvoffload, w.none)
+            if not later or (w.fault_at is not None and own["sent"] >= w.fault_at)
         ]
 
     def worst(self, n: int = 5) -> list[Json]:
@@ -98,8 +99,8 @@ class Arm:
         caught = self.in_flight()
         cached = [r["cached"] or 0 for w in self.windows for r in w.kvoffload if "error" not in r]
         out: Json = {"requests": sum(len(w.kvoffload) for w in self.windows)}
-        out |= ratios(own, none, "")
-        out |= ratios(self.later(), none, "later_")
+        out |= ratios(self.pairs(), "")
+        out |= ratios(self.pairs(later=True), "later_")
         out |= {
             "ttft_ms": percentiles(own, (50, 95, 99)),
             "recompute_ttft_ms": percentiles(none, (50, 95, 99)),
@@ -127,16 +128,17 @@ def _caught(request: Json, fault_at: float | None) -> bool:
     return bool(request["sent"] < fault_at < request["sent"] + request["ttft"])
 
 
-def ratios(own: list[float], none: list[float], prefix: str) -> Json:
-    """p95 and p99 of ``own`` over ``none`` with intervals; p99 only with 200 values on each side,
-    None where there are too few."""
+def ratios(pairs: list[tuple[float, float]], prefix: str) -> Json:
+    """p95 and p99 of the first values over those of the second, with intervals; p99 only of 200
+    pairs, None where there are too few."""
     out: Json = {}
     for point, least in ((95, 20), (99, 200)):
         key = f"{prefix}p{point}_ttft_vs_recompute"
         out[key] = out[f"{key}_lo"] = out[f"{key}_hi"] = None
-        if min(len(own), len(none)) >= least:
-            low, high = bootstrap_ratio(own, none, point / 100)
+        if len(pairs) >= least:
+            own, none = zip(*pairs, strict=True)
             value = quantile(own, point / 100) / quantile(none, point / 100)
+            low, high = bootstrap_ratio(pairs, point / 100)
             out[key] = round(value, 3)
             out[f"{key}_lo"], out[f"{key}_hi"] = round(low, 3), round(high, 3)
     return out

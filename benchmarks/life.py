@@ -7,10 +7,11 @@ result is a line to ``out``, ``{"ready_s"}`` first. Times are seconds. Ops:
 
 - ``generate``: ``prompts`` one after the other; per prompt TTFT, token times, tokens, logprobs.
 - ``load``: the same, ``concurrency`` at a time, plus wall time and CPU seconds of the process tree.
-  ``define`` adds prompts; clients start ``stagger_s`` (0) apart. With ``limit_s`` a request that
-  fails or takes longer is an ``error`` of its own. ``write`` ``{"after", "files": {path: text},
-  "controls": {path: text}}`` replaces files, and writes to kernel control files, when so many
-  were sent.
+  ``define`` adds prompts. With ``due`` (seconds after the op's start, by prompt) no request is sent
+  before, and one that is sent later, because no client was free, is timed from there all the same.
+  With ``limit_s`` a request that fails or takes longer is an ``error`` of its own. ``write``
+  ``{"after", "files": {path: text}, "controls": {path: text}}`` replaces files, and writes to
+  kernel control files, when so many were sent.
 - ``metrics``: the counters whose name starts with ``prefix``, summed over engines.
 - ``alive``: whether the engine says that it is healthy.
 - ``reset``: drop the HBM prefix cache, leave the connector's tiers alone.
@@ -92,13 +93,14 @@ class Life:
         async for out in self._engine.generate({"prompt_token_ids": tokens}, params, name):
             yield out
 
-    async def _one(self, prompt: str, op: Json) -> Json:
+    async def _one(self, prompt: str, op: Json, due: float | None = None) -> Json:
         times: list[float] = []
         tokens: list[int] = []
         logprobs: list[float] = []
         self._count += 1
         request = f"kvbench{self._count}"
-        cached, start, sent = None, time.perf_counter(), time.monotonic()
+        late = 0.0 if due is None else time.monotonic() - due
+        cached, start, sent = None, time.perf_counter() - late, time.monotonic() - late
         async for out in self._stream(self._prompts[prompt], op, request):
             now = time.perf_counter() - start
             step = out.outputs[0]
@@ -133,25 +135,30 @@ class Life:
         one = self._tried if "limit_s" in op else self._one
         wrote = None
 
-        async def client(number: int) -> None:
-            nonlocal wrote
-            await asyncio.sleep(number * op.get("stagger_s", 0.0))
-            while queue:
-                if wrote is None and "write" in op:
-                    wrote = self._write(op["write"], len(op["prompts"]) - len(queue))
-                results.append(await one(queue.pop(), op))
+        sent, began = 0, time.monotonic()
 
-        clients = range(min(op["concurrency"], len(queue)))
+        async def client() -> None:
+            nonlocal wrote, sent
+            while queue:
+                prompt = queue.pop()
+                due = began + op["due"][prompt] if "due" in op else None
+                if due is not None:
+                    await asyncio.sleep(due - time.monotonic())
+                if wrote is None and "write" in op:
+                    wrote = self._write(op["write"], sent)
+                sent += 1
+                results.append(await one(prompt, op, due))
+
         cpu, start = self._tree.cpu_s(), time.perf_counter()
-        await asyncio.gather(*map(client, clients))
+        await asyncio.gather(*(client() for _ in range(op["concurrency"])))
         wall = time.perf_counter() - start
         cpu = self._tree.cpu_s() - cpu
         return {"requests": results, "wall_s": wall, "cpu_s": cpu, "wrote": wrote}
 
-    async def _tried(self, prompt: str, op: Json) -> Json:
+    async def _tried(self, prompt: str, op: Json, due: float | None) -> Json:
         try:
             async with asyncio.timeout(op["limit_s"]):
-                return await self._one(prompt, op)
+                return await self._one(prompt, op, due)
         except Exception as error:  # what a client would see; the driver counts it
             return {"prompt": prompt, "error": f"{type(error).__name__}: {error}"[:300]}
 

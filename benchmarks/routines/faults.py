@@ -5,9 +5,12 @@ same requests by turns; whoever waits is stopped (SIGSTOP). HBM is smaller than 
 DRAM smaller still, so that reuse comes from NVMe. In each window the fault begins under
 ``concurrency`` clients with requests in flight, and ends with the window; then requests go on until
 the tier is seen to work again. Faults take turns within a round, the order of the two engines
-changes from window to window, and each arm's requests are pooled over the rounds. Clients start
-one after the other: together, a window's first requests would queue behind each other, and with
-eight of a hundred they alone would be p95 and p99 of both engines.
+changes from window to window, and each arm's requests are pooled over the rounds.
+
+Requests arrive at random times (exponential gaps), the same for both engines, so often that the
+recomputing engine is busy for ``utilization`` of the time; they are timed from their arrival. In a
+closed loop (``--utilization 0``) an engine that is faster gets more requests in the same time, and
+its clients wait for a first token where before they waited for the next.
 
 ``slow`` to ``killed`` are made by a ``FaultyStore`` in the engine's process. ``slow_disk`` and
 ``hung_disk`` are made below it, by the kernel, on a disk of our own (``loopdisk.py``).
@@ -35,7 +38,6 @@ NAME = "faults"
 QUICK_SYSTEMS = ("none", "kvoffload")
 BLOCK = 128
 TOLERANCE = 0.05  # of a logprob, or ten times the floor if that is more
-STAGGER_S = 0.1  # about what the recomputing engine takes for one prompt
 SETTLE_S = 0.2  # the tier looks at the fault file and reports every 50 ms
 # Name in the result -> what the fault file says.
 FAULTS = {
@@ -60,6 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=4, help="windows they are spread over")
     parser.add_argument("--faults", default=",".join(FAULTS), help="comma-separated")
     parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--utilization", type=float, default=0.6, help="0: closed loop")
     parser.add_argument("--docs", type=int, default=48, help="documents in turn: the working set")
     parser.add_argument("--doc-tokens", type=int, default=1024)
     parser.add_argument("--tail-tokens", type=int, default=160, help="new in every request")
@@ -128,12 +131,19 @@ class Run:
         self.control = context.scratch / "fault"
         self.arms = {name: Arm() for name in self.faults}
         self.floor = 0.0
-        self.warm_wrong = 0
+        self.service_s = 0.0  # of a request, with all clients at it and everything recomputed
+        self.arrival_rng = random.Random(options.seed)
 
     # -- one engine ------------------------------------------------------------------------
 
-    def load(self, engine: Live, prompts: dict[str, list[int]], write: Json | None = None) -> Json:
-        """All requests through the closed-loop clients."""
+    def load(
+        self,
+        engine: Live,
+        prompts: dict[str, list[int]],
+        write: Json | None = None,
+        due: dict[str, float] | None = None,
+    ) -> Json:
+        """All requests through the clients, ``due`` (none: at once) seconds after the start."""
         op: Json = {
             "op": "load",
             "define": prompts,
@@ -141,9 +151,17 @@ class Run:
             "concurrency": self.options.concurrency,
             "max_tokens": self.options.output_tokens,
             "limit_s": self.options.limit_s,
-            "stagger_s": STAGGER_S,
         }
-        return engine.ask(op | ({"write": write} if write else {}))
+        return engine.ask(op | ({"write": write} if write else {}) | ({"due": due} if due else {}))
+
+    def arrivals(self, prompts: dict[str, list[int]]) -> dict[str, float] | None:
+        """When each request is due."""
+        if not self.options.utilization:
+            return None
+        rate, at, due = self.options.utilization / self.service_s, 0.0, {}
+        for name in prompts:
+            due[name] = at = at + self.arrival_rng.expovariate(rate)
+        return due
 
     def order(self, name: str, after: int) -> Json:
         """A ``write`` that switches the tier once ``after`` requests were sent."""
@@ -166,6 +184,7 @@ class Run:
         """The same requests through both engines, ``first`` first."""
         per = max(2 * self.options.concurrency, self.options.requests // self.options.rounds)
         prompts = self.prompts.take(per)
+        due = self.arrivals(prompts)
         results: dict[Live, Json] = {}
         before: Json = {}
         under: Json = {}
@@ -174,12 +193,12 @@ class Run:
             engine.resume()
             engine.ask({"op": "reset"})
             if engine is none:
-                results[none] = self.load(none, prompts)
+                results[none] = self.load(none, prompts, due=due)
             else:
                 before, counted = self.status(), self.metrics(own)
                 # The clients are out of step by then: some wait for a first token, some decode.
                 order = self.order(name, self.options.concurrency * 3 // 2)
-                results[own] = self.load(own, prompts, order)
+                results[own] = self.load(own, prompts, order, due)
                 under, after = self.status(), self.metrics(own)
                 metrics = {k: v - counted.get(k, 0) for k, v in after.items()}
                 metrics = {k: v for k, v in metrics.items() if v}
@@ -262,13 +281,16 @@ class Run:
             return self.context.scratch / "tier"
 
     def warm(self, none: Live, own: Live) -> None:
-        """Every document once; without a connector twice, for the floor of ``wrong_outputs``."""
+        """Every document once; without a connector twice, for the floor of ``wrong_outputs`` and
+        for how long a request takes."""
         prompts = self.prompts.take(self.options.docs)
         none.resume()
         runs = []
         for _ in range(2):
             none.ask({"op": "reset"})
-            runs.append(self.load(none, prompts)["requests"])
+            made = self.load(none, prompts)
+            runs.append(made["requests"])
+        self.service_s = made["wall_s"] / len(prompts)
         none.pause()
         same = [(a, b) for a, b in pairs_of(*runs) if a["tokens"] == b["tokens"]]
         self.floor = max((delta(a, b) for a, b in same), default=0.0)
@@ -305,6 +327,7 @@ class Run:
             "disk_bytes_per_s": self.disk_bytes_per_s or None,
             "hbm_tokens": self.hbm_tokens,
             "working_set_tokens": self.options.docs * self.options.doc_tokens,
+            "service_ms": round(self.service_s * 1e3, 3),
             "logprob_floor": self.floor,
             "tolerance": tolerance,
             "systems": list(QUICK_SYSTEMS),
