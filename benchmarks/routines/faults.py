@@ -5,7 +5,9 @@ same requests by turns; whoever waits is stopped (SIGSTOP). HBM is smaller than 
 DRAM smaller still, so that reuse comes from NVMe. In each window the fault begins under
 ``concurrency`` clients with requests in flight, and ends with the window; then requests go on until
 the tier is seen to work again. Faults take turns within a round, the order of the two engines
-changes from window to window, and each arm's requests are pooled over the rounds.
+changes from window to window, and each arm's requests are pooled over the rounds. Rounds are spread
+over several lives of both engines: one life of the same engine differs from the next by a few
+percent for as long as it lasts.
 
 Requests arrive at random times (exponential gaps), the same for both engines, so often that the
 recomputing engine is busy for ``utilization`` of the time; they are timed from their arrival. In a
@@ -23,6 +25,7 @@ import contextlib
 import json
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -60,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this routine."""
     parser.add_argument("--requests", type=int, default=200, help="per fault and engine, pooled")
     parser.add_argument("--rounds", type=int, default=4, help="windows they are spread over")
+    parser.add_argument("--lives", type=int, default=2, help="of each engine, for the rounds")
     parser.add_argument("--faults", default=",".join(FAULTS), help="comma-separated")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--utilization", type=float, default=0.6, help="0: closed loop")
@@ -244,14 +248,14 @@ class Run:
     # -- everything ------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def engines(self) -> Iterator[tuple[Live, Live]]:
-        """Both engines, ready and paused."""
+    def engines(self, life: int) -> Iterator[tuple[Live, Live]]:
+        """Both engines, ready and paused, on an empty tier."""
         # Neither the budget nor admission is what is measured here.
         extra = {"nvme_write_tb_per_day": 1000, "nvme_admission": "all"}
         env = {"KVOFFLOAD_FAULT_FILE": str(self.control)}
         with contextlib.ExitStack() as stack:
             stack.enter_context(engine_lock(self.place.lock, self.place.progress))
-            storage = self.storage(stack)
+            storage = self.storage(stack, self.context.scratch / f"life{life}")
             self.context.progress("starting the engine without a connector")
             none = stack.enter_context(live(self.place, "none", {}, None))
             none.pause()
@@ -263,13 +267,14 @@ class Run:
             own.pause()
             yield none, own
 
-    def storage(self, stack: contextlib.ExitStack) -> Path:
-        """The tier's folder, on a disk of our own where a fault wants one."""
+    def storage(self, stack: contextlib.ExitStack, here: Path) -> Path:
+        """The tier's folder below ``here``, on a disk of our own where a fault wants one."""
+        here.mkdir()
         if set(self.faults).isdisjoint(BELOW):
-            return self.context.scratch / "tier"
+            return here / "tier"
         try:
             size = int((NVME_GIB + 1) * 2**30)
-            self.disk = stack.enter_context(loop_disk(self.context.scratch, size))
+            self.disk = stack.enter_context(loop_disk(here, size))
             probe = DirectFile(self.disk.path / "probe", 64 << 20)
             probe.transfer(True, 4)
             self.disk_bytes_per_s = int(probe.transfer(False, 4)[0] * 1e9)
@@ -278,7 +283,7 @@ class Run:
         except Skip as reason:
             self.no_disk = portable(str(reason))
             self.faults = [f for f in self.faults if f not in BELOW]
-            return self.context.scratch / "tier"
+            return here / "tier"
 
     def warm(self, none: Live, own: Live) -> None:
         """Every document once; without a connector twice, for the floor of ``wrong_outputs`` and
@@ -293,7 +298,7 @@ class Run:
         self.service_s = made["wall_s"] / len(prompts)
         none.pause()
         same = [(a, b) for a, b in pairs_of(*runs) if a["tokens"] == b["tokens"]]
-        self.floor = max((delta(a, b) for a, b in same), default=0.0)
+        self.floor = max([self.floor, *(delta(a, b) for a, b in same)])
         own.resume()
         ((name, tokens),) = self.prompts.take(1).items()
         for _ in range(10):  # nothing is stored before the weights are digested
@@ -306,15 +311,22 @@ class Run:
         own.pause()
 
     def everything(self) -> None:
-        """Warm up, then all windows, faults in turn."""
-        with self.engines() as (none, own):
-            self.context.progress("warming up")
-            self.warm(none, own)
-            for number in range(self.options.rounds):
-                for place, name in enumerate(self.faults):
-                    self.context.progress(f"round {number + 1} of {self.options.rounds}: {name}")
-                    made = self.window(name, none, own, (none, own)[(number + place) % 2])
-                    self.arms[name].windows.append(made)
+        """Life by life: warm up, then its rounds' windows, faults in turn."""
+        lives = min(self.options.lives, self.options.rounds)
+        for life in range(lives):
+            with self.engines(life) as (none, own):
+                self.context.progress("warming up")
+                self.warm(none, own)
+                for number in range(life, self.options.rounds, lives):
+                    self.round(number, none, own)
+            shutil.rmtree(self.context.scratch / f"life{life}", ignore_errors=True)
+
+    def round(self, number: int, none: Live, own: Live) -> None:
+        """A window of each fault."""
+        for place, name in enumerate(self.faults):
+            self.context.progress(f"round {number + 1} of {self.options.rounds}: {name}")
+            made = self.window(name, none, own, (none, own)[(number // 2 + place) % 2])
+            self.arms[name].windows.append(made)
 
     def report(self) -> Json:
         """Everything but the machine."""
