@@ -548,7 +548,7 @@ def _read_of(function: Function, name: str) -> set[str]:
 
 def check_loaders(source: Source) -> list[str]:
     """Formats whose files we digest are read from local files by the loaders we know."""
-    from kvoffload.engines.vllm.weights import _PATTERNS
+    from kvoffload.engines.vllm.weight_files import _PATTERNS
 
     module = source.need("vllm.model_executor.model_loader")
     table: dict[str, str] = {}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,12 +167,97 @@ def test_facts_hold_no_addresses(vllm_config: Any, kv_config: Any) -> None:
         ("parallel_config.tensor_parallel_size", 2),
         ("parallel_config.decode_context_parallel_size", 2),
         ("attention_config.flash_attn_version", 2),
+        ("model_config.model_class_overrides", {"LlamaForCausalLM": "mine:Llama"}),
     ],
 )
 def test_engine_settings_count(vllm_config: Any, kv_config: Any, path: str, value: Any) -> None:
     other = copy.deepcopy(vllm_config)
     change(path, value)(other)
     assert name(other, kv_config) != name(vllm_config, kv_config)
+
+
+def _hub(tmp_path: Path, commits: dict[str, dict[str, str]]) -> Path:
+    """A local cache of the hub that holds snapshots of org/m."""
+    hub = tmp_path / "hub"
+    for commit, files in commits.items():
+        folder = hub / "models--org--m" / "snapshots" / commit
+        folder.mkdir(parents=True)
+        for file, text in files.items():
+            (folder / file).write_text(text)
+    (hub / "models--org--m" / "refs").mkdir()
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("preprocessor_config.json", "multimodal_config", SimpleNamespace(media={})),
+        ("modeling_mine.py", "trust_remote_code", True),
+    ],
+)
+def test_files_of_a_hub_model_count(
+    vllm_config: Any, kv_config: Any, tmp_path: Path, file: str, field: str, value: Any
+) -> None:
+    """Two commits with the same weights: the processor, or the model's own code, changed."""
+    commits = {"a" * 40: {file: "1"}, "b" * 40: {file: "2"}, "c" * 40: {file: "2"}}
+    hub = _hub(tmp_path, commits)
+    names = []
+    for commit in commits:
+        other = copy.deepcopy(vllm_config)
+        other.model_config.model, other.model_config.revision = "org/m", commit
+        other.load_config.download_dir = str(hub)
+        setattr(other.model_config, field, value)
+        names.append(name(other, kv_config))
+    assert names[0] != names[1] == names[2]
+
+
+def test_how_adapters_are_applied_counts(vllm_config: Any, kv_config: Any) -> None:
+    """--lora-target-modules leaves layers out: other KV from the same adapter, and the same KV
+    without one."""
+    from vllm.config.lora import LoRAConfig
+
+    class Same:
+        def get(self, lora: Any) -> bytes | None:
+            return lora
+
+    def digests(lora: LoRAConfig) -> tuple[Any, Any, Any]:
+        other = copy.copy(vllm_config)
+        object.__setattr__(other, "lora_config", lora)
+        weights = WeightsDigest(lambda: [])
+        source = ns.NamespaceSource(other, kv_config, weights=weights, adapters=Same())  # type: ignore[arg-type]
+        asked = (b"", None, b"d" * 32)
+        got = [source.adapter(SimpleNamespace(lora_request=lora)) for lora in asked]
+        weights.close()
+        return got[0], got[1], got[2]
+
+    every = digests(LoRAConfig())
+    some = digests(LoRAConfig(target_modules=["o_proj"]))
+    assert every[:2] == some[:2] == (b"", None)
+    assert every[2] != some[2] and every == digests(LoRAConfig(max_loras=4, max_lora_rank=64))
+
+
+def test_what_decides_the_layout_of_older_vllm_counts(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.26 has no KVCacheConfig.kv_cache_layout: the environment or a connector decides."""
+    monkeypatch.setattr(ns.compat, "vllm_version", lambda: (0, 26, 0))
+    kv = make_kv_config()
+    kv.kv_cache_layout = None
+
+    def pages(connector: str, *children: str) -> Any:
+        other = copy.copy(vllm_config)
+        extra = {"connectors": [{"kv_connector": c} for c in children]}
+        transfer = SimpleNamespace(kv_connector=connector, kv_connector_extra_config=extra)
+        object.__setattr__(other, "kv_transfer_config", transfer)
+        return json.dumps(ns.namespace_facts(other, kv, b"c" * 32)["pages"])
+
+    seen = {
+        pages("KVOffloadConnector"),
+        pages("MultiConnector", "KVOffloadConnector", "NixlConnector"),
+    }
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "HND")
+    seen |= {pages("KVOffloadConnector"), pages("KVOffloadConnector")}
+    assert len(seen) == 3
 
 
 def test_pages_count(vllm_config: Any, kv_config: Any) -> None:

@@ -45,7 +45,7 @@ def _layout(*specs: Any, chunk_tokens: int | None = None) -> tuple[CacheLayout, 
 @pytest.mark.parametrize("chunk_tokens", [None, 256])
 def test_every_group_is_none(specs: tuple[Any, ...], chunk_tokens: int | None) -> None:
     layout, why = _layout(*specs, chunk_tokens=chunk_tokens)
-    assert why == "MambaSpec"
+    assert why == "a KV group of kind MambaSpec"
     assert {g.kind for g in layout.groups} == {GroupKind.NONE}
 
 
@@ -62,3 +62,32 @@ def test_a_manager_of_nothing(data_bytes: int) -> None:
     manager.check()
     assert manager.occupancy().slots_used == 0
     manager.close()
+
+
+def test_kv_that_depends_on_what_follows_is_not_served() -> None:
+    class PrefixLM(FullAttentionSpec):
+        non_causal = True
+
+    PrefixLM.__name__ = "FullAttentionSpec"
+    layout, why = _layout(PrefixLM())
+    assert why is not None and "non-causal" in why
+    assert {g.kind for g in layout.groups} == {GroupKind.NONE}
+
+
+@pytest.mark.parametrize("reused", [True, False])
+def test_a_model_whose_prefixes_vllm_does_not_reuse(reused: bool) -> None:
+    """Mean pooling wants the whole prompt: after a hit vLLM's pooler raises in the worker."""
+    config = SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec(), layer_names=["a"])]
+    )
+    model = SimpleNamespace(is_prefix_caching_supported=reused)
+    layout = geometry.cache_layout(
+        config,
+        hash_tokens=128,
+        align_tokens=128,
+        world_size=1,
+        chunk_tokens=None,
+        model_config=model,
+    )
+    assert (geometry.why_not_served(config, model) is None) == reused
+    assert (layout.groups[0].kind is GroupKind.NONE) != reused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from kvoffload.engines.vllm import weights as w
 from kvoffload.engines.vllm.adapters import AdapterDigests
+from kvoffload.engines.vllm.weight_files import note_folders
 
 FAR = 1 << 62  # no file is younger
 
@@ -72,17 +74,54 @@ def digest(vllm_config: Any, cache: w.DigestCache, since: int = FAR) -> w.Digest
 # -- which files -------------------------------------------------------------------------------------
 
 
-def test_safetensors_before_bin_before_pt(tmp_path: Path) -> None:
+def test_files_of_every_format_that_may_be_read(tmp_path: Path) -> None:
     folder = model(
         tmp_path / "m", a_st=b"1", b_st=b"2", c_bin=b"3", sub__d_st=b"4", original__e_st=b"5"
     )
     (folder / "x.pt").write_bytes(b"6")
     (folder / "config.json").write_text("{}")
-    assert names(config(folder)) == ["a.safetensors", "b.safetensors", "sub/d.safetensors"]
-    assert names(config(folder, "pt")) == ["x.pt"]
-    assert names(config(folder, "npcache")) == ["c.bin"]
+    st, beside = ["a.safetensors", "b.safetensors"], ["c.bin", "x.pt"]
+    assert names(config(folder)) == [*st, "c.bin", "sub/d.safetensors", "x.pt"]
+    assert names(config(folder, "pt")) == beside
+    assert names(config(folder, "npcache")) == beside
     only_bin = model(tmp_path / "n", a_bin=b"1", optimizer_bin=b"2")
     assert names(config(only_bin)) == ["a.bin"]
+    with pytest.raises(w.NotLocal, match="no weight files"):
+        names(config(only_bin, "safetensors"))
+
+
+def test_a_subfolder_does_not_hide_the_files_on_top(tmp_path: Path, cache: w.DigestCache) -> None:
+    """vLLM looks for formats in the top folder alone: it reads the .bin files here."""
+    one = config(model(tmp_path / "1", a_bin=b"1", checkpoint__b_st=b"x"))
+    two = config(model(tmp_path / "2", a_bin=b"2", checkpoint__b_st=b"x"))
+    assert digest(one, cache).digest != digest(two, cache).digest
+
+
+@pytest.mark.parametrize("how", ["link", "rename"])
+def test_a_folder_that_became_another_one_is_refused(
+    tmp_path: Path, cache: w.DigestCache, how: str
+) -> None:
+    """A deploy while vLLM loads: the old weights must not be filed under the new ones' digest."""
+    path = tmp_path / "current"
+    for n in ("v1", "v2"):
+        model(tmp_path / n, a_st=n.encode())
+    if how == "link":
+        path.symlink_to("v1")
+    else:
+        (tmp_path / "v1").rename(path)
+    vllm_config = config(path)
+    note_folders(vllm_config)
+    assert digest(vllm_config, cache).digest is not None
+    if how == "link":
+        (tmp_path / "new").symlink_to("v2")
+        (tmp_path / "new").replace(path)
+    else:
+        path.rename(tmp_path / "old")
+        (tmp_path / "v2").rename(path)
+    assert "another folder" in digest(vllm_config, cache).reason
+    shutil.rmtree(tmp_path / "old", ignore_errors=True)
+    path.unlink() if how == "link" else shutil.rmtree(path)
+    assert digest(vllm_config, cache).digest is None
 
 
 def test_the_drafter_counts(tmp_path: Path, cache: w.DigestCache) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvoffload.engines.vllm.weights import DigestCache, Identity, NotLocal, WeightFiles, digest_all
+from kvoffload.engines.vllm.weight_files import NotLocal, WeightFiles
+from kvoffload.engines.vllm.weights import DigestCache, Identity, digest_all
 
 logger = logging.getLogger("vllm.kvoffload")
 

@@ -45,6 +45,7 @@ def engine_layout(vllm_config: Any, kv_cache_config: Any, config: Config) -> Cac
         align_tokens=align,
         world_size=int(vllm_config.parallel_config.tensor_parallel_size),
         chunk_tokens=config.chunk_tokens,
+        model_config=vllm_config.model_config,
     )
 
 
@@ -100,13 +101,9 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
     config = engine_config(vllm_config)
     vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
     layout = engine_layout(vllm_config, kv_cache_config, config)
-    refused = geometry.why_not_served(kv_cache_config)
+    refused = geometry.why_not_served(kv_cache_config, vllm_config.model_config)
     if refused is not None:
-        logger.warning(
-            "kvoffload: this model has a KV group of kind %s, which cannot be served yet: "
-            "0 hits, nothing is stored.",
-            refused,
-        )
+        logger.warning("kvoffload: %s cannot be served yet: 0 hits, nothing is stored.", refused)
     data_bytes = config.dram_bytes() if refused is None else 4 << 20
     slots = slots_needed(layout, data_bytes) if refused is None else 1
     arena = _core.Arena.create(data_bytes, slots, layout.world_size)

@@ -108,6 +108,23 @@ def tensor_layers(tensor: Any) -> list[str]:
     return list(tensor.shared_by if names is None else names)
 
 
+def kv_layout(kv_cache_config: Any, vllm_config: Any) -> Any:
+    """How KV lies inside a page: a field since 0.30. Before that what decides it, which is not
+    asked for by a function of vLLM: it would remember an answer given too early."""
+    layout = getattr(kv_cache_config, "kv_cache_layout", None)
+    if layout is not None or not is_reduced(vllm_version()):
+        return layout
+    return [os.environ.get("VLLM_KV_CACHE_LAYOUT"), *_connectors(vllm_config.kv_transfer_config)]
+
+
+def _connectors(transfer: Any) -> list[str]:
+    """Names of the connectors: each may ask for a layout."""
+    extra = getattr(transfer, "kv_connector_extra_config", None) or {}
+    children = extra.get("connectors") or ()
+    names = [getattr(transfer, "kv_connector", None), *(c.get("kv_connector") for c in children)]
+    return [str(name) for name in names]
+
+
 def tensor_parallel_rank() -> int:
     """Rank of this worker inside its engine."""
     from vllm.distributed import get_tensor_model_parallel_rank

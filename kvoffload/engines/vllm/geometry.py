@@ -74,6 +74,8 @@ def _one_spec(spec: Any) -> SpecFacts:
     replicated = "MLAAttentionSpec" in names or "SlidingWindowMLASpec" in names
     if names & _NOT_SERVED or getattr(spec, "bounded_replay", False):
         return SpecFacts(GroupKind.NONE, block, 0, False, name)
+    if getattr(spec, "non_causal", False):  # its KV depends on the tokens that follow, too
+        return SpecFacts(GroupKind.NONE, block, 0, False, f"{name} (non-causal)")
     if names & _SLIDING:
         # The next token attends to the window-1 tokens before it.
         window = int(spec.sliding_window) - 1 + int(getattr(spec, "extra_retained_tokens", 0))
@@ -107,14 +109,15 @@ def cache_layout(
     align_tokens: int,
     world_size: int,
     chunk_tokens: int | None,
+    model_config: Any = None,
 ) -> CacheLayout:
-    """Layout of an engine; every group is of kind NONE where one of them cannot be served.
+    """Layout of an engine; every group is of kind NONE where ``why_not_served`` says why.
 
     Raises ConfigError when ``chunk_tokens`` does not fit the blocks.
     """
     groups = kv_cache_config.kv_cache_groups
     facts = [group_facts(g) for g in groups]
-    if why_not_served(kv_cache_config) is not None:
+    if why_not_served(kv_cache_config, model_config) is not None:
         # All or nothing: a group that cannot be served may also have a grid that no chunk fits.
         facts = [replace(f, kind=GroupKind.NONE) for f in facts]
         chunk_tokens = None
@@ -132,14 +135,18 @@ def cache_layout(
     return CacheLayout(tuple(layouts), hash_tokens, align_tokens, world_size)
 
 
-def why_not_served(kv_cache_config: Any) -> str | None:
-    """Name of the first KV group kind we cannot serve, None when all can be served."""
+def why_not_served(kv_cache_config: Any, model_config: Any = None) -> str | None:
+    """What of an engine we cannot serve: its first KV group of such a kind, or the model, for which
+    vLLM does not reuse prefixes either. None when all can be served."""
     if not kv_cache_config.kv_cache_groups:
         return "no KV cache group"
     for group in kv_cache_config.kv_cache_groups:
         facts = group_facts(group)
         if facts.kind is GroupKind.NONE:
-            return facts.name
+            return f"a KV group of kind {facts.name}"
+    if getattr(model_config, "is_prefix_caching_supported", True) is False:
+        # A hit would give a pooler that wants the whole prompt (mean, CLS) a part: it raises.
+        return "a model whose prefixes vLLM does not reuse"
     return compat.why_not_served(kv_cache_config)
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from typing import Any
 
 from kvoffload.engines.vllm import compat
 from kvoffload.engines.vllm.adapters import AdapterDigests
+from kvoffload.engines.vllm.weight_files import NotLocal, local_folder
 from kvoffload.engines.vllm.weights import WeightsDigest
 
 logger = logging.getLogger("vllm.kvoffload")
@@ -81,6 +82,8 @@ def namespace_facts(vllm_config: Any, kv_cache_config: Any, canary: bytes) -> di
         "hf_config": _hf_config(model.hf_config),
         "max_model_len": model.max_model_len,
         "model_impl": canonical(getattr(model, "model_impl", None)),
+        "model_class": canonical(getattr(model, "model_class_overrides", None) or None),
+        "code": _code(model, load),
         "load_format": canonical(load.load_format),
         "loader": canonical(load.model_loader_extra_config),
         "quantization": canonical(getattr(model, "quantization", None)),
@@ -92,11 +95,11 @@ def namespace_facts(vllm_config: Any, kv_cache_config: Any, canary: bytes) -> di
         "kv_scales": _kv_scales(model, cache),
         "attention": canonical(getattr(vllm_config, "attention_config", None)),
         "device": _device(),
-        "pages": _pages(kv_cache_config, cache),
+        "pages": _pages(kv_cache_config, vllm_config),
         "ranks": _ranks(vllm_config.parallel_config),
         "hash": canonical(cache.prefix_caching_hash_algo),
         "canary": canary.hex(),
-        "multimodal": _multimodal(model),
+        "multimodal": _multimodal(model, load),
         "speculative": _speculative(getattr(vllm_config, "speculative_config", None)),
     }
 
@@ -126,18 +129,44 @@ _PROCESSOR_FILES = (
 )
 
 
-def _multimodal(model: Any) -> Any:
+def _multimodal(model: Any, load: Any) -> Any:
     """What turns an image into embeddings besides the weights; None for text models."""
     config = getattr(model, "multimodal_config", None)
     if config is None:
         return None
-    folder = Path(str(model.model))
-    files = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in _PROCESSOR_FILES
-        if (folder / name).is_file()
-    }
-    return {"config": canonical(config), "files": files}
+    return {"config": canonical(config), "files": _files(model, load, _PROCESSOR_FILES)}
+
+
+def _code(model: Any, load: Any) -> Any:
+    """The model's own Python files; None where they are not trusted, so not run."""
+    if not getattr(model, "trust_remote_code", False):
+        return None
+    revision = getattr(model, "code_revision", None)
+    return {"revision": canonical(revision), "files": _files(model, load, ("*.py",))}
+
+
+def _files(model: Any, load: Any, patterns: Sequence[str]) -> dict[str, str]:
+    """sha256 by name of files in the model's folder, also where that is a snapshot of the hub."""
+    try:
+        folder, _ = local_folder(str(model.model), model, load)
+    except NotLocal:
+        return {}  # then its weights have no name that outlives the process either
+    found = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
+
+
+_LORA_CAPACITY = frozenset(
+    {"max_loras", "max_cpu_loras", "max_lora_rank", "max_lora_cls_labels", "specialize_active_lora"}
+)
+
+
+def lora_facts(vllm_config: Any) -> str:
+    """What of the LoRA settings decides how an adapter's files are applied, as text."""
+    config = getattr(vllm_config, "lora_config", None)
+    if config is None or not dataclasses.is_dataclass(config):
+        return canonical_json(config)
+    fields = (f.name for f in dataclasses.fields(config) if f.name not in _LORA_CAPACITY)
+    return canonical_json({name: getattr(config, name, None) for name in fields})
 
 
 def _kv_scales(model: Any, cache: Any) -> dict[str, Any]:
@@ -171,7 +200,7 @@ def _cpu_flags() -> list[str]:
     return sorted(f for f in (line.group(1).split() if line else ()) if _CPU_FLAGS.match(f))
 
 
-def _pages(kv_cache_config: Any, cache: Any) -> dict[str, Any]:
+def _pages(kv_cache_config: Any, vllm_config: Any) -> dict[str, Any]:
     groups = [
         {
             "spec": type(group.kv_cache_spec).__qualname__,
@@ -183,10 +212,10 @@ def _pages(kv_cache_config: Any, cache: Any) -> dict[str, Any]:
         }
         for group in kv_cache_config.kv_cache_groups
     ]
-    layout = getattr(kv_cache_config, "kv_cache_layout", None)
+    layout = compat.kv_layout(kv_cache_config, vllm_config)
     return {
         "groups": groups,
-        "layout": canonical(layout or getattr(cache, "kv_cache_layout", None)),
+        "layout": canonical(layout or getattr(vllm_config.cache_config, "kv_cache_layout", None)),
         # The order of layers in memory; offsets and strides grow with the number of blocks.
         "tensors": [compat.tensor_layers(t) for t in kv_cache_config.kv_cache_tensors],
     }
@@ -312,6 +341,7 @@ class NamespaceSource:
         self._kv_cache_config = kv_cache_config
         self._weights = weights or WeightsDigest.of(vllm_config)
         self._adapters = adapters or AdapterDigests()
+        self._lora = hashlib.sha256(lora_facts(vllm_config).encode()).digest()
         self._facts: dict[str, Any] | None = None
         self._tried = False
         self._epoch = _ZERO_EPOCH
@@ -346,8 +376,12 @@ class NamespaceSource:
         return field_digests(self._facts, self._digest, self._epoch)
 
     def adapter(self, request: Any) -> bytes | None:
-        """Digest of the request's adapter: b"" without one, None while not known."""
-        return self._adapters.get(getattr(request, "lora_request", None))
+        """Digest of the request's adapter and of how it is applied: b"" without one, None while
+        not known."""
+        digest = self._adapters.get(getattr(request, "lora_request", None))
+        if not digest:
+            return digest
+        return hashlib.sha256(self._lora + digest).digest()
 
     def new_epoch(self) -> None:
         """Hide everything stored so far, here and on NVMe, behind a random epoch."""

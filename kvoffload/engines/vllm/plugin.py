@@ -20,6 +20,7 @@ from typing import Any
 
 from kvoffload.config import Config
 from kvoffload.engines.vllm import compat, native_settings
+from kvoffload.engines.vllm.weight_files import note_folders
 from kvoffload.errors import ConfigError, OffloadError, UnsupportedError
 
 CONNECTOR = "KVOffloadConnector"
@@ -174,6 +175,7 @@ def prepare(vllm_config: Any) -> None:
         _check_all(vllm_config, transfer, extras)
         _set_failure_policy(transfer)
         _note_alone(vllm_config, transfer)
+        note_folders(vllm_config)
     except (ConfigError, UnsupportedError) as exc:
         raise StartupError(str(exc)) from None
     except Exception:

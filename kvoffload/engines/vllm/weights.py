@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvoffload.engines.vllm.weight_files import NotLocal, WeightFiles, weight_files
 from kvoffload.files import replace_json, user_cache_file
 
 logger = logging.getLogger("vllm.kvoffload")
@@ -28,24 +29,6 @@ _READ_BYTES = 8 << 20
 _CACHE_ENTRIES = 8192
 # A file changed this recently could change again within the same tick of the file system's clock.
 _SETTLED_NS = 2_000_000_000
-
-#: vLLM's load formats that read local weight files, and the patterns they read, best first.
-_PATTERNS: dict[str, tuple[str, ...]] = {
-    "auto": ("*.safetensors", "*.bin", "*.pt"),
-    "hf": ("*.safetensors", "*.bin", "*.pt"),
-    "safetensors": ("*.safetensors",),
-    "fastsafetensors": ("*.safetensors",),
-    "instanttensor": ("*.safetensors",),
-    "mistral": ("consolidated*.safetensors",),
-    "sharded_state": ("*.safetensors",),
-    "pt": ("*.pt",),
-    "npcache": ("*.bin", "*.pt"),
-}
-_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
-
-
-class NotLocal(Exception):
-    """The loaded weights are not bytes of local files; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +50,6 @@ class Identity:
     def key(self) -> str:
         """Text form, the key in the digest cache."""
         return f"{self.dev}:{self.inode}:{self.size}:{self.mtime_ns}:{self.ctime_ns}"
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFiles:
-    """One model's files. ``pinned``: a snapshot of the hub's cache, whose files never change."""
-
-    role: str
-    folder: Path
-    files: tuple[Path, ...]
-    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +143,7 @@ def digest_all(
     """32 bytes over roles, names, sizes and bytes of all files.
 
     A file changed after ``unchanged_since_ns`` (wall clock) may not be what was loaded: NotLocal.
+    So may every file of a folder that is another one than when the engine was configured.
     """
     known = cache.read()
     fresh: dict[str, str] = {}
@@ -189,95 +163,10 @@ def digest_all(
                         fresh[identity.key] = hexdigest
                 name = path.relative_to(source.folder).as_posix()
                 rows.append((source.role, name, identity.size, hexdigest))
+            source.check_folder()
     finally:
         cache.add(fresh)
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).digest()
-
-
-# -- which files ---------------------------------------------------------------------------------
-
-
-def weight_files(vllm_config: Any) -> list[WeightFiles]:
-    """The local files of the model and, if there is one, the drafter. Raises NotLocal.
-
-    A superset where vLLM's choice depends on the model class: all safetensors of the folder and
-    its direct subfolders. A byte too many costs a cold start, a byte too few a wrong hit.
-    """
-    found = [_of_model("model", vllm_config.model_config, vllm_config.load_config)]
-    spec = getattr(vllm_config, "speculative_config", None)
-    draft = getattr(spec, "draft_model_config", None)
-    if draft is not None:
-        load = getattr(spec, "draft_load_config", None) or vllm_config.load_config
-        found.append(_of_model("draft", draft, load))
-    return found
-
-
-def _of_model(role: str, model_config: Any, load_config: Any) -> WeightFiles:
-    load_format = getattr(load_config.load_format, "value", load_config.load_format)
-    patterns = _PATTERNS.get(str(load_format).lower())
-    if patterns is None:
-        raise NotLocal(f"load_format {load_format} does not read local weight files")
-    extra = load_config.model_loader_extra_config
-    if not isinstance(extra, dict) or "pattern" in extra:
-        raise NotLocal("the loader's extra config chooses the weight files")
-    _refuse_second_repository(model_config)
-    weights = getattr(model_config, "model_weights", "") or model_config.model
-    folder, pinned = _resolve(str(weights), model_config, load_config)
-    files = _matching(folder, patterns)
-    if not files:
-        raise NotLocal(f"no weight files in {folder}")
-    return WeightFiles(role, folder, files, pinned)
-
-
-def _refuse_second_repository(model_config: Any) -> None:
-    # Ultravox and the like load parts from repositories that only their config names.
-    hf_config = getattr(model_config, "hf_config", None)
-    for key, value in vars(hf_config).items() if hf_config is not None else ():
-        if key.endswith("_model_id") and isinstance(value, str) and value:
-            raise NotLocal(f"{key} loads weights from a second repository")
-
-
-def _matching(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
-    for pattern in patterns:
-        found = [*folder.glob(pattern), *folder.glob(f"*/{pattern}")]
-        kept = [
-            p
-            for p in found
-            if p.is_file()
-            and p.name not in _NOT_WEIGHTS
-            and p.relative_to(folder).parts[0] != "original"
-        ]
-        if kept:
-            return tuple(sorted(kept))
-    return ()
-
-
-def _resolve(model: str, model_config: Any, load_config: Any) -> tuple[Path, bool]:
-    if re.match(r"[a-z0-9+.-]+://", model, re.IGNORECASE):
-        raise NotLocal("the weights are streamed from object storage")
-    if os.path.isdir(model):
-        return Path(model), False
-    if os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
-        raise NotLocal("the weights come from ModelScope's cache")
-    try:
-        from huggingface_hub import snapshot_download
-
-        revision = getattr(model_config, "revision", None)
-        folder = Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                cache_dir=load_config.download_dir,
-                local_files_only=True,
-            )
-        )
-    except Exception as exc:
-        raise NotLocal(f"{model} is not in the local cache ({type(exc).__name__})") from exc
-    commit = getattr(getattr(model_config, "hf_config", None), "_commit_hash", None)
-    if commit and folder.name != commit:
-        raise NotLocal(f"{model} moved to another revision while it was loaded")
-    pinned = re.fullmatch("[0-9a-f]{40}", folder.name) is not None
-    return folder, pinned
 
 
 # -- the background digest -----------------------------------------------------------------------
