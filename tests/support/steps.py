@@ -110,6 +110,7 @@ class MiniEngine:
             follow=o.follow and o.caching,
             formats=self._formats(),
             recorder=self._recorder(),
+            alone=True,
             clock=self.clock,
         )
         self.known: dict[str, Known] = {}

@@ -74,20 +74,44 @@ def test_kv_that_depends_on_what_follows_is_not_served() -> None:
     assert {g.kind for g in layout.groups} == {GroupKind.NONE}
 
 
-@pytest.mark.parametrize("reused", [True, False])
-def test_a_model_whose_prefixes_vllm_does_not_reuse(reused: bool) -> None:
-    """Mean pooling wants the whole prompt: after a hit vLLM's pooler raises in the worker."""
+@pytest.mark.parametrize(
+    ("model", "caching", "invariant", "served"),
+    [
+        ({}, True, "0", True),
+        ({}, False, "0", True),  # the user's wish
+        ({"is_prefix_caching_supported": True}, False, "0", True),
+        ({"is_prefix_caching_supported": False}, True, "0", False),
+        ({"is_prefix_caching_supported": False}, False, "0", False),
+        ({"use_mla": True}, True, "0", True),
+        ({"use_mla": True}, False, "0", False),
+        ({}, True, "1", True),
+        ({}, False, "1", False),
+    ],
+)
+def test_a_model_whose_prefixes_vllm_does_not_reuse(
+    model: dict[str, bool],
+    caching: bool,
+    invariant: str,
+    served: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Mean pooling, say, wants the whole prompt: after a hit vLLM's pooler raises in the worker."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", invariant)
+    monkeypatch.setattr(geometry.compat, "_device_type", lambda: "cpu")
     config = SimpleNamespace(
         kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec(), layer_names=["a"])]
     )
-    model = SimpleNamespace(is_prefix_caching_supported=reused)
+    vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(**model),
+        cache_config=SimpleNamespace(enable_prefix_caching=caching),
+    )
     layout = geometry.cache_layout(
         config,
         hash_tokens=128,
         align_tokens=128,
         world_size=1,
         chunk_tokens=None,
-        model_config=model,
+        vllm_config=vllm_config,
     )
-    assert (geometry.why_not_served(config, model) is None) == reused
-    assert (layout.groups[0].kind is GroupKind.NONE) != reused
+    assert (geometry.why_not_served(config, vllm_config) is None) == served
+    assert (layout.groups[0].kind is not GroupKind.NONE) == served

@@ -45,7 +45,7 @@ def engine_layout(vllm_config: Any, kv_cache_config: Any, config: Config) -> Cac
         align_tokens=align,
         world_size=int(vllm_config.parallel_config.tensor_parallel_size),
         chunk_tokens=config.chunk_tokens,
-        model_config=vllm_config.model_config,
+        vllm_config=vllm_config,
     )
 
 
@@ -101,7 +101,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
     config = engine_config(vllm_config)
     vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
     layout = engine_layout(vllm_config, kv_cache_config, config)
-    refused = geometry.why_not_served(kv_cache_config, vllm_config.model_config)
+    refused = geometry.why_not_served(kv_cache_config, vllm_config)
     if refused is not None:
         logger.warning("kvoffload: %s cannot be served yet: 0 hits, nothing is stored.", refused)
     data_bytes = config.dram_bytes() if refused is None else 4 << 20
@@ -133,6 +133,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         formats=_comparable(config, kv_cache_config, layout) if refused is None else {},
         model=_model_name(vllm_config),
         recorder=_recorder(config, layout) if refused is None else None,
+        alone=getattr(vllm_config, compat.ALONE, False) is True,
     )
     half.metrics.failure("drive_open", len(_unopened(store)))
     half.metrics.set("kvoffload_nvme_endurance_bytes", (config.nvme_tbw or 0) * 1e12)

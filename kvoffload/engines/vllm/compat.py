@@ -84,6 +84,28 @@ def why_not_served(kv_cache_config: Any) -> str | None:
     return None
 
 
+def why_not_reused(vllm_config: Any) -> str | None:
+    """Why vLLM reuses no prefixes of this engine's model, None where it does or only the user does
+    not want it to. It hashes blocks for a connector all the same."""
+    model = vllm_config.model_config
+    if getattr(model, "is_prefix_caching_supported", True) is False:
+        # A hit would give a pooler that wants the whole prompt (mean, CLS) a part: it raises.
+        return "a model whose prefixes vLLM does not reuse"
+    if vllm_config.cache_config.enable_prefix_caching:
+        return None
+    if getattr(model, "use_mla", False) is True and _device_type() == "cpu":
+        return "MLA on a CPU without AMX (vLLM has no chunked prefill there)"
+    if os.environ.get("VLLM_BATCH_INVARIANT", "").lower() in ("1", "true"):
+        return "VLLM_BATCH_INVARIANT without prefix caching"
+    return None
+
+
+def _device_type() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
 def hash_seed_is_random(algo: str) -> bool:
     """Whether another process would hash the same tokens differently with this algorithm."""
     if os.environ.get("PYTHONHASHSEED") not in (None, "random"):
@@ -106,6 +128,22 @@ def tensor_layers(tensor: Any) -> list[str]:
     """Layer names of a KVCacheTensor, in memory order."""
     names = getattr(tensor, "layers", None)
     return list(tensor.shared_by if names is None else names)
+
+
+def layer_page_bytes(kv_cache_config: Any) -> dict[str, int]:
+    """Bytes of one block of each layer, padding included, as its memory is laid out.
+
+    The same in both roles. The specs of the groups are not: for its scheduler vLLM puts one layer's
+    in the place of those of all.
+    """
+    out: dict[str, int] = {}
+    for tensor in getattr(kv_cache_config, "kv_cache_tensors", ()):
+        if hasattr(tensor, "layer_stride"):  # the smaller one steps from page to page
+            page = min(int(tensor.layer_stride), int(tensor.block_stride))
+        else:  # before 0.30; a packed layout there says nothing of a layer's page
+            page = 0 if tensor.block_stride else int(tensor.size) // kv_cache_config.num_blocks
+        out.update(dict.fromkeys(tensor_layers(tensor), page))
+    return out
 
 
 def kv_layout(kv_cache_config: Any, vllm_config: Any) -> Any:

@@ -276,4 +276,5 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._scheduler.shutdown(FLUSH_S)
         if self._worker is not None:
+            plugin.remove_weights_listener(self._worker.half.weights_changed)
             self._worker.shutdown()

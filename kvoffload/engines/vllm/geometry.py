@@ -6,6 +6,7 @@ name along the MRO so that no vLLM import is needed and unknown new kinds are re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,8 +86,18 @@ def _one_spec(spec: Any) -> SpecFacts:
     return SpecFacts(GroupKind.NONE, block, 0, False, name)
 
 
-def group_block_bytes(group: Any) -> int:
+def uneven_pages(group: Any, pages: Mapping[str, int]) -> list[int] | None:
+    """Page bytes of a group's layers in their order where they differ (a drafter with other heads,
+    an indexer's cache beside the attention's), else None. ``pages``: compat.layer_page_bytes."""
+    each = [pages.get(name, 0) for name in group.layer_names]
+    return each if len(set(each)) > 1 else None
+
+
+def group_block_bytes(group: Any, pages: Mapping[str, int]) -> int:
     """Bytes of one block of a KVCacheGroupSpec on one rank, all its layers, padding included."""
+    uneven = uneven_pages(group, pages)
+    if uneven is not None and all(uneven):
+        return sum(uneven)
     spec = group.kv_cache_spec
     inner = getattr(spec, "kv_cache_specs", None)
     if isinstance(inner, dict):
@@ -109,7 +120,7 @@ def cache_layout(
     align_tokens: int,
     world_size: int,
     chunk_tokens: int | None,
-    model_config: Any = None,
+    vllm_config: Any = None,
 ) -> CacheLayout:
     """Layout of an engine; every group is of kind NONE where ``why_not_served`` says why.
 
@@ -117,15 +128,16 @@ def cache_layout(
     """
     groups = kv_cache_config.kv_cache_groups
     facts = [group_facts(g) for g in groups]
-    if why_not_served(kv_cache_config, model_config) is not None:
+    if why_not_served(kv_cache_config, vllm_config) is not None:
         # All or nothing: a group that cannot be served may also have a grid that no chunk fits.
         facts = [replace(f, kind=GroupKind.NONE) for f in facts]
         chunk_tokens = None
     replicated = bool(facts) and all(f.replicated for f in facts)
     shards = 1 if replicated else world_size
     layouts = []
+    pages = compat.layer_page_bytes(kv_cache_config)
     for index, (group, fact) in enumerate(zip(groups, facts, strict=True)):
-        block_bytes = group_block_bytes(group)
+        block_bytes = group_block_bytes(group, pages)
         n = choose_blocks_per_chunk(
             block_bytes * shards, fact.block_tokens, fact.kind, chunk_tokens
         )
@@ -135,37 +147,38 @@ def cache_layout(
     return CacheLayout(tuple(layouts), hash_tokens, align_tokens, world_size)
 
 
-def why_not_served(kv_cache_config: Any, model_config: Any = None) -> str | None:
-    """What of an engine we cannot serve: its first KV group of such a kind, or the model, for which
-    vLLM does not reuse prefixes either. None when all can be served."""
+def why_not_served(kv_cache_config: Any, vllm_config: Any = None) -> str | None:
+    """What of an engine we cannot serve: its first KV group of such a kind, or a model whose
+    prefixes vLLM does not reuse either. None when all can be served."""
     if not kv_cache_config.kv_cache_groups:
         return "no KV cache group"
     for group in kv_cache_config.kv_cache_groups:
         facts = group_facts(group)
         if facts.kind is GroupKind.NONE:
             return f"a KV group of kind {facts.name}"
-    if getattr(model_config, "is_prefix_caching_supported", True) is False:
-        # A hit would give a pooler that wants the whole prompt (mean, CLS) a part: it raises.
-        return "a model whose prefixes vLLM does not reuse"
-    return compat.why_not_served(kv_cache_config)
+    refused = compat.why_not_reused(vllm_config) if vllm_config is not None else None
+    return refused or compat.why_not_served(kv_cache_config)
 
 
 def page_formats(kv_cache_config: Any, layout: CacheLayout) -> dict[int, PageFormat] | str:
     """What the pages of the full-attention groups hold, or the first reason why that cannot be
     compared by value."""
     out: dict[int, PageFormat] = {}
+    pages = compat.layer_page_bytes(kv_cache_config)
     for g, group in zip(layout.groups, kv_cache_config.kv_cache_groups, strict=True):
         if g.kind is not GroupKind.FULL:
             continue
+        if uneven_pages(group, pages) is not None:
+            return "a KV group whose layers have pages of different sizes"
         specs = _leaf_specs(group.kv_cache_spec)
         dtypes = {str(getattr(s, "dtype", None)).removeprefix("torch.") for s in specs}
         packed = any(getattr(s, "kv_quant_mode", 0) for s in specs)
         if packed or len(dtypes) != 1 or not dtypes <= {v.value for v in ValueType}:
             return f"KV of type {'+'.join(sorted(dtypes))}{' (quantised)' if packed else ''}"
         values = ValueType(dtypes.pop())
-        pages = max(1, len(group.layer_names))
-        whole = g.block_bytes % (pages * values.nbytes) == 0
-        out[g.group] = PageFormat(values, g.block_bytes // pages if whole else g.block_bytes)
+        layers = max(1, len(group.layer_names))
+        whole = g.block_bytes % (layers * values.nbytes) == 0
+        out[g.group] = PageFormat(values, g.block_bytes // layers if whole else g.block_bytes)
     return out if out else "no full-attention KV group"
 
 

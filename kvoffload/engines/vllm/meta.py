@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvoffload.types import LoadFailure
+from kvoffload.types import CacheLayout, LoadFailure
 
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
@@ -89,10 +89,12 @@ class FailOrder:
 
 @dataclass(slots=True)
 class ArenaAddress:
-    """Where the Manager's arena can be attached."""
+    """Where the Manager's arena can be attached, and what the scheduler half takes its slots to
+    hold: each role works that out from what vLLM gives it."""
 
     path: str
     inode: int
+    layout: CacheLayout
 
 
 @dataclass(slots=True)

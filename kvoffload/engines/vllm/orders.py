@@ -126,7 +126,9 @@ class Fence:
 
     def note(self, blocks: Any) -> None:
         """Blocks given to a request for somebody else's load (MultiConnector): they are written
-        outside of any step's forward. The table of a long prompt is made only where it matters."""
+        outside of any step's forward. Not to be called without one: of a prefix hit, which is only
+        read, the store would be waited for and given up. The table of a long prompt is made only
+        where it matters."""
         if self._pending:
             for ids in blocks.get_block_ids():
                 self._noted.update(ids)

@@ -68,7 +68,8 @@ class SchedulerHalf:
 
     ``follow``: HBM's prefix cache is on, so that a request may wait for another one's load.
     ``formats``: pages that the shadow check can compare, by KV group; without any it is off.
-    ``recorder``: is told of every request that has ended.
+    ``recorder``: is told of every request that has ended. ``alone``: no other connector of the
+    engine loads anything.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class SchedulerHalf:
         formats: Mapping[int, PageFormat] | None = None,
         model: str = "",
         recorder: StreamRecorder | None = None,
+        alone: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.guard = HookGuard("scheduler")
@@ -97,6 +99,7 @@ class SchedulerHalf:
         self.metrics = Recorder()
         self._serve = serve
         self._eagle = eagle
+        self._alone = alone
         self._clock = clock
         self._states: dict[str, RequestState] = {}
         self.why = WhyMiss(
@@ -207,7 +210,10 @@ class SchedulerHalf:
         (None, False): ask again next step, another request is loading the same prefix.
         """
         state = self._state(request)
-        if not self._ready() or self._loads.is_banned(state.request_id):
+        ready = self._ready()
+        if self._hbm_stale() and num_computed > 0:
+            state.tainted = True  # its HBM hit may hold KV of the old weights
+        if not ready or self._loads.is_banned(state.request_id):
             why = "workers are attaching" if self._serve else "this model cannot be served"
             return self.why.skipped(state, num_computed, MissCause.NOT_READY, why)
         if self._skips_cache(request) or state.tainted:
@@ -219,18 +225,21 @@ class SchedulerHalf:
             if state.unsupported:
                 return self.why.skipped(state, num_computed, MissCause.NOT_ASKED, "streaming input")
             return self.why.skipped(state, num_computed, MissCause.NOT_READY, "being digested")
-        if num_computed > 0 and self._hbm_stale():
-            state.tainted = True  # its HBM hit may hold KV of the old weights
-            return self.why.skipped(state, num_computed, MissCause.RESET, "")
         began = time.perf_counter()
         offered = self._lookups.offer(state, chain, num_computed)
         self._accounts.ledger.lookup(state.request_id, time.perf_counter() - began)
         return (None, False) if offered is None else (offered, offered > 0)
 
     def _hbm_stale(self) -> bool:
-        """Whether HBM may still hold blocks of weights that were replaced in place."""
-        if self._stale and self._hbm_empty() and not any(s.tainted for s in self._states.values()):
-            self._stale = False
+        """Whether HBM may still hold blocks of weights that were replaced in place.
+
+        To be asked at every lookup: one with an HBM hit finds HBM not empty.
+        """
+        if self._stale and self._hbm_empty():
+            for state in self._states.values():
+                if int(state.request.num_computed_tokens) == 0:
+                    state.tainted = False  # what it had is gone
+            self._stale = any(state.tainted for state in self._states.values())
         return self._stale
 
     # ---------------------------------------------------------------- allocation -> load order
@@ -251,7 +260,8 @@ class SchedulerHalf:
         held = state.provisional
         if num_external <= 0:
             # Not chosen, nothing to load, or the second call after an async load.
-            self._fence.note(blocks)
+            if not self._alone:
+                self._fence.note(blocks)
             if not self._loads.outstanding(state.request_id):
                 self._lookups.drop(state)
                 self.why.settled(state)
@@ -362,7 +372,9 @@ class SchedulerHalf:
         return self._shadow is not None and self._shadow.compare()
 
     def _address(self) -> ArenaAddress | None:
-        return None if self._attach.done() else ArenaAddress(self.arena.path, self.arena.inode)
+        if self._attach.done():
+            return None
+        return ArenaAddress(self.arena.path, self.arena.inode, self.layout)
 
     # ---------------------------------------------------------------- answers
 

@@ -25,6 +25,7 @@ from kvoffload.engines.vllm.meta import (
     StoreOrder,
     WorkerReport,
 )
+from kvoffload.errors import UnsupportedError
 from kvoffload.types import CacheLayout, GroupKind, LoadFailure, SlotState
 
 logger = logging.getLogger("vllm.kvoffload")
@@ -118,6 +119,10 @@ class WorkerHalf:
         if self._engine is not None or address is None or self._attach_failed:
             return
         try:
+            if address.layout != self.layout:
+                raise UnsupportedError(
+                    f"vLLM's scheduler sees {address.layout}, this rank {self.layout}"
+                )
             arena = self._attach(address.path, address.inode)
             engine = self._make_engine(arena)
             self._plant_copy_faults(engine)
@@ -448,6 +453,7 @@ class WorkerHalf:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        self._arena = None  # an engine that ends inside a living process gives the memory back
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
