@@ -27,6 +27,8 @@ AdmissionMode = Literal["auto", "all"]
 PolicyName = Literal["lru", "fifo", "s3fifo", "arc", "adaptive"]
 
 MAX_DRIVES = 16
+ARENA_LEAST = 2 << 20
+"""Bytes: the arena is made of pages of 2 MiB."""
 _MAX_GIB = float(1 << 20)
 _MAX_CHUNK_TOKENS = 8192
 
@@ -47,6 +49,13 @@ def _gib(key: str, value: Any) -> float:
     if not 0 < value <= _MAX_GIB:
         raise _fail(key, value, allowed)
     return float(value)
+
+
+def _dram_gib(key: str, value: Any) -> float:
+    gib = _gib(key, value)
+    if gib * GIB < ARENA_LEAST:
+        raise _fail(key, value, f"give at least {ARENA_LEAST / GIB:.3f} GiB, and more than a chunk")
+    return gib
 
 
 def _terabytes(key: str, value: Any) -> float:
@@ -149,7 +158,7 @@ def _text(key: str, value: Any) -> str:
 
 
 _RULES: dict[str, Callable[[str, Any], Any]] = {
-    "dram_gib": _gib,
+    "dram_gib": _dram_gib,
     "nvme_path": _directories,
     "nvme_gib": _gib,
     "nvme_write_tb_per_day": _terabytes,

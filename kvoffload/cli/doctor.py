@@ -271,16 +271,22 @@ def _direct(base: Path) -> Check:
 
 def check_config(text: str) -> tuple[Check, Config | None]:
     """Parse --config: our keys, or the whole --kv-transfer-config object."""
+    from kvoffload.engines.vllm.plugin import our_settings
+
     try:
         data = json.loads(text)
     except ValueError as exc:
         return fail("config", f"not JSON: {exc}", "quote it with '...' in a shell"), None
     try:
         if isinstance(data, dict) and "kv_connector" in data:
-            if data["kv_connector"] != "KVOffloadConnector" or data.get("kv_role") != "kv_both":
-                fix = '{"kv_connector": "KVOffloadConnector", "kv_role": "kv_both"}'
+            ours = list(our_settings(data))
+            if len(ours) != 1 or data.get("kv_role") != "kv_both":
+                fix = (
+                    '{"kv_connector": "KVOffloadConnector", "kv_role": "kv_both"}, or that once '
+                    "among the connectors of MultiConnector"
+                )
                 return fail("config", "kv_connector or kv_role is not ours", fix), None
-            data = data.get("kv_connector_extra_config") or {}
+            data = ours[0]
         config = Config.from_extra_config(data)
         config.check_host()
     except ConfigError as exc:

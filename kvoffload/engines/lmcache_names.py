@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from lmcache.logging import init_logger
 
-from kvoffload.engines.vllm.weights import NotLocal, WeightFiles, WeightsDigest, weight_files
+from kvoffload.engines.vllm.weight_files import NotLocal, WeightFiles, weight_files
+from kvoffload.engines.vllm.weights import Identity, WeightsDigest
 
 if TYPE_CHECKING:
     from lmcache.v1.distributed.api import ObjectKey
@@ -24,6 +25,10 @@ logger = init_logger(__name__)
 _DOMAIN = b"kvoffload/lmcache/v1"
 FIRST_WAIT_S = 2.0
 """So long the first lookups for a model may wait for its weights' digest; later ones never do."""
+RECHECK_S = 5.0
+"""How often a model's files are looked at again: less than an engine takes to start with others."""
+
+_Found = tuple[tuple[str, Identity], ...]
 
 
 def layout_of(shapes: Sequence[Sequence[int]], dtypes: Sequence[object]) -> bytes:
@@ -43,16 +48,28 @@ def _model_files(model: str) -> list[WeightFiles]:
     return [*weight_files(engine), WeightFiles("config", Path(model), extra)]
 
 
+def _identities(files: Sequence[WeightFiles]) -> _Found:
+    return tuple((str(p), Identity.of(os.stat(p))) for source in files for p in source.files)
+
+
 class Names:
-    """16-byte names of LMCache's objects. Thread-safe; ``of`` does no I/O."""
+    """16-byte names of LMCache's objects. Thread-safe; ``of`` does no I/O.
+
+    A server outlives the engines that use it. A model whose files are not those of its digest any
+    more has no names from then on: old KV must not be served under new weights.
+    """
 
     def __init__(self, namespace: str | None) -> None:
         self._fixed = hashlib.sha256(namespace.encode()).digest() if namespace else None
         self._since = time.time_ns()
         self._digests: dict[str, WeightsDigest] = {}
         self._started: dict[str, float] = {}
+        self._found: dict[str, _Found] = {}  # what each digest is of
+        self._replaced: set[str] = set()
         self._said: set[str] = set()
         self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._watch: threading.Thread | None = None
 
     def of(self, key: ObjectKey, layout: bytes) -> bytes | None:
         """None while, or because, the weights of the key's model are not known."""
@@ -71,21 +88,60 @@ class Names:
         with self._lock:
             digest = self._digests.get(model)
             if digest is None:
-                find: Callable[[], list[WeightFiles]] = lambda: _model_files(model)  # noqa: E731
+                find: Callable[[], list[WeightFiles]] = lambda: self._find(model)  # noqa: E731
                 digest = self._digests[model] = WeightsDigest(find, unchanged_since_ns=self._since)
                 self._started[model] = time.monotonic()
                 digest.start()
+                self._start_watch()
+            if model in self._replaced:
+                return None
             result = digest.result()
             if result is not None and result.digest is None and model not in self._said:
                 self._said.add(model)
                 logger.warning("kvoffload: nothing is stored or loaded: %s", result.reason)
         return result.digest if result is not None else None
 
+    def _find(self, model: str) -> list[WeightFiles]:
+        files = _model_files(model)
+        self._found[model] = _identities(files)  # before they are read: one that changes is refused
+        return files
+
+    def _start_watch(self) -> None:
+        if self._watch is None and not self._stop.is_set():
+            self._watch = threading.Thread(
+                target=self._recheck, name="kvoffload-names", daemon=True
+            )
+            self._watch.start()
+
+    def _recheck(self) -> None:
+        while not self._stop.wait(RECHECK_S):
+            with self._lock:
+                models = [m for m, digest in self._digests.items() if m not in self._replaced]
+            for model in models:
+                self._look_again(model)
+
+    def _look_again(self, model: str) -> None:
+        result = self._digests[model].result()
+        if result is None or result.digest is None:
+            return
+        try:
+            same = _identities(_model_files(model)) == self._found[model]
+        except (OSError, NotLocal):
+            same = False
+        if not same:
+            with self._lock:
+                self._replaced.add(model)
+            logger.warning(
+                "kvoffload: the files of %s were replaced: nothing of it is stored or loaded until "
+                "this server is started again",
+                model,
+            )
+
     def worth_waiting(self, model: str) -> float:
         """Seconds in which a first lookup may still learn the weights: unchanged files take ms."""
         if self._fixed is not None or self._weights(model) is not None:
             return 0.0
-        known = self._digests[model].result() is not None
+        known = self._digests[model].result() is not None  # replaced ones are, too
         return 0.0 if known else max(0.0, self._started[model] + FIRST_WAIT_S - time.monotonic())
 
     def wait(self, model: str, timeout_s: float) -> None:
@@ -96,5 +152,8 @@ class Names:
 
     def close(self) -> None:
         """Stop the digests' threads."""
+        self._stop.set()
         for digest in self._digests.values():
             digest.close()
+        if self._watch is not None:
+            self._watch.join(timeout=5)

@@ -221,6 +221,31 @@ def test_weights_name_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_model_replaced_under_a_running_server_has_no_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """vLLM starts again with other weights of the same path: the old KV is not theirs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(lmcache_names, "RECHECK_S", 0.05)
+    kept, replaced = _folder(tmp_path / "a", b"one"), _folder(tmp_path / "b", b"one")
+    names = lmcache_names.Names(None)
+    for model in (kept, replaced):
+        names.wait(model, 20)
+        assert names.of(key(0, model_name=model), b"") is not None
+    new = tmp_path / "new"
+    new.write_bytes(b"two")
+    new.replace(Path(replaced, file))
+    until = time.monotonic() + 20
+    while names.of(key(0, model_name=replaced), b"") is not None:
+        assert time.monotonic() < until, "it kept its name"
+        time.sleep(0.02)
+    time.sleep(0.2)
+    assert names.of(key(0, model_name=kept), b"") is not None
+    assert names.of(key(0, model_name=replaced), b"") is None
+    names.close()
+
+
 def test_unknown_weights_delay_first_lookups_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

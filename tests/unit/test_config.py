@@ -218,7 +218,7 @@ def test_dram_default_is_capped() -> None:
 
 
 def test_more_dram_than_the_machine_has() -> None:
-    Config(dram_gib=0.001).check_host()
+    Config(dram_gib=0.01).check_host()
     with pytest.raises(ConfigError, match="GiB of memory"):
         Config(dram_gib=1_000_000).check_host()
 

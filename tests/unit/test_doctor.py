@@ -231,6 +231,20 @@ def test_direct_io_where_it_is_refused() -> None:
             "did you mean dram_gib",
         ),
         ('{"kv_connector": "Other", "kv_role": "kv_both"}', Status.FAIL, "not ours"),
+        (
+            '{"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config":'
+            ' {"connectors": [{"kv_connector": "NixlConnector"}, {"kv_connector":'
+            ' "KVOffloadConnector", "kv_connector_extra_config": {"dram_gib": 0.5}}]}}',
+            Status.OK,
+            '"dram_gib": 0.5',
+        ),
+        (
+            '{"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config":'
+            ' {"connectors": [{"kv_connector": "NixlConnector"}]}}',
+            Status.FAIL,
+            "not ours",
+        ),
+        ('{"dram_gib": 0.001}', Status.FAIL, "at least 0.002 GiB"),
         ('{"kv_connector": "KVOffloadConnector"}', Status.FAIL, "kv_role"),
         ("{", Status.FAIL, "not JSON"),
         ("[]", Status.FAIL, "kv_connector_extra_config"),

@@ -140,10 +140,11 @@ def our_configs(kv_transfer_config: Any) -> Iterator[Mapping[str, Any]]:
     """The extra config of each KVOffloadConnector: named directly or a child of MultiConnector."""
     name = getattr(kv_transfer_config, "kv_connector", None)
     extra = getattr(kv_transfer_config, "kv_connector_extra_config", None) or {}
-    yield from _our_children({"kv_connector": name, "kv_connector_extra_config": extra})
+    yield from our_settings({"kv_connector": name, "kv_connector_extra_config": extra})
 
 
-def _our_children(child: Any) -> Iterator[Mapping[str, Any]]:
+def our_settings(child: Any) -> Iterator[Mapping[str, Any]]:
+    """As ``our_configs``, of a ``--kv-transfer-config`` object or a child of MultiConnector."""
     if not isinstance(child, Mapping):
         return
     extra = child.get("kv_connector_extra_config") or {}
@@ -151,7 +152,7 @@ def _our_children(child: Any) -> Iterator[Mapping[str, Any]]:
         yield extra
     elif child.get("kv_connector") == "MultiConnector" and isinstance(extra, Mapping):
         for inner in extra.get("connectors") or ():
-            yield from _our_children(inner)
+            yield from our_settings(inner)
 
 
 def _names_us(vllm_config: Any) -> bool:
