@@ -46,6 +46,13 @@ def llama(seed: int = 0, layers: int = _LAYERS) -> Path:
     return _cached(f"llama-s{seed}", config, seed, lambda g: _llama_tensors(g, layers))
 
 
+def drafter(seed: int = 7, layers: int = 1) -> Path:
+    """For speculative decoding beside :func:`llama`: twice its KV heads, so other pages."""
+    config = _dense_config("LlamaForCausalLM", "llama", layers)
+    config["num_key_value_heads"] = _HEADS
+    return _cached(f"drafter-s{seed}", config, seed, lambda g: _llama_tensors(g, layers, _HEADS))
+
+
 def sliding(seed: int = 0, window: int = 256) -> Path:
     """Layers alternate full / sliding-window attention (``window`` tokens): two KV groups."""
     config = _dense_config("LlamaForCausalLM", "llama", _LAYERS) | {
@@ -130,7 +137,7 @@ def _mlp_and_norms(g: torch.Generator, prefix: str) -> Tensors:
     }
 
 
-def _llama_tensors(g: torch.Generator, layers: int) -> Tensors:
+def _llama_tensors(g: torch.Generator, layers: int, kv_heads: int = _KV_HEADS) -> Tensors:
     tensors: Tensors = {
         "model.embed_tokens.weight": torch.randn(VOCAB, _HIDDEN, generator=g),
         "model.norm.weight": torch.ones(_HIDDEN),
@@ -139,8 +146,8 @@ def _llama_tensors(g: torch.Generator, layers: int) -> Tensors:
         attn = f"model.layers.{i}.self_attn"
         # q and k twice as large again: without it attention is flat and output degenerates to one token.
         tensors[f"{attn}.q_proj.weight"] = _normal(g, _HEADS * _HEAD_DIM, _HIDDEN, 4.0)
-        tensors[f"{attn}.k_proj.weight"] = _normal(g, _KV_HEADS * _HEAD_DIM, _HIDDEN, 4.0)
-        tensors[f"{attn}.v_proj.weight"] = _normal(g, _KV_HEADS * _HEAD_DIM, _HIDDEN)
+        tensors[f"{attn}.k_proj.weight"] = _normal(g, kv_heads * _HEAD_DIM, _HIDDEN, 4.0)
+        tensors[f"{attn}.v_proj.weight"] = _normal(g, kv_heads * _HEAD_DIM, _HIDDEN)
         tensors[f"{attn}.o_proj.weight"] = _normal(g, _HIDDEN, _HEADS * _HEAD_DIM)
         tensors |= _mlp_and_norms(g, f"model.layers.{i}")
     return tensors

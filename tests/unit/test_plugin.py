@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvoffload.engines.vllm import compat, plugin
+from kvoffload.engines.vllm import compat, notes, plugin
 from kvoffload.errors import UnsupportedError
 from tests.unit.test_namespace import HF
 
@@ -259,10 +259,34 @@ def test_through_the_real_vllm_config(tmp_path: Path) -> None:
     plugin.register()
     config = _without_class(lambda: EngineArgs(**args, kv_transfer_config=transfer()))
     assert config.kv_transfer_config.kv_load_failure_policy == "recompute"
-    assert getattr(pickle.loads(pickle.dumps(config)), compat.ALONE) is True  # reaches the engine
+    reached = pickle.loads(pickle.dumps(config))
+    assert compat.is_alone(reached) and str(tmp_path) in notes.read(reached)["folders"]
     with pytest.raises(plugin.StartupError) as caught:
         _without_class(lambda: EngineArgs(**args, kv_transfer_config=transfer({"dram_gib": "8"})))
     assert str(caught.value).startswith("kvoffload: dram_gib='8' is not allowed")
+
+
+def test_vllm_can_copy_the_config(tmp_path: Path) -> None:
+    """Every multimodal model and many drafters build parts of themselves from a copy."""
+    from vllm.config.utils import replace
+    from vllm.engine.arg_utils import EngineArgs
+
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    plugin.register()
+    given: dict[str, Any] = {"dram_gib": 0.1}
+    config = _without_class(
+        lambda: EngineArgs(
+            model=str(tmp_path),
+            skip_tokenizer_init=True,
+            max_model_len=256,
+            kv_transfer_config=transfer(given),
+        )
+    )
+    for copied in (replace(config), config.with_hf_config(config.model_config.hf_config)):
+        assert notes.read(copied) == notes.read(config)
+        assert compat.is_alone(copied)
+        assert [dict(e) for e in plugin.our_configs(copied.kv_transfer_config)] == [given]
+    assert given == {"dram_gib": 0.1}
 
 
 def _without_class(make: Any) -> Any:

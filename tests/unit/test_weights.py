@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from kvoffload.engines.vllm import notes
 from kvoffload.engines.vllm import weights as w
 from kvoffload.engines.vllm.adapters import AdapterDigests
-from kvoffload.engines.vllm.weight_files import note_folders
+from kvoffload.engines.vllm.weight_files import model_folders
 
 FAR = 1 << 62  # no file is younger
 
@@ -110,7 +111,8 @@ def test_a_folder_that_became_another_one_is_refused(
     else:
         (tmp_path / "v1").rename(path)
     vllm_config = config(path)
-    note_folders(vllm_config)
+    vllm_config.kv_transfer_config = SimpleNamespace(kv_connector_extra_config={})
+    notes.leave(vllm_config.kv_transfer_config, folders=model_folders(vllm_config))
     assert digest(vllm_config, cache).digest is not None
     if how == "link":
         (tmp_path / "new").symlink_to("v2")

@@ -12,7 +12,7 @@ from typing import Any
 from kvoffload.config import GIB, Config
 from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Manager, slots_needed
-from kvoffload.engines.vllm import compat, geometry, plugin
+from kvoffload.engines.vllm import compat, geometry, notes, plugin
 from kvoffload.engines.vllm.background import Background
 from kvoffload.engines.vllm.namespace import NamespaceSource
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
@@ -33,7 +33,8 @@ first touched when a chunk is stored costs more, and a request is there then."""
 
 def engine_config(vllm_config: Any) -> Config:
     """Our settings. Raises ConfigError (one line) on a bad key or value."""
-    return Config.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
+    return Config.from_extra_config(notes.without(extra))
 
 
 def engine_layout(vllm_config: Any, kv_cache_config: Any, config: Config) -> CacheLayout:
@@ -133,7 +134,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         formats=_comparable(config, kv_cache_config, layout) if refused is None else {},
         model=_model_name(vllm_config),
         recorder=_recorder(config, layout) if refused is None else None,
-        alone=getattr(vllm_config, compat.ALONE, False) is True,
+        alone=compat.is_alone(vllm_config),
     )
     half.metrics.failure("drive_open", len(_unopened(store)))
     half.metrics.set("kvoffload_nvme_endurance_bytes", (config.nvme_tbw or 0) * 1e12)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from kvoffload.engines.vllm import notes
 from kvoffload.errors import UnsupportedError
 from kvoffload.types import Tier
 
@@ -27,9 +28,6 @@ REDUCED_TO = (
     "PYTHONHASHSEED is set"
 )
 """What is served on them."""
-
-ALONE = "_kvoffload_alone"
-"""Attribute that the start-up check leaves on a VllmConfig: no other connector runs beside ours."""
 
 _BLOCK_OUTERMOST = "BLHNC"
 
@@ -228,7 +226,12 @@ def wanted_layout(vllm_config: Any) -> str | None:
         return None
     if getattr(vllm_config.model_config, "use_mla", False):
         return None
-    return _BLOCK_OUTERMOST if getattr(vllm_config, ALONE, False) is True else None
+    return _BLOCK_OUTERMOST if is_alone(vllm_config) else None
+
+
+def is_alone(vllm_config: Any) -> bool:
+    """Whether no other connector runs beside ours; False where that is not known."""
+    return notes.read(vllm_config).get("alone") is True
 
 
 @functools.cache

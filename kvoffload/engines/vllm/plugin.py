@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kvoffload.config import Config
-from kvoffload.engines.vllm import compat, native_settings
-from kvoffload.engines.vllm.weight_files import note_folders
+from kvoffload.engines.vllm import compat, native_settings, notes
+from kvoffload.engines.vllm.weight_files import model_folders
 from kvoffload.errors import ConfigError, OffloadError, UnsupportedError
 
 CONNECTOR = "KVOffloadConnector"
@@ -149,7 +149,7 @@ def our_settings(child: Any) -> Iterator[Mapping[str, Any]]:
         return
     extra = child.get("kv_connector_extra_config") or {}
     if child.get("kv_connector") == CONNECTOR:
-        yield extra
+        yield notes.without(extra)
     elif child.get("kv_connector") == "MultiConnector" and isinstance(extra, Mapping):
         for inner in extra.get("connectors") or ():
             yield from our_settings(inner)
@@ -175,8 +175,8 @@ def prepare(vllm_config: Any) -> None:
             return
         _check_all(vllm_config, transfer, extras)
         _set_failure_policy(transfer)
-        _note_alone(vllm_config, transfer)
-        note_folders(vllm_config)
+        alone = getattr(transfer, "kv_connector", None) == CONNECTOR
+        notes.leave(transfer, alone=alone, folders=model_folders(vllm_config))
     except (ConfigError, UnsupportedError) as exc:
         raise StartupError(str(exc)) from None
     except Exception:
@@ -257,12 +257,6 @@ def _nodes_of_one_engine(parallel: Any) -> int:
     if not isinstance(nodes, int):
         nodes = getattr(parallel, "nnodes", 1)
     return nodes if isinstance(nodes, int) else 1
-
-
-def _note_alone(vllm_config: Any, transfer: Any) -> None:
-    """Leave word for ``compat.wanted_layout``, which sees our own part of the settings only."""
-    alone = getattr(transfer, "kv_connector", None) == CONNECTOR
-    object.__setattr__(vllm_config, compat.ALONE, alone)
 
 
 def _set_failure_policy(transfer: Any) -> None:

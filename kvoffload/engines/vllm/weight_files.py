@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvoffload.engines.vllm import notes
+
 #: vLLM's load formats that read local weight files, and the patterns they read.
 _PATTERNS: dict[str, tuple[str, ...]] = {
     "auto": ("*.safetensors", "*.bin", "*.pt"),
@@ -25,28 +27,21 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
 _BESIDE = ("*.bin", "*.pt")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 
-FOLDERS = "_kvoffload_folders"
-"""Attribute that the start-up check leaves on a VllmConfig: its model folders, by path."""
-
 
 class NotLocal(Exception):
     """The loaded weights are not bytes of local files; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class FolderId:
-    """Which folder a path led to: a link may be turned, or a folder put in its place."""
+FolderId = tuple[str, int, int]
+"""Which folder a path led to (real path, device, inode): a link may be turned, or a folder put in
+its place."""
 
-    real: str
-    dev: int
-    inode: int
 
-    @classmethod
-    def of(cls, path: str | Path) -> FolderId:
-        """As it is now. Raises OSError."""
-        real = os.path.realpath(path, strict=True)
-        st = os.stat(real)
-        return cls(real, st.st_dev, st.st_ino)
+def folder_id(path: str | Path) -> FolderId:
+    """As it is now. Raises OSError."""
+    real = os.path.realpath(path, strict=True)
+    st = os.stat(real)
+    return real, st.st_dev, st.st_ino
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +63,7 @@ class WeightFiles:
         if self.was is None:
             return
         try:
-            same = FolderId.of(self.folder) == self.was
+            same = folder_id(self.folder) == self.was
         except OSError:
             same = False
         if not same:
@@ -78,17 +73,17 @@ class WeightFiles:
 # -- before the weights are loaded -----------------------------------------------------------------
 
 
-def note_folders(vllm_config: Any) -> None:
-    """Leave on ``vllm_config`` which local folders its models are read from. Never raises."""
+def model_folders(vllm_config: Any) -> dict[str, FolderId]:
+    """Which local folders the models of ``vllm_config`` are read from, by path. Never raises."""
     seen: dict[str, FolderId] = {}
     for model in _model_configs(vllm_config):
         for path in (getattr(model, "model_weights", ""), getattr(model, "model", "")):
             try:
                 if path and os.path.isdir(str(path)):
-                    seen[str(path)] = FolderId.of(str(path))
+                    seen[str(path)] = folder_id(str(path))
             except OSError:
                 continue
-    object.__setattr__(vllm_config, FOLDERS, seen)
+    return seen
 
 
 def _model_configs(vllm_config: Any) -> list[Any]:
@@ -106,7 +101,7 @@ def weight_files(vllm_config: Any) -> list[WeightFiles]:
     A superset where vLLM's choice depends on the model class: every format's files of the folder
     and its direct subfolders. A byte too many costs a cold start, a byte too few a wrong hit.
     """
-    noted = getattr(vllm_config, FOLDERS, {})
+    noted = notes.read(vllm_config).get("folders", {})
     found = [_of_model("model", vllm_config.model_config, vllm_config.load_config, noted)]
     spec = getattr(vllm_config, "speculative_config", None)
     draft = getattr(spec, "draft_model_config", None)
@@ -117,7 +112,7 @@ def weight_files(vllm_config: Any) -> list[WeightFiles]:
 
 
 def _of_model(
-    role: str, model_config: Any, load_config: Any, noted: Mapping[str, FolderId]
+    role: str, model_config: Any, load_config: Any, noted: Mapping[str, Sequence[Any]]
 ) -> WeightFiles:
     load_format = getattr(load_config.load_format, "value", load_config.load_format)
     patterns = _PATTERNS.get(str(load_format).lower())
@@ -132,7 +127,8 @@ def _of_model(
     files = _matching(folder, patterns)
     if not files:
         raise NotLocal(f"no weight files in {folder}")
-    found = WeightFiles(role, folder, files, pinned, None if pinned else noted.get(weights))
+    was = None if pinned else noted.get(weights)
+    found = WeightFiles(role, folder, files, pinned, (was[0], was[1], was[2]) if was else None)
     found.check_folder()
     return found
 
