@@ -215,9 +215,13 @@ class EngineLife:
         lora: Path | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
+        audio: int | None = None,
         **params: Any,
     ) -> Pending:
-        """Start one request (greedy, EOS ignored unless ``params`` says otherwise) and return at once."""
+        """Start one request (greedy, EOS ignored unless ``params`` says otherwise) and return at once.
+
+        ``audio``: seed of three seconds of noise, for a model and a prompt that take one.
+        """
         number = next(self._ids)
         fields: dict[str, Any] = {
             "request_id": f"r{number}",
@@ -225,6 +229,7 @@ class EngineLife:
             "params": {"max_tokens": max_tokens, "logprobs": logprobs, **params},
             "cache_salt": cache_salt,
             "priority": priority,
+            "audio": audio,
         }
         if lora is not None:
             fields["lora"] = [lora.name, 1 + sum(lora.name.encode()) % 10_000, str(lora)]

@@ -80,6 +80,8 @@ class Child:
         prompt: dict[str, Any] = {"prompt_token_ids": message["prompt"]}
         if message.get("cache_salt"):
             prompt["cache_salt"] = message["cache_salt"]
+        if message.get("audio") is not None:
+            prompt["multi_modal_data"] = {"audio": _noise(message["audio"])}
         lora = LoRARequest(*message["lora"]) if message.get("lora") else None
         out = _Collected(message["request_id"])
         stream = self._engine.generate(
@@ -160,6 +162,13 @@ class _Collected:
             "finish_reason": self._finish,
             "total_ms": (time.perf_counter() - self._start) * 1e3,
         }
+
+
+def _noise(seed: int) -> tuple[Any, int]:
+    import numpy as np
+
+    rate = 16000
+    return np.random.default_rng(seed).standard_normal(3 * rate).astype(np.float32), rate
 
 
 def _engine_pids() -> list[int]:

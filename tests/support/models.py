@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -228,8 +228,12 @@ def _cached(
     make: Callable[[torch.Generator], Tensors],
     config_name: str = "config.json",
     weights_name: str = "model",
+    files: Mapping[str, str] | None = None,
 ) -> Path:
-    """Make the directory once: written beside its place, then renamed, so a reader sees all or nothing."""
+    """Make the directory once: written beside its place, then renamed, so a reader sees all or nothing.
+
+    ``files``: more of them, text by name; they belong to the recipe ``_RECIPE`` numbers.
+    """
     text = json.dumps(config, indent=2, sort_keys=True)
     digest = hashlib.sha256(f"{_RECIPE} {seed} {text}".encode()).hexdigest()[:10]
     root = cache_dir()
@@ -243,6 +247,8 @@ def _cached(
             tensors = make(torch.Generator().manual_seed(seed))
             save_file(tensors, str(temp / f"{weights_name}.safetensors"), metadata={"format": "pt"})
             (temp / config_name).write_text(text)
+            for file, content in (files or {}).items():
+                (temp / file).write_text(content)
             temp.chmod(0o755)
             temp.rename(final)
         except BaseException:
