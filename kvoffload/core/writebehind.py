@@ -156,8 +156,7 @@ class WriteBehind:
         evicted = self._counters.evicted
         sizes = self._pool.alloc.slot_bytes
         most = [min(HORIZON_CHUNKS, self._horizon // len(sizes) // size) for size in sizes]
-        nearly_full = self._pool.held_bytes + self._horizon >= self._arena.data_bytes
-        if not nearly_full or evicted - self._looked <= min(most) // 2:
+        if not self._nearly_full() or evicted - self._looked <= min(most) // 2:
             return
         self._looked = evicted
         going = [e for e in self._queue.values() if e.reserved]
@@ -166,6 +165,13 @@ class WriteBehind:
             mine = [e for e in going if e.cls == cls]
             for entry in self._pool.index.coming(cls, count, mine):
                 self.spare(entry, now)
+
+    def _nearly_full(self) -> bool:
+        """Whether a class of slots has no more than the horizon free. By the allocator, not by the
+        bytes held: up to a sixteenth of an extent fits no slot, twice the horizon."""
+        alloc = self._pool.alloc
+        sizes = enumerate(alloc.slot_bytes)
+        return any(alloc.slots_free(cls) * size <= self._horizon for cls, size in sizes)
 
     def _unreserve(self, entry: Entry, refund: bool) -> None:
         if entry.reserved:

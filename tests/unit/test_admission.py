@@ -305,12 +305,16 @@ def test_what_was_refused_tells_what_its_kind_is_worth_and_is_forgotten_slowly()
 
 
 class Rig:
-    def __init__(self, slots: int = 64, tb: float | None = 1e4, mode: str = "auto") -> None:
+    def __init__(
+        self, slots: int = 64, tb: float | None = 1e4, mode: str = "auto", slot_bytes: int = UNIT
+    ) -> None:
+        layout = layout_of(full_group(slot_bytes=slot_bytes))
+        data = slots * slot_bytes
         self.clock = FakeClock()
-        self.arena = FakeArena(slots * UNIT, slots_needed(ONE, slots * UNIT))
+        self.arena = FakeArena(data, slots_needed(layout, data))
         self.store = FakeStore(clock=self.clock)
         self.manager = Manager(
-            ONE,
+            layout,
             self.arena,
             self.store,
             write_tb_per_day=tb,
@@ -431,6 +435,22 @@ def test_victims_are_written_before_their_turn_and_then_evicted() -> None:
     assert c.nvme_admitted_coin == c.nvme_written > 128
     assert c.evicted_unwritten <= 4, "at most those before the first look ahead"
     assert [rig.hit(chr(97 + n) * 8) for n in range(15)] == [8] * 15, "whole chains"
+
+
+@pytest.mark.parametrize("slot_bytes", [UNIT, 9 * UNIT // 4, 5 * UNIT])
+def test_victims_are_judged_ahead_of_their_turn_whatever_the_slot_size(slot_bytes: int) -> None:
+    """2.25 and 5 MiB (8B and 70B models): nearly a sixteenth of the arena fits no slot, so that the
+    bytes held never come within a thirty-second of it."""
+    rig = Rig(slots=512, slot_bytes=slot_bytes)
+    rig.worth_it()
+    alloc = rig.manager._pool.alloc
+    for n in range(alloc.capacity(0) // 8):
+        rig.put(chr(200 + n) * 8)
+    left = alloc.slots_free(0)
+    assert left < 8 and (slot_bytes == UNIT or alloc.capacity(0) < 512 * 31 // 32)
+    rig.manager.tick(True)
+    assert rig.c.evicted == 0 and rig.c.nvme_admitted_coin > 0
+    rig.manager.check()
 
 
 def test_a_victim_that_is_being_written_is_passed_over() -> None:
