@@ -55,8 +55,9 @@ class Weigher:
         still = self._loader.standstill_s()
         tiers = self._rates.tiers({Tier.NVME: ahead}, {Tier.NVME: still})
         made = plan(start, steps, tiers, self._rates.prefill.seconds, self._mode)
-        if ahead and Tier.NVME in tiers and made.load_s is not None:
-            queue_s = min(made.load_s, ahead / tiers[Tier.NVME].bytes_per_s)
+        nvme = tiers.get(Tier.NVME)
+        if ahead and nvme and made.load_s is not None and _reads_nvme(steps, made.end):
+            queue_s = min(made.load_s, ahead / nvme.bytes_per_s)
             made = replace(made, queue_s=queue_s)
         if made.end < held:
             self._counters.planner_refused += 1
@@ -113,3 +114,8 @@ class Weigher:
             tiers, prefill = self._rates.tiers(), self._rates.prefill.seconds
             end = plan(start, search.steps(start, end), tiers, prefill).end
         return end
+
+
+def _reads_nvme(steps: Sequence[Step], end: int) -> bool:
+    """Whether a load up to the boundary ``end`` waits for reads from NVMe at all."""
+    return any(s.end == end and s.nbytes.get(Tier.NVME) for s in steps)
