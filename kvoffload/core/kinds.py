@@ -16,6 +16,10 @@ PRIOR = 3
 FADE = 0.9
 """What is known keeps this part for each arena full that left: one shows a handful of requests of a
 kind, too few to forget half of what was known before."""
+LEAST = 1e-9
+"""Asked for again per chunk that left, on average. Below, ``PRIOR`` outweighs whatever was seen;
+and what was asked for long ago never fades to 0 (its last denormal times 0.9 is itself), but its
+mean does."""
 _NEW, _KNOWN = 12, 4
 KINDS = _NEW * _KNOWN
 
@@ -62,9 +66,9 @@ class Kinds:
 
     def odds(self, kind: int) -> float:
         """Of writing such a chunk; 1 for one of average worth, and while nothing is known."""
-        if not self._all_asked or not self._all_left:
+        mean = self._all_asked / self._all_left if self._all_left else 0.0
+        if mean < LEAST:
             return 1.0
-        mean = self._all_asked / self._all_left
         prior = PRIOR << kind // _KNOWN  # a request is asked for as a whole: one observation
         worth = (self._asked[kind] + prior) / (self._left[kind] + prior / mean)
         return float((worth / mean) ** POWER)

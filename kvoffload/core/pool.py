@@ -173,7 +173,11 @@ class Pool:
         self.held_bytes += entry.nbytes
         self.held_slots += 1
         self._filling[slot] = entry
-        self.on_add(entry)
+        try:
+            self.on_add(entry)
+        except Exception:  # nobody learns of the slot: without this nobody would ever give it back
+            self.undo(entry, now)
+            raise
         return entry
 
     def _room(self, cls: int, now: float) -> tuple[int, int] | None:

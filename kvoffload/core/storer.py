@@ -38,19 +38,34 @@ class Storer:
         need: Callable[[int, int], bool] | None,
         now: float,
     ) -> list[StoreItem]:
-        """See Manager.begin_store."""
+        """See Manager.begin_store. What an exception leaves half begun is taken back."""
         out: list[StoreItem] = []
+        try:
+            self._begin(out, chain, start, end, need, now)
+        except Exception:
+            self.abort(out, now)  # the caller has no items that it could give back
+            raise
+        return out
+
+    def _begin(
+        self,
+        out: list[StoreItem],
+        chain: Chain,
+        start: int,
+        end: int,
+        need: Callable[[int, int], bool] | None,
+        now: float,
+    ) -> None:
         for g in self._layout.groups:
             stop = min(end // g.chunk_tokens, chain.n_chunks(g.group))
             filtered = need if g.kind is GroupKind.SLIDING else None
             chunks = range(start // g.chunk_tokens, stop)
             wanted = [i for i in chunks if filtered is None or filtered(g.group, i)]
-            out += self._group(chain, g.group, wanted, now)
-        return out
+            self._group(out, chain, g.group, wanted, now)
 
     def _group(
-        self, chain: Chain, group: int, chunks: Sequence[int], now: float
-    ) -> list[StoreItem]:
+        self, out: list[StoreItem], chain: Chain, group: int, chunks: Sequence[int], now: float
+    ) -> None:
         index, keys = self._pool.index, chain.keys(group)
         entries = index.find([keys[i] for i in chunks])
         index.touch(self._pool.class_of(group), [e.key for e in entries if e is not None])
@@ -58,18 +73,16 @@ class Storer:
         if self._nvme is not None:
             held = self._nvme.held([keys[i] for i in absent], now)
             absent = [i for i, there in zip(absent, held, strict=True) if not there]
-        out: list[StoreItem] = []
-        for i in absent:
+        for at, i in enumerate(absent):
             entry = self._pool.take(chain, group, i, Tier.DRAM, now)
             if entry is None:
-                self._counters.store_skipped_full += len(absent) - len(out)
-                for left in absent[len(out) :]:
+                self._counters.store_skipped_full += len(absent) - at
+                for left in absent[at:]:
                     self._memory.note(keys[left], Gone.NO_ROOM, now)
                 break
+            out.append(StoreItem(group, i, entry.key, entry.ref))
             if self._nvme is not None:
                 self._nvme.stored(entry, now)
-            out.append(StoreItem(group, i, entry.key, entry.ref))
-        return out
 
     def abort(self, items: Sequence[StoreItem], now: float) -> None:
         """See Manager.abort_store."""

@@ -301,6 +301,23 @@ def test_what_was_refused_tells_what_its_kind_is_worth_and_is_forgotten_slowly()
     assert sum(kinds._asked) == 40
 
 
+def test_what_was_asked_for_long_ago_is_no_judge_of_kinds() -> None:
+    """Faded for thousands of arenas full it is still above 0, and its mean is not."""
+    kinds, once = Kinds(), Origin(0.0, 0, 1).kind()
+    kinds.left(once)
+    kinds.asked(once)
+    for _ in range(8000):
+        for _ in range(10):
+            kinds.left(once)
+        kinds.fade()
+        kinds.check()
+        assert kinds.odds(once) == pytest.approx(1.0)
+    assert kinds.odds(once) == kinds.odds(KINDS - 1) == 1.0
+    for _ in range(10):
+        kinds.asked(once + 1)
+    assert kinds.odds(once + 1) > 1.0 > kinds.odds(once), "it learns again"
+
+
 # -- in the Manager
 
 

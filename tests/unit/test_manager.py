@@ -188,6 +188,38 @@ def test_failed_and_aborted_stores_leave_nothing() -> None:
     assert (c.store_failed, c.store_aborted, c.stored) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("where", ["admission", "hints", "need"])
+def test_a_store_that_breaks_half_begun_leaves_nothing(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No worker hears of its slots, and the caller has no items to give back."""
+    layout = layout_of(full_group(), sliding_group(1, window=32))
+    rig = make(slots=32, layout=layout)
+    rig.put("ab")
+    pool, nvme, chain = rig.manager._pool, rig.manager._nvme, rig.chain("abcdef")
+    assert nvme is not None
+    calls = iter(range(100))
+
+    def broken(*_: object) -> bool:
+        if next(calls) == 2:
+            raise ZeroDivisionError
+        return True
+
+    with monkeypatch.context() as patch:
+        if where == "admission":
+            patch.setattr(nvme, "stored", broken)
+        elif where == "hints":
+            patch.setattr(pool, "on_add", broken)
+        with pytest.raises(ZeroDivisionError):
+            rig.manager.begin_store(chain, 0, chain.tokens, broken if where == "need" else None)
+    rig.manager.check()
+    occupied = rig.manager.occupancy()
+    assert (occupied.slots_used, occupied.slots_quarantined) == (4, 0)
+    assert rig.manager.store_inflight() == 0 and rig.hit("abcdef") == 2 * TOK
+    rig.put("abcdef")
+    assert rig.hit("abcdef") == 6 * TOK
+
+
 def test_a_store_without_an_answer_is_quarantined_until_it_settles() -> None:
     rig = make(slots=4)
     item = rig.manager.begin_store(rig.chain("a"), 0, 16)[0]
