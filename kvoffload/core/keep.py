@@ -182,8 +182,9 @@ class Keeper:
         return mine
 
     def _retired(self, key: ChunkKey) -> bool:
+        """Let go of, and not kept again since: what is kept needs those before it."""
         entry = self._pool.index.get(key)
-        return entry is not None and entry.retired
+        return entry is not None and entry.retired and not entry.kept
 
     def _forget_below(self, keys: list[ChunkKey]) -> None:
         if self._nvme is None or not keys:

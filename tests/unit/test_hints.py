@@ -582,6 +582,21 @@ def test_a_session_ends_only_its_own_retention() -> None:
     assert rig.hit("abcdef") == 4 * TOK
 
 
+def test_what_was_let_go_of_and_is_retained_again_keeps_what_is_before_it() -> None:
+    """A session ended and is back; then another branch of it ends."""
+    rig = make(slots=16)
+    rig.put("pc")
+    rig.put("pd")
+    keep, back, other = rig.manager.keep, rig.chain("pc"), rig.chain("pd")
+    assert keep.release(back, TOK, 2 * TOK, owner="s") == 1
+    keep.retain(back, 2 * TOK, 600.0, owner="s")
+    rig.manager.check()
+    assert keep.release(other, 0, 2 * TOK, owner="s") == 1, "its leaf only"
+    rig.manager.check()
+    others(rig, 16)
+    assert rig.hit("pc") == 2 * TOK
+
+
 def test_what_a_request_adds_within_a_second_does_not_renew_what_is_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
