@@ -49,6 +49,7 @@ class Plan:
     recompute_s: float | None = None  # of what is loaded
     queue_s: float = 0.0  # of load_s: what goes first
     held: int = 0  # the end of what could be loaded; 0 where nothing can
+    cut: bool = False  # there was room for less than was planned: load_s is of more than is loaded
 
 
 PRIOR: Mapping[Tier, TierRate] = {

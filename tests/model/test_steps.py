@@ -145,6 +145,33 @@ def test_no_waiting_without_hbms_prefix_cache() -> None:
 # -- what exactly is loaded
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_a_load_for_part_of_which_there_was_room_teaches_nothing(
+    room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends much sooner than the plan of the whole hit said."""
+    engine = MiniEngine()
+    prompt = tokens(40)
+    engine.ask(prompt)
+    engine.forget_hbm()
+    manager, learned = engine.manager, []
+    acquire, plan = manager.acquire, manager.plan
+    monkeypatch.setattr(
+        manager, "observe_load_time", lambda took, expected: learned.append(expected)
+    )
+    monkeypatch.setattr(manager, "plan", lambda *a: replace(plan(*a), load_s=2.5))
+
+    def fits(owner: str, chain: Any, start: int, end: int, **more: Any) -> Any:
+        return acquire(owner, chain, start, end, **more) if room or end < 40 else None
+
+    monkeypatch.setattr(manager, "acquire", fits)
+    again = engine.ask(prompt)
+    assert again.loads == 1 and engine.loads_done() == (5 if room else 2)
+    assert learned == ([2.5] if room else [])
+    monkeypatch.undo()
+    engine.finish()
+
+
 def test_full_prompt_hit_is_returned_whole() -> None:
     """vLLM recomputes one token itself."""
     engine = MiniEngine()

@@ -242,7 +242,9 @@ class Loads:
         planned = attempt.planned
         from_disk = attempt.lease.tokens_by_tier.get(Tier.NVME)  # its moods are not the engine's
         alone = attempt.alone and len(self._states) == 1
-        if alone and planned is not None and planned.load_s is not None and not from_disk:
+        if planned is None or planned.load_s is None or planned.cut:
+            return  # nothing comparable was expected
+        if alone and not from_disk:
             self._manager.observe_load_time(seconds, planned.load_s)
 
     def take_report(self, report: WorkerReport) -> None:

@@ -90,7 +90,9 @@ class Lookups:
             return 0
         if end < planned.end:
             self._why.no_room(state, end)
-            planned = replace(planned, end=end, decision=Decision.PARTIAL, recompute_s=None)
+            planned = replace(
+                planned, end=end, decision=Decision.PARTIAL, recompute_s=None, cut=True
+            )
         state.provisional = ProvisionalLease(lease, start, end, now + LEASE_S, planned)
         self._leased[state.request_id] = state
         return end - start
