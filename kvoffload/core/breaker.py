@@ -8,7 +8,8 @@
                                                                 +--------- a failure --------+
 
 While OPEN or HALF_OPEN the tier is a miss for every request. HALF_OPEN is for a probe that no
-request waits for; where none can be made, ``closed`` says yes and the next request is the probe.
+request waits for; until one is under way ``closed`` says yes, so that somebody finds one. ``retry``
+ends a pause early.
 """
 
 from __future__ import annotations
@@ -59,10 +60,6 @@ class Breaker:
             state is BreakerState.HALF_OPEN and not self._probing
         )
 
-    def relied_on(self, now: float) -> bool:
-        """Whether somebody waits for the tier: requests, or a probe."""
-        return self._probing or self.state(now) is BreakerState.CLOSED
-
     def probe_due(self, now: float) -> bool:
         """Whether a probe should start now; the caller says so with ``probing``."""
         return self.state(now) is BreakerState.HALF_OPEN and not self._probing
@@ -78,7 +75,7 @@ class Breaker:
         self._probing = False
 
     def inconclusive(self) -> None:
-        """What was read as a probe is gone or was damaged: the next request is the probe."""
+        """What was read as a probe is gone, or was damaged or given up: another is due."""
         self._probing = False
 
     def failure(self, now: float) -> None:
@@ -88,11 +85,16 @@ class Breaker:
         if half_open or (self._open_until is None and self._failures >= self._threshold):
             self.trip(now)
 
-    def trip(self, now: float) -> None:
-        """Open, or stay open for another ``cool_s``."""
+    def trip(self, now: float, pause_s: float | None = None) -> None:
+        """Open, or stay open for another ``pause_s`` (``cool_s`` where None)."""
         self._counters.nvme_breaker_trips += self.state(now) is not BreakerState.OPEN
-        self._open_until = now + self._cool_s
+        self._open_until = now + (self._cool_s if pause_s is None else pause_s)
         self._probing = False
+
+    def retry(self, now: float) -> None:
+        """There are signs that the tier works again: no more pause before a probe."""
+        if self.state(now) is BreakerState.OPEN:
+            self._open_until = now
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""

@@ -19,6 +19,7 @@ from kvoffload.types import CacheLayout, ChunkKey, GroupKind, SlotState, Tier
 Place = tuple[int, int]
 """(group, chunk)."""
 _PLACE = attrgetter("group", "chunk")
+_PROBER = ""  # no request: owner of a chunk that is only read to see whether that works
 
 
 class Near(NamedTuple):
@@ -282,6 +283,8 @@ class Loader:
             self.unpin(got[0] if got is not None else [], now)
             return 0
         pinned, missing = got
+        if self._nvme.probe_due(now):
+            missing = missing[:1]
         fresh: list[Entry] = []
         for group, chunk in missing:
             left -= self._layout.groups[group].slot_bytes
@@ -299,3 +302,16 @@ class Loader:
         moving = sum(not e.dropped for e in fresh)
         self._counters.prefetched += moving
         return moving
+
+    def probe(self, chain: Chain, start: int, end: int, now: float) -> bool:
+        """Where the tier below may work again: try it with one chunk of a servable [start, end).
+
+        False where there is nothing to try. Else the tier is not in use until that chunk is up, so
+        that no request waits for a tier that may hang as before.
+        """
+        if self._nvme is None or not self._nvme.probe_due(now):
+            return False
+        tried = self.prefetch(_PROBER, chain, start, end, now)
+        self._prefetches.cancel(_PROBER)
+        self._counters.nvme_probes += tried
+        return tried > 0

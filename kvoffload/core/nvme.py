@@ -9,12 +9,11 @@ from kvoffload.core.admission import Admission, TokenBucket
 from kvoffload.core.breaker import Breaker
 from kvoffload.core.idle import IdleWrites
 from kvoffload.core.index import Entry
-from kvoffload.core.planner import DEADLINE_FLOOR_S
 from kvoffload.core.pool import Pool
 from kvoffload.core.reads import Reads
 from kvoffload.core.stats import Counters, Guard
+from kvoffload.core.watch import Watch
 from kvoffload.core.wear import HourOf, LifeWear, Wear
-from kvoffload.core.why import Gone
 from kvoffload.core.writebehind import (
     INFLIGHT_BUSY_BYTES,
     INFLIGHT_BYTES,
@@ -22,14 +21,9 @@ from kvoffload.core.writebehind import (
     WriteBehind,
 )
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike, StoreDoneLike, device_bytes
-from kvoffload.types import ChunkKey, Tier
+from kvoffload.types import ChunkKey
 
 _WAIT_MS = 50
-STALL_S = 0.5
-"""Reads under way of which none makes progress for this long: the tier hangs. A disk that is only
-busy finishes something every few tens of milliseconds."""
-MAX_HUNG_JOBS = 8
-"""No further probe while so many jobs hang: each takes a slot out of use."""
 
 
 class NvmeTier:
@@ -60,11 +54,9 @@ class NvmeTier:
         self.enabled = True
         self._unlearned = 0  # bytes read whose time went to a job that ended later
         self._learned_to = float("-inf")
-        self._progress = 0.0  # when a read last got on, or began with no other under way
-        self._looked = 0.0  # when that was last looked at
-        self._hung_at = float("-inf")  # reads begun before say nothing about the tier's rate
         jobs = count(1)
         self.reads = Reads(store, arena, pool, counters, guard, self.breaker, jobs)
+        self._watch = Watch(self.reads, pool, self.breaker, counters)
         self.writes = WriteBehind(
             store, arena, pool, counters, guard, self.write_breaker, jobs, admission, bucket
         )
@@ -148,12 +140,10 @@ class NvmeTier:
 
     def read_up(self, entries: Sequence[Entry], now: float) -> bool:
         """Start reading FILLING entries; see ``Reads.submit``."""
-        if not self._waiting():
-            self._progress = now
         self.idle.active(now)
         if self.admission is not None:
             self.admission.read(entries)
-        return self.reads.submit(entries, now)
+        return self._watch.read(entries, now)
 
     def stored(self, entry: Entry, now: float) -> None:
         """A chunk that no tier held got a slot."""
@@ -165,68 +155,34 @@ class NvmeTier:
         """Whether requests may count on it now."""
         return self.enabled and self.breaker.closed(now)
 
+    def probe_due(self, now: float) -> bool:
+        """Whether it may work again, and what is read next finds out. It may hang just as well: one
+        chunk is enough, for which nobody waits."""
+        return self.enabled and self.breaker.probe_due(now)
+
     def progressed(self, now: float) -> None:
         """A chunk came up."""
-        self._progress = now
+        self._watch.progressed(now)
 
     def watch(self, now: float) -> None:
         """Trip the breaker when reads hang; probe a tier that may work again."""
-        self._looked = now
-        if not self.enabled:
-            return
-        stalled = self._waiting() and now - self._progress > STALL_S
-        if stalled and self.breaker.relied_on(now):
-            self._stalled(now)
-        elif self.breaker.probe_due(now) and len(self.reads.inflight) < MAX_HUNG_JOBS:
-            self._probe(now)
+        if self.enabled:
+            self._watch.look(now)
 
     def standstill_s(self) -> float:
-        """For how long no read under way had got on when that was last looked at. Who asks for
-        more now waits at least as long again, as far as anyone can tell."""
-        return max(0.0, self._looked - self._progress) if self._waiting() else 0.0
-
-    def _waiting(self) -> bool:
-        """Whether reads are under way that nobody has given up yet: one that hangs for good must
-        not make the tier look still for ever."""
-        return any(self.reads.began(job) > self._hung_at for job in self.reads.inflight)
-
-    def _stalled(self, now: float) -> None:
-        """Nothing moves: whoever waits is told now, and nobody else begins to wait."""
-        self._progress = self._hung_at = now
-        self._counters.nvme_stalled += 1
-        self.breaker.trip(now)
-        hung = [e for e in self.io_entries(reads_only=True) if not e.dropped]
-        for entry in sorted(hung, key=lambda e: -e.chunk):
-            self.reads.last_failed = entry.chunk_id()
-            self._pool.fail(entry)
-            # Its slot is out of use until the read returns.
-            self._pool.drop(entry, now, Gone.STALLED)
-
-    def _probe(self, now: float) -> None:
-        """Read the chunk that failed last: nobody waits for it. Without one a request probes."""
-        what = self.reads.last_failed
-        if what is None or what.key in self._pool.index:
-            return
-        entry = self._pool.take_as(what, Tier.NVME, now)
-        if entry is not None and self.read_up([entry], now):
-            self._counters.nvme_probes += 1
-            self.reads.probe = what
-            self.breaker.probing()
+        """For how long no read under way had got on when that was last looked at."""
+        return self._watch.standstill_s()
 
     def timed_out(self, entry: Entry, now: float) -> None:
-        """A load's deadline passed while ``entry`` was still being read. It may be short: a tier
-        that got on lately is not broken for it."""
-        self.reads.last_failed = entry.chunk_id()
-        if now - self._progress >= DEADLINE_FLOOR_S:
-            self.breaker.failure(now)
+        """A load's deadline passed while ``entry`` was still being read."""
+        self._watch.timed_out(entry, now)
 
     def finish(self, done: Sequence[StoreDoneLike], now: float) -> None:
         """Apply returned jobs. Jobs of other users of the store are not ours to handle."""
         self._learn([job for job in done if job.job in self.reads.inflight])
         for job in done:
             if job.job in self.reads.inflight:
-                self._progress = now
-                self.reads.finish(job.job, job.results, now)
+                self._watch.finish(job.job, job.results, now)
             elif job.job in self.writes.inflight:
                 self.writes.finish(job.job, job.results, now)
 
@@ -236,7 +192,7 @@ class NvmeTier:
         Reads that hung do not count: a tier that is back is as fast as before, not bytes over the
         time it was away, which would keep requests from it for long after.
         """
-        done = [j for j in done if self.reads.began(j.job) > self._hung_at]
+        done = [j for j in done if not self._watch.given_up(j.job)]
         spans = sorted(
             (self.reads.began(j.job) + j.ns / 1e9, self.reads.began(j.job)) for j in done
         )

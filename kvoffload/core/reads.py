@@ -59,7 +59,6 @@ class Reads:
         self.inflight: dict[int, list[Entry]] = {}
         self._began: dict[int, float] = {}
         self.last_failed: ChunkId | None = None  # what the next probe reads
-        self.probe: ChunkId | None = None  # what the last one read, or reads
 
     def submit(self, entries: Sequence[Entry], now: float) -> bool:
         """Read FILLING entries, one job per group. False when a group was refused: its entries are
@@ -105,6 +104,8 @@ class Reads:
                 self._counters.nvme_miss += 1
                 self._pool.note(entry, Gone.WRITTEN)
                 self._gone(entry)
+            elif result == StoreResult.DROPPED and entry.dropped:
+                self._counters.nvme_dropped += 1  # its slot was given up meanwhile: no failure
             else:
                 self._counters.nvme_io_errors += 1
                 self.last_failed = entry.chunk_id()
@@ -112,13 +113,9 @@ class Reads:
             self._pool.read_over(entry, result == StoreResult.OK, now)
 
     def _gone(self, entry: Entry) -> None:
-        """The store holds ``entry`` no more. As a probe that says nothing, and no other would ever
-        be made."""
+        """The store holds ``entry`` no more: as a probe it would say nothing."""
         if self.last_failed == entry.chunk_id():
             self.last_failed = None
-        if self.probe == entry.chunk_id():
-            self.probe = None
-            self._breaker.inconclusive()
 
     def wanted(self) -> Iterator[list[Entry]]:
         """The chunks of each job that anybody still waits for: one that hangs and was given up is

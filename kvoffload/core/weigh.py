@@ -48,6 +48,8 @@ class Weigher:
         if near is not None:
             return near
         search, held = self._loader.search(chain, start, limit, now)
+        if held > start and self._loader.probe(chain, start, held, now):
+            search, held = self._loader.search(chain, start, limit, now)
         if held <= start:
             return Plan(start, Decision.MISS), Hit(start, 0, {})
         steps = search.steps(start, held)

@@ -283,8 +283,7 @@ class FakeStore(Faulty):
             arena.fail(slot, generation)
             return result
         arena.bytes_at[offset] = key
-        arena.fill_done(slot, generation)
-        return StoreResult.OK
+        return StoreResult.OK if arena.fill_done(slot, generation) else StoreResult.DROPPED
 
     def poll(self) -> Sequence[NullDone]:
         self._maybe("poll")

@@ -45,8 +45,23 @@ def test_half_open_lets_one_probe_decide() -> None:
     assert breaker.closed(COOL_S) and breaker.state(COOL_S) is BreakerState.CLOSED
 
 
+def test_a_pause_may_be_long_and_ends_early() -> None:
+    breaker = Breaker(Counters())
+    breaker.retry(0.0)
+    assert breaker.state(0.0) is BreakerState.CLOSED
+    breaker.trip(0.0, 100.0)
+    assert breaker.state(99.0) is BreakerState.OPEN and breaker.probe_due(100.0)
+    breaker.retry(50.0)
+    assert breaker.probe_due(50.0)
+    breaker.probing()
+    breaker.retry(51.0)
+    assert not breaker.closed(51.0), "a probe under way goes on"
+
+
 @given(
-    st.lists(st.tuples(st.sampled_from(["ok", "bad", "trip", "probe", "gone"]), st.floats(0, 20)))
+    st.lists(
+        st.tuples(st.sampled_from(["ok", "bad", "trip", "probe", "gone", "back"]), st.floats(0, 20))
+    )
 )
 def test_always_recovers(events: list[tuple[str, float]]) -> None:
     breaker, now = Breaker(Counters(), threshold=2), 0.0
@@ -60,6 +75,8 @@ def test_always_recovers(events: list[tuple[str, float]]) -> None:
             breaker.trip(now)
         elif what == "gone":
             breaker.inconclusive()
+        elif what == "back":
+            breaker.retry(now)
         elif breaker.probe_due(now):
             breaker.probing()
         breaker.check()

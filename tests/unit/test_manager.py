@@ -12,10 +12,10 @@ from kvoffload.core.breaker import COOL_S
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.lookup import Search, span
 from kvoffload.core.manager import Lease, Manager, slots_needed
-from kvoffload.core.nvme import MAX_HUNG_JOBS, STALL_S
 from kvoffload.core.planner import DEADLINE_FLOOR_S, DEADLINE_LEAST_S
 from kvoffload.core.pool import STORE_TIMEOUT_S
 from kvoffload.core.prefill import PrefillWork
+from kvoffload.core.watch import MAX_STALLS, STALL_S
 from kvoffload.core.writebehind import INFLIGHT_BUSY_BYTES, INFLIGHT_FLOOR_BYTES
 from kvoffload.errors import ConfigError
 from kvoffload.tiers.null import NullStore
@@ -875,7 +875,7 @@ def test_a_probe_of_what_is_gone_decides_nothing(result: StoreResult) -> None:
     rig.manager.tick(False)
     rig.manager.tick(False)
     assert rig.manager.counters.nvme_probes == 1, "no other is known to have failed"
-    assert rig.hit("abcdefgh") > 0, "so a request is the probe"
+    assert rig.hit("abcdefgh") > 0, "so who asks next provides one"
     rig.manager.check()
 
 
@@ -908,17 +908,21 @@ def test_reads_that_hang_are_given_up_before_any_deadline() -> None:
     assert all(rig.arena.state(i.ref.slot) == SlotState.FAILED for i in lease.items)
     rig.manager.release(lease.id)
     assert rig.manager.occupancy().slots_quarantined == 4
-    for _ in range(3 * MAX_HUNG_JOBS):  # probes hang too, and are few
+    for _ in range(3 * MAX_STALLS):  # probes hang too, and are few
         rig.clock.advance(COOL_S)
         rig.manager.tick(False)
         rig.manager.check()
-    assert rig.manager.counters.nvme_probes == MAX_HUNG_JOBS - 1
+    assert rig.manager.counters.nvme_probes == MAX_STALLS - 1
     rig.store.hung = False
-    rig.store.step()
-    rig.manager.tick(False)
-    rig.manager.check()
+    for _ in range(2):  # what hung returns and nobody wants it; that calls for a probe
+        rig.store.step()
+        rig.manager.tick(False)
+        rig.manager.check()
+    assert rig.manager.counters.nvme_probes == MAX_STALLS
+    assert rig.manager.counters.nvme_dropped == 4 + MAX_STALLS - 1
     assert rig.hit("abcdefgh") == 128, "one answer is enough"
     assert rig.manager.occupancy().slots_quarantined == 0
+    assert rig.manager.counters.nvme_io_errors == 0
 
 
 def _nvme_rate(rig: Rig, keys: str = "abcdefghijkl") -> float:
@@ -951,6 +955,9 @@ def test_reads_that_hung_teach_no_rate() -> None:
     rig.store.step()
     rig.manager.tick(False)
     assert rig.manager.rates.tiers()[Tier.NVME].bytes_per_s == pytest.approx(rate)
+    rig.store.job_ns = 2_000_000
+    rig.store.step()
+    rig.manager.tick(False)
     assert rig.hit("abcdefghijkl") == 12 * TOK, "and it is used again"
 
 
