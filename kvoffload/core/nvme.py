@@ -21,7 +21,7 @@ from kvoffload.core.writebehind import (
     WriteBehind,
 )
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike, StoreDoneLike, device_bytes
-from kvoffload.types import ChunkKey
+from kvoffload.types import ChunkKey, SlotState
 
 _WAIT_MS = 50
 
@@ -56,6 +56,7 @@ class NvmeTier:
         self._learned_to = float("-inf")
         jobs = count(1)
         self.reads = Reads(store, arena, pool, counters, guard, self.breaker, jobs)
+        self.reads.on_unreadable = self._unreadable
         self._watch = Watch(self.reads, pool, self.breaker, counters)
         self.writes = WriteBehind(
             store, arena, pool, counters, guard, self.write_breaker, jobs, admission, bucket
@@ -97,6 +98,13 @@ class NvmeTier:
         except Exception as error:
             self._guard.failed("store.delete", error)
             return 0
+
+    def _unreadable(self, key: ChunkKey) -> None:
+        """Delete it; what DRAM holds of it by now is to be written again."""
+        self.delete([key])
+        entry = self._pool.index.get(key)
+        if entry is not None and entry.state is SlotState.READY and not entry.dirty:
+            self.writes.push(entry)
 
     def retain(
         self, keys: Sequence[ChunkKey], seconds: float, level: int, owner: str | None = None

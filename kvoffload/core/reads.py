@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,12 @@ from kvoffload.core.pool import Pool
 from kvoffload.core.stats import Counters, Guard
 from kvoffload.core.why import Gone
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
-from kvoffload.types import StoreResult
+from kvoffload.types import ChunkKey, StoreResult
+
+TRIES = 3
+"""A chunk that could not be read so often in a row is deleted where others can be: a disk's trouble
+may pass, a bad place on it does not, and what NVMe holds is not stored anew."""
+REMEMBERED = 4096  # chunks that could not be read
 
 
 def slot_arrays(
@@ -34,6 +39,37 @@ def outcomes(entries: Sequence[Entry], results: bytes) -> list[tuple[Entry, int]
     if len(results) != len(entries):
         results = bytes([StoreResult.IO_ERROR]) * len(entries)
     return list(zip(entries, results, strict=True))
+
+
+class FailedReads:
+    """Which chunks could not be read, and how often in a row; the latest 4096. O(1)."""
+
+    def __init__(self) -> None:
+        self._failed: dict[ChunkKey, tuple[int, int]] = {}  # how often; chunks read before that
+        self._read = 0
+
+    def read(self, key: ChunkKey) -> None:
+        """It could be read."""
+        self._read += 1
+        if self._failed:
+            self._failed.pop(key, None)
+
+    def failed(self, key: ChunkKey) -> int:
+        """It could not; how often in a row."""
+        times, before = self._failed.pop(key, (0, self._read))
+        self._failed[key] = times + 1, before
+        if len(self._failed) > REMEMBERED:
+            del self._failed[next(iter(self._failed))]
+        return times + 1
+
+    def others_read(self, key: ChunkKey) -> bool:
+        """Whether others could be read since this one could not: it is not the whole disk."""
+        known = self._failed.get(key)
+        return known is not None and known[1] < self._read
+
+    def forget(self, key: ChunkKey) -> None:
+        """It is gone."""
+        self._failed.pop(key, None)
 
 
 class Reads:
@@ -59,6 +95,8 @@ class Reads:
         self.inflight: dict[int, list[Entry]] = {}
         self._began: dict[int, float] = {}
         self.last_failed: ChunkId | None = None  # what the next probe reads
+        self.on_unreadable: Callable[[ChunkKey], None] = lambda key: None  # delete it
+        self._failed = FailedReads()
 
     def submit(self, entries: Sequence[Entry], now: float) -> bool:
         """Read FILLING entries, one job per group. False when a group was refused: its entries are
@@ -95,6 +133,7 @@ class Reads:
             if result == StoreResult.OK:
                 self._counters.nvme_read += 1
                 self._counters.nvme_read_bytes += entry.nbytes
+                self._failed.read(entry.key)
                 self._breaker.success()
             elif result == StoreResult.CORRUPT:
                 self._counters.nvme_corrupt += 1
@@ -103,17 +142,40 @@ class Reads:
             elif result == StoreResult.MISS:
                 self._counters.nvme_miss += 1
                 self._pool.note(entry, Gone.WRITTEN)
+                if self._held(entry.key):  # it says that it has it, and does not give it
+                    self._unreadable(entry)
                 self._gone(entry)
-            elif result == StoreResult.DROPPED and entry.dropped:
+            elif result == StoreResult.DROPPED:
                 self._counters.nvme_dropped += 1  # its slot was given up meanwhile: no failure
             else:
                 self._counters.nvme_io_errors += 1
                 self.last_failed = entry.chunk_id()
-                self._breaker.failure(now)
+                if not self._unreadable(entry):
+                    self._breaker.failure(now)
             self._pool.read_over(entry, result == StoreResult.OK, now)
 
+    def _unreadable(self, entry: Entry) -> bool:
+        """``entry`` could not be read. Whether that is due to its place on the disk: then it is
+        deleted, so that it is stored anew, and says nothing about the tier."""
+        if self._failed.failed(entry.key) < TRIES:
+            return False
+        self._gone(entry)  # no probe any more: what can never be read would keep the tier off
+        if not self._failed.others_read(entry.key):
+            return False
+        self._failed.forget(entry.key)
+        self._counters.nvme_unreadable += 1
+        self.on_unreadable(entry.key)
+        return True
+
+    def _held(self, key: ChunkKey) -> bool:
+        try:
+            return bool(self._store.contains(key)[0])
+        except Exception as error:
+            self._guard.failed("store.contains", error)
+            return False
+
     def _gone(self, entry: Entry) -> None:
-        """The store holds ``entry`` no more: as a probe it would say nothing."""
+        """The store holds ``entry`` no more, or cannot read it: as a probe it would say nothing."""
         if self.last_failed == entry.chunk_id():
             self.last_failed = None
 

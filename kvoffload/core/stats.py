@@ -50,6 +50,7 @@ class Counters:
     nvme_corrupt: int = 0
     nvme_miss: int = 0
     nvme_io_errors: int = 0
+    nvme_unreadable: int = 0  # chunks deleted from NVMe because they could never be read
     nvme_no_space: int = 0
     nvme_dropped: int = 0
     nvme_admitted_twice: int = 0  # chunks to be written (core/admission.py), by reason

@@ -301,6 +301,15 @@ class ManagerMachine(RuleBasedStateMachine):
         else:
             self.store.lose(key)
 
+    @precondition(lambda self: self.store.held)
+    @rule(pick=picks)
+    def bad_sector(self, pick: int) -> None:
+        self.store.unreadable.add(sorted(self.store.held)[pick % len(self.store.held)])
+
+    @rule(hung=st.sampled_from([False, False, True]))
+    def disk_hangs(self, hung: bool) -> None:
+        self.store.hung = hung
+
     @rule(result=st.sampled_from([None, None, StoreResult.IO_ERROR]))
     def disk_reads_fail(self, result: StoreResult | None) -> None:
         self.store.read_result = result
@@ -437,6 +446,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever happened, once everybody is done every slot comes back."""
         self.store.raising.clear()
+        self.store.hung = False
         self.store.read_result = self.store.write_result = None
         for out in self.out:
             self.arena.worker_store(out.item, tuple(range(self.LAYOUT.world_size)))

@@ -149,6 +149,7 @@ class FakeStore(Faulty):
         self.keeps: dict[bytes, tuple[float, int, int]] = {}  # until, level, owner
         self.pinned: set[bytes] = set()
         self.corrupt: set[bytes] = set()
+        self.unreadable: set[bytes] = set()  # lie on bad sectors: EIO until written anew
         self.job_ns = 1_000_000  # what a job says it took
         self.read_result: StoreResult | None = None  # force this outcome for reads
         self.write_result: StoreResult | None = None
@@ -264,6 +265,7 @@ class FakeStore(Faulty):
             oldest = next(iter(self.held))
             self.lose(next((k for k in self.held if not self.keeps_for_others(k)), oldest))
         self.held[key] = arena.bytes_at[offset]
+        self.unreadable.discard(key)
         return StoreResult.OK
 
     def _get_one(
@@ -277,6 +279,8 @@ class FakeStore(Faulty):
             self.lose(key)
             self.corrupt.discard(key)
             result = StoreResult.CORRUPT
+        elif key in self.unreadable:
+            result = StoreResult.IO_ERROR
         if result is not StoreResult.OK:
             self.bad_reads.add(key)
             arena.bytes_at[offset] = TORN
