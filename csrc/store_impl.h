@@ -1,7 +1,7 @@
 // Internals of SegmentStore, shared by store_surface.cpp, store.cpp (index), store_jobs.cpp (puts
 // and gets), store_keeper.cpp (journals, seals, segments ahead of need), store_segments.cpp (taking
-// segments), store_tidy.cpp (rescues, zeros), store_keep.cpp (what hints keep), store_cancel.cpp
-// and store_recover.cpp. One mutex, `mu`; nothing holds it across I/O.
+// segments), store_files.cpp, store_tidy.cpp (rescues, zeros), store_keep.cpp (what hints keep),
+// store_cancel.cpp and store_recover.cpp. One mutex, `mu`; nothing holds it across I/O.
 //
 // A segment's life:  CLEAN -> OPEN -> FULL -> SEALED -> RECYCLING -> CLEAN
 //   CLEAN      header with a fresh generation is durable, journal made; nothing in it
@@ -262,10 +262,13 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     std::vector<Key> marked_keys(const StoreSegment& seg, uint8_t mark,
                                  std::unique_lock<std::mutex>& lk);
 
-    // -- store_segments.cpp
+    // -- store_files.cpp
     FilePtr file_of(StoreSegment& seg, int& err);
     FilePtr file_if_open(StoreSegment& seg);  // never waits
+    void remember_open(StoreSegment& seg);    // files_mu held; closes what is open longest
     uint64_t foreign_gen(StoreSegment& seg);  // 0: unreadable
+
+    // -- store_keeper.cpp
     bool flush(int timeout_ms);
     bool close(int timeout_ms, bool kill);
     void release();

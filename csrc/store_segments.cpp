@@ -1,4 +1,4 @@
-// Segments: taken under the byte bound, recycled, opened.
+// Segments: taken under the byte bound, recycled, removed.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -10,7 +10,6 @@
 namespace kvo::store {
 namespace {
 
-constexpr size_t kMaxOpenFiles = 256;
 constexpr size_t kAtOnce = 4096;                       // ended retentions
 constexpr auto kReadersEnd = std::chrono::seconds(1);  // by then, of a segment to be recycled
 
@@ -173,7 +172,7 @@ int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
         {
             std::lock_guard fl(files_mu);
             seg.file = f;
-            open_files.push_back(&seg);
+            remember_open(seg);
         }
         if (!err) err = make_clean(seg, gen);
         if (!err && ::fsync(f->fd()) != 0) err = errno;
@@ -243,54 +242,6 @@ int StoreImpl::make_clean(StoreSegment& seg, uint64_t gen) {
     seg.journal = j;
     seg.gen = uint32_t(gen);
     return 0;
-}
-
-FilePtr StoreImpl::file_if_open(StoreSegment& seg) {
-    std::unique_lock fl(files_mu, std::try_to_lock);  // held while another one is opened
-    return fl ? seg.file : nullptr;
-}
-
-FilePtr StoreImpl::file_of(StoreSegment& seg, int& err) {
-    std::lock_guard fl(files_mu);
-    err = 0;
-    if (seg.file) return seg.file;
-    std::string name = segment_name(seg.id);
-    if (seg.own) {
-        seg.file = open_file(dir.writer_fd(), name.c_str(), O_RDWR, opt.direct, err);
-    } else {
-        Fd d = dir.open_writer(seg.writer);
-        if (d)
-            seg.file = open_file(d.get(), name.c_str(), O_RDONLY, opt.direct, err);
-        else
-            err = ENOENT;
-    }
-    if (!seg.file) return nullptr;
-    open_files.push_back(&seg);
-    if (open_files.size() > kMaxOpenFiles) {
-        open_files.front()->file.reset();  // closes when its last request is done
-        open_files.front()->header_file.reset();
-        open_files.pop_front();
-    }
-    return seg.file;
-}
-
-// Read through the page cache: the owner's O_DIRECT writes invalidate it, else it costs no I/O.
-uint64_t StoreImpl::foreign_gen(StoreSegment& seg) {
-    FilePtr f;
-    {
-        std::lock_guard fl(files_mu);
-        if (!seg.header_file) {
-            int err;
-            Fd d = dir.open_writer(seg.writer);
-            if (d)
-                seg.header_file =
-                    open_file(d.get(), segment_name(seg.id).c_str(), O_RDONLY, false, err);
-        }
-        f = seg.header_file;
-    }
-    SegmentHeader h;
-    if (!f || ::pread(f->fd(), &h, sizeof h, 0) != ssize_t(sizeof h)) return 0;
-    return header_ok(h, dir.uuid(), seg.writer, seg.id) ? h.gen : 0;
 }
 
 }  // namespace kvo::store
