@@ -46,11 +46,12 @@ struct StoreSegment {
     std::vector<Record> records;  // own and not sealed yet, in journal order
     size_t journalled = 0;        // of records
     bool journal_failed = false;
-    bool lost = false;        // neither journal nor footer could be written
-    std::vector<Key> keys;    // what to take out of the index when it goes
-    int64_t mtime_ns = 0;     // other writers: to see changes cheaply
-    bool sealed = false;      // the footer is on disk
-    bool empty = false;       // nothing in it is worth keeping: recycled first
+    bool lost = false;      // neither journal nor footer could be written
+    std::vector<Key> keys;  // what to take out of the index when it goes
+    int64_t mtime_ns = 0;   // other writers: to see changes cheaply
+    bool sealed = false;    // the footer is on disk
+    bool empty = false;     // nothing in it is worth keeping: recycled first
+    bool aside = false;     // neither recycled nor removed could it be: goes when nothing else can
     uint64_t blank_from = 0;  // CLEAN: never written from here on; 0: all of it was
     bool zeroing = false;     // a write of zeros is under way
     uint32_t deletes = 0;     // delete records in it
@@ -235,9 +236,12 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     int create_segment(std::unique_lock<std::mutex>& lk);
     int recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
     int make_clean(StoreSegment& seg, uint64_t gen);  // header + journal
-    void remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+    void drop_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+    int remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
+    int unlink_segment(uint32_t id);                 // of ours; 0 as well where it is gone already
     StoreSegment* next_victim(bool in_use = false);  // what to recycle next, or (`in_use`) once
                                                      // nobody reads it; null: nothing can be
+    StoreSegment* last_resort();
     bool emptied_in_use();
     StoreSegment* sealable();
     void drain_keeper(std::unique_lock<std::mutex>& lk);

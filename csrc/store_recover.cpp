@@ -16,11 +16,11 @@ void StoreImpl::load_segment(uint32_t writer, SegmentScan& s, std::unique_lock<s
     bool own = int(writer) == dir.writer();
     StoreSegment* seg = find_segment(writer, s.id);
     if (!s.gen && !own) {  // being recycled, or damaged
-        if (seg) remove_segment(*seg, lk);
+        if (seg) drop_segment(*seg, lk);
         return;
     }
     if (seg && seg->gen != s.gen) {  // recycled by its owner
-        remove_segment(*seg, lk);
+        drop_segment(*seg, lk);
         seg = nullptr;
     }
     if (!seg) {
@@ -60,7 +60,7 @@ void StoreImpl::load(uint32_t writer, WriterScan& scan, std::unique_lock<std::mu
     for (size_t i = 0; i < segments.size(); ++i) {
         StoreSegment& s = *segments[i];
         if (s.writer == writer && !s.own && s.state != SegState::kGone && !there.count(s.id))
-            remove_segment(s, lk);
+            drop_segment(s, lk);
     }
 }
 
@@ -124,9 +124,9 @@ void StoreImpl::shrink(std::unique_lock<std::mutex>& lk) {
         StoreSegment* victim = next_victim();
         uint32_t writer, id;
         if (dir.reclaim_dead(victim ? victim->mtime_ns : INT64_MAX, writer, id)) {
-            if (StoreSegment* s = find_segment(writer, id)) remove_segment(*s, lk);
-        } else if (victim) {
-            remove_segment(*victim, lk);
+            if (StoreSegment* s = find_segment(writer, id)) drop_segment(*s, lk);
+        } else if (victim || (victim = last_resort())) {
+            if (remove_segment(*victim, lk)) return;
         } else {
             return;
         }

@@ -25,6 +25,7 @@ StoreSegment* StoreImpl::next_victim(bool in_use) {
     for (auto& s : segments) {
         bool soon = in_use && s->state == SegState::kFull;
         if (!s->own || !(s->state == SegState::kSealed || soon) || s.get() == rescuing) continue;
+        if (s->aside) continue;
         if (s->pins && !in_use) continue;
         if (s->rescued && !s->kept_todo()) rescued = s.get();
         if (!s->empty)
@@ -53,29 +54,54 @@ StoreSegment* StoreImpl::next_victim(bool in_use) {
     return best;
 }
 
+// Where nothing else can go: of what was set aside the oldest.
+StoreSegment* StoreImpl::last_resort() {
+    StoreSegment* best = nullptr;
+    for (auto& s : segments) {
+        bool can = s->own && s->aside && s->state == SegState::kSealed && !s->pins;
+        if (can && (!best || s->gen < best->gen)) best = s.get();
+    }
+    return best;
+}
+
 StoreSegment* StoreImpl::find_segment(uint32_t writer, uint32_t id) {
     for (auto& s : segments)
         if (s->writer == writer && s->id == id && s->state != SegState::kGone) return s.get();
     return nullptr;
 }
 
-void StoreImpl::remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
+// Nothing names it any more; a read under way keeps its file.
+void StoreImpl::drop_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     seg.state = SegState::kRecycling;
     unpublish(seg, lk);
     seg.state = SegState::kGone;
     seg.lost = false;
-    {
-        std::lock_guard fl(files_mu);
-        seg.file.reset();
-        seg.header_file.reset();
-        std::erase(open_files, &seg);
-    }
-    if (!seg.own) return;
+    std::lock_guard fl(files_mu);
+    seg.file.reset();
+    seg.header_file.reset();
+    std::erase(open_files, &seg);
+}
+
+// One of ours, and its file. Failing that, it stays as it is, and others go before it.
+int StoreImpl::remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
+    seg.state = SegState::kRecycling;
     lk.unlock();
-    ::unlinkat(dir.writer_fd(), segment_name(seg.id).c_str(), 0);
-    int err = sync_names(dir.writer_fd());  // else its bytes come back with a power cut
+    int err = unlink_segment(seg.id);
+    int sync_err = err ? 0 : sync_names(dir.writer_fd());  // else a power cut brings it back
     lk.lock();
-    n.io_errors += err != 0;
+    n.io_errors += sync_err != 0;
+    if (err) {
+        seg.state = SegState::kSealed;
+        seg.aside = true;
+        return err;
+    }
+    drop_segment(seg, lk);
+    return 0;
+}
+
+int StoreImpl::unlink_segment(uint32_t id) {
+    bool gone = ::unlinkat(dir.writer_fd(), segment_name(id).c_str(), 0) == 0 || errno == ENOENT;
+    return gone ? 0 : errno;
 }
 
 // Takes a segment under the path lock: new while the sum stays below the bound, else our oldest.
@@ -119,16 +145,22 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
         bool freed = dir.reclaim_dead(victim ? victim->mtime_ns : INT64_MAX, writer, id);
         lk.lock();
         if (freed) {
-            if (StoreSegment* s = find_segment(writer, id)) remove_segment(*s, lk);
+            if (StoreSegment* s = find_segment(writer, id)) drop_segment(*s, lk);
             try_new = true;
         } else if (next_victim() != victim && may_wait()) {
             continue;  // the lock was free: a better one may have lost its last reader
         } else if (!victim) {
             bool pinned = std::any_of(segments.begin(), segments.end(), [](auto& s) {
-                return s->own && s->state == SegState::kSealed && s->pins;
+                return s->own && s->state == SegState::kSealed && s->pins && !s->aside;
             });
-            if (!pinned || !may_wait()) return ENOSPC;
-            done_cv.wait_for(lk, std::chrono::milliseconds(10));
+            if (pinned && may_wait()) {
+                done_cv.wait_for(lk, std::chrono::milliseconds(10));
+                continue;
+            }
+            StoreSegment* last = need_segment ? last_resort() : nullptr;
+            if (!last) return ENOSPC;
+            if (int err = remove_segment(*last, lk)) return err;
+            try_new = true;
         } else if (!need_segment && charged <= dir.max_bytes() && rescuable()) {
             return EAGAIN;
         } else if (!need_segment && victim->kept_todo()) {
@@ -136,7 +168,7 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
         } else if (victim->kept_todo() && emptied_in_use() && may_wait()) {
             done_cv.wait_for(lk, std::chrono::milliseconds(10));
         } else if (victim->bytes != dir.segment_bytes() || charged > dir.max_bytes()) {
-            remove_segment(*victim, lk);
+            if (int err = remove_segment(*victim, lk)) return err;
             try_new = true;
         } else {
             return recycle(*victim, lk);
@@ -148,7 +180,7 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
 bool StoreImpl::emptied_in_use() {
     return std::any_of(segments.begin(), segments.end(), [&](auto& s) {
         return s->own && s->state == SegState::kSealed && s->pins && s.get() != rescuing &&
-               !s->kept_todo();
+               !s->aside && !s->kept_todo();
     });
 }
 
@@ -160,6 +192,7 @@ int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
     seg.own = true;
     seg.bytes = dir.segment_bytes();
     uint64_t gen = ++last_gen;
+    seg.gen = uint32_t(gen);
     lk.unlock();
     std::string name = segment_name(seg.id);
     int err = 0;
@@ -193,14 +226,24 @@ int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
     return 0;
 }
 
+// A disk that takes neither the new header nor the removal of the file is failing as a whole: what
+// the segment holds may still be read.
 int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
-    seg.state = SegState::kRecycling;
-    bool had = !seg.empty;
-    unpublish(seg, lk);
+    seg.state = SegState::kRecycling;  // readers find nothing of it from here on
     uint64_t gen = ++last_gen;
     lk.unlock();
     int err = make_clean(seg, gen);
+    bool stays = err && unlink_segment(seg.id);  // else the same one would be tried for ever
     lk.lock();
+    if (err && stays) {
+        seg.state = SegState::kSealed;
+        seg.aside = true;
+    } else if (err) {
+        drop_segment(seg, lk);
+    }
+    if (err) return err;
+    n.recycled_segments += !seg.empty;
+    unpublish(seg, lk);
     seg.gen = uint32_t(gen);
     seg.sealed = false;
     seg.tail = kBlock;
@@ -210,15 +253,9 @@ int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     seg.deletes = 0;
     seg.hot_left = seg.kept_left = 0;
     seg.rescued = false;
-    if (err) {  // the header may say either generation; nothing of it is in the index
-        seg.state = SegState::kSealed;
-        seg.empty = true;
-        return err;
-    }
     seg.empty = false;
     seg.state = SegState::kClean;
     clean.push_back(&seg);
-    n.recycled_segments += had;
     return 0;
 }
 
@@ -240,7 +277,6 @@ int StoreImpl::make_clean(StoreSegment& seg, uint64_t gen) {
     if (!j || (err = sync_names(dir.writer_fd()))) return err;
     std::lock_guard fl(files_mu);
     seg.journal = j;
-    seg.gen = uint32_t(gen);
     return 0;
 }
 

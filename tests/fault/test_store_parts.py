@@ -32,7 +32,7 @@ def opened(path: Path, max_bytes: int = 8 * MIB, segment_bytes: int = SEGMENT) -
 
 
 def native_of(store: Store) -> SegmentStore:
-    assert isinstance(store._native, SegmentStore)
+    assert store._native is not None
     return store._native
 
 
@@ -71,4 +71,89 @@ class TestDescriptors:
             assert descriptors(path) < 270
             assert held(store, range(300)) == list(range(300))
             assert descriptors(path) < 270
+            store.check()
+
+
+def full(path: Path) -> Store:
+    """A store that was filled, closed and opened again: no file of a segment is open."""
+    with opened(path) as store:
+        fill(store, 0, 260)
+        assert store.stats()["recycled_segments"] > 0
+    return opened(path)
+
+
+def generations(path: Path) -> dict[Path, int]:
+    """Segments of the first writer, oldest first."""
+    found = {
+        file: int.from_bytes(file.read_bytes()[40:48], "little")
+        for file in (path / "w0").glob("seg-*.kv")
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+class TestRecycling:
+    def test_a_segment_that_cannot_be_recycled(self, tmp_path: Path) -> None:
+        """It costs the puts that waited for it, and itself."""
+        path = tmp_path / "s"
+        with full(path) as store:
+            segments = store.stats()["segments"]
+            list(generations(path))[2].unlink()  # stands for a file whose blocks are bad
+            results = fill(store, 1000, 1260)
+            assert results.count(StoreResult.IO_ERROR) <= 2
+            assert set(results[-200:]) == {StoreResult.OK}
+            assert store.stats()["segments"] == segments
+            assert held(store, range(1230, 1260)) == list(range(1230, 1260))
+            store.check()
+        with opened(path) as store:
+            assert held(store, range(1230, 1260)) == list(range(1230, 1260))
+
+    def test_one_that_cannot_be_removed_either(self, tmp_path: Path) -> None:
+        path = tmp_path / "s"
+        with full(path) as store:
+            bad = list(generations(path))[2]
+            bad.unlink()
+            bad.mkdir()
+            results = fill(store, 1000, 1260)
+            assert results.count(StoreResult.IO_ERROR) <= 2
+            assert set(results[-200:]) == {StoreResult.OK}
+            assert held(store, range(1230, 1260)) == list(range(1230, 1260))
+            assert store.stats()["bytes_used"] <= 8 * MIB
+            store.check()
+        with opened(path) as store:  # nor does it matter to the next life
+            assert held(store, range(1230, 1260)) == list(range(1230, 1260))
+            assert set(fill(store, 2000, 2260)) == {StoreResult.OK}
+            store.check()
+
+    def test_a_disk_that_fails_as_a_whole_costs_one_segment(self, tmp_path: Path) -> None:
+        with full(tmp_path / "s") as store:
+            segments = store.stats()["segments"]
+            native_of(store).inject("write_eio", 1)
+            # What was clean and open is given up first.
+            for i in range(1000, 1100):
+                assert store.put(key_of(i), payload_of(i)) is StoreResult.IO_ERROR
+            assert store.stats()["segments"] >= segments - 2
+            assert len(held(store, range(260))) >= 120
+            store.check()
+            native_of(store).inject("write_eio", 0)
+            assert StoreResult.OK in fill(store, 1100, 1102)
+            assert set(fill(store, 1102, 1400)) == {StoreResult.OK}
+            store.check()
+
+    def test_a_disk_that_takes_nothing_costs_nothing(self, tmp_path: Path) -> None:
+        """Neither the header nor the removal: what is there is served on."""
+        path = tmp_path / "s"
+        with full(path) as store:
+            before = held(store, range(260))
+        with opened(path) as store:
+            for file in generations(path):
+                file.rename(f"{file}.away")
+                file.mkdir()
+            # One more segment fits, and is used over and over once all others have failed.
+            assert fill(store, 1000, 1060).count(StoreResult.IO_ERROR) >= 10
+            for file in (path / "w0").glob("*.away"):
+                file.with_suffix("").rmdir()
+                file.rename(file.with_suffix(""))
+            assert held(store, range(260)) == before
+            assert StoreResult.OK in fill(store, 1100, 1102)
+            assert set(fill(store, 1102, 1400)) == {StoreResult.OK}
             store.check()
