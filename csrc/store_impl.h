@@ -241,6 +241,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     int unlink_segment(uint32_t id);                 // of ours; 0 as well where it is gone already
     StoreSegment* next_victim(bool in_use = false);  // what to recycle next, or (`in_use`) once
                                                      // nobody reads it; null: nothing can be
+    uint32_t oldest_gen() const;
     StoreSegment* last_resort();
     bool emptied_in_use();
     StoreSegment* sealable();

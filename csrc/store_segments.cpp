@@ -15,18 +15,29 @@ constexpr auto kReadersEnd = std::chrono::seconds(1);  // by then, of a segment 
 
 }  // namespace
 
+// The generation from which on deletes may hide something: of all that holds records, in use or not.
+uint32_t StoreImpl::oldest_gen() const {
+    uint32_t oldest = UINT32_MAX;
+    for (auto& s : segments) {
+        bool holds = s->state == SegState::kOpen || s->state == SegState::kFull ||
+                     s->state == SegState::kSealed;
+        if (s->own && holds && !s->empty) oldest = std::min(oldest, s->gen);
+    }
+    return oldest;
+}
+
 // Of the oldest tenth the one with the fewest bytes that are kept, then with the fewest that were
 // read. One with deletes goes only when it is the oldest: it outlives what it hides. Where there is
 // no place for what is kept in it: the oldest for which there is.
 StoreSegment* StoreImpl::next_victim(bool in_use) {
     auto older = [](const StoreSegment* a, const StoreSegment* b) { return a->gen < b->gen; };
+    const uint32_t oldest = oldest_gen();
     std::vector<StoreSegment*> own;
     StoreSegment *empty = nullptr, *rescued = nullptr;
     for (auto& s : segments) {
         bool soon = in_use && s->state == SegState::kFull;
         if (!s->own || !(s->state == SegState::kSealed || soon) || s.get() == rescuing) continue;
-        if (s->aside) continue;
-        if (s->pins && !in_use) continue;
+        if (s->aside || (s->pins && !in_use) || (s->deletes && s->gen != oldest)) continue;
         if (s->rescued && !s->kept_todo()) rescued = s.get();
         if (!s->empty)
             own.push_back(s.get());
@@ -42,12 +53,11 @@ StoreSegment* StoreImpl::next_victim(bool in_use) {
     };
     StoreSegment* best = own[0];
     for (size_t i = 1; i < tenth; ++i)
-        if (!own[i]->deletes && lighter(own[i], best)) best = own[i];
+        if (lighter(own[i], best)) best = own[i];
     auto movable = [&](const StoreSegment* s) { return s->kept_todo() <= room(s->kept_chunks); };
     if (movable(best)) return best;
     std::sort(own.begin() + 1, own.end(), older);
     for (StoreSegment* s : own) {
-        if (s != own[0] && s->deletes) continue;
         if (movable(s)) return s;
         if (s->kept_todo() < best->kept_todo()) best = s;
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -157,3 +158,28 @@ class TestRecycling:
             assert StoreResult.OK in fill(store, 1100, 1102)
             assert set(fill(store, 1102, 1400)) == {StoreResult.OK}
             store.check()
+
+
+class TestDeletes:
+    def test_a_flushed_delete_outlasts_what_it_hides(self, tmp_path: Path) -> None:
+        """A reader keeps the segment of a deleted chunk; the one that says so must not go first."""
+        path = tmp_path / "s"
+        bound = 4 * SEGMENT - (64 << 10)  # three segments
+        with opened(path, bound) as store:
+            fill(store, 0, PER_SEGMENT)
+            fill(store, 100, 101)  # the second one is open
+            assert store.delete(key_of(0)) == 1
+            assert store.put(key_of(0), payload_of(0, 1)) is StoreResult.OK
+            assert store.flush()
+            native = native_of(store)
+            native.inject("slow_read_ms", 3000)
+            native.get(1 << 40, key_of(5), [bytearray(CHUNK)])
+            time.sleep(0.2)
+            native.inject("slow_read_ms", 0)
+            fill(store, 101, 101 + 3 * PER_SEGMENT)
+            assert store.flush()
+            assert native.wait(1 << 40, 20_000)
+            assert set(fill(store, 200, 200 + 2)) == {StoreResult.OK}
+            store.check()
+        with opened(path, bound) as store:
+            assert store.get(key_of(0)) in (None, payload_of(0, 1))
