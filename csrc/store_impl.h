@@ -275,6 +275,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
 
     // -- store_keeper.cpp
     bool flush(int timeout_ms);
+    bool place_all_tombs(std::unique_lock<std::mutex>& lk, Clock::time_point until);
     bool close(int timeout_ms, bool kill);
     void release();
     void wake_keeper() { keeper_cv.notify_one(); }
@@ -311,6 +312,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     std::vector<StoreJobPtr> finished;
     std::deque<StoreWork> put_queue;  // not placed yet
     std::deque<Record> tomb_queue;    // deletes that wait for a segment
+    uint64_t tombs_failed = 0;        // how often there was none for them
     std::unordered_map<Key, std::vector<StoreWork>, KeyHash>
         pending;                     // key -> puts that wait for the same
     std::set<uint64_t> put_tickets;  // jobs not settled, in order of submission

@@ -111,7 +111,10 @@ void StoreImpl::fail_queued_puts(uint8_t result) {
     auto q = std::move(put_queue);
     put_queue.clear();
     for (auto& w : q) settle_put(w, result, 0);
-    tomb_queue.clear();
+    if (discard)
+        tomb_queue.clear();  // flush has said that they do not last
+    else if (!tomb_queue.empty())
+        ++tombs_failed;  // tried again with the next put, delete or flush
     done_cv.notify_all();
 }
 

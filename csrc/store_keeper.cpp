@@ -251,9 +251,9 @@ bool StoreImpl::flush(int timeout_ms) {
     auto until = Clock::now() + std::chrono::milliseconds(timeout_ms);
     uint64_t ticket = last_ticket;
     ++flush_waiters;
-    bool ok = done_cv.wait_until(lk, until, [&] {
-        return (put_tickets.empty() || *put_tickets.begin() > ticket) && tomb_queue.empty();
-    });
+    bool ok = done_cv.wait_until(
+        lk, until, [&] { return put_tickets.empty() || *put_tickets.begin() > ticket; });
+    ok = place_all_tombs(lk, until) && ok;
     uint64_t records = records_added;
     wake_keeper();
     // Where the journal failed, the footer is what makes the records last.
@@ -264,6 +264,14 @@ bool StoreImpl::flush(int timeout_ms) {
     });
     --flush_waiters;
     return ok && !any([](auto& s) { return s->lost; });
+}
+
+// Tries once to find a place for the deletes that have none. False: it failed, or no time is left.
+bool StoreImpl::place_all_tombs(std::unique_lock<std::mutex>& lk, Clock::time_point until) {
+    uint64_t failed = tombs_failed;
+    place_tombs();
+    done_cv.wait_until(lk, until, [&] { return tomb_queue.empty() || tombs_failed != failed; });
+    return tomb_queue.empty();
 }
 
 bool StoreImpl::close(int timeout_ms, bool kill) {
@@ -277,9 +285,10 @@ bool StoreImpl::close(int timeout_ms, bool kill) {
     if (closed) return released;
     closed = true;
     killed = kill;
-    if (!kill)
-        done_cv.wait_until(lk, until,
-                           [&] { return jobs.size() == finished.size() && tomb_queue.empty(); });
+    if (!kill) {
+        done_cv.wait_until(lk, until, [&] { return jobs.size() == finished.size(); });
+        place_all_tombs(lk, until);
+    }
     discard = true;
     fail_queued_puts(kDropped);
     stop_tidy = true;

@@ -15,7 +15,8 @@ constexpr auto kReadersEnd = std::chrono::seconds(1);  // by then, of a segment 
 
 }  // namespace
 
-// The generation from which on deletes may hide something: of all that holds records, in use or not.
+// The generation from which on deletes may hide something: of all that holds records, in use or
+// not.
 uint32_t StoreImpl::oldest_gen() const {
     uint32_t oldest = UINT32_MAX;
     for (auto& s : segments) {

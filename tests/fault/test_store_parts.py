@@ -183,3 +183,39 @@ class TestDeletes:
             store.check()
         with opened(path, bound) as store:
             assert store.get(key_of(0)) in (None, payload_of(0, 1))
+
+    def test_flush_is_honest_about_deletes(self, tmp_path: Path) -> None:
+        path = tmp_path / "s"
+        with opened(path) as store:
+            fill(store, 0, 3)
+        with opened(path) as store:
+            native_of(store).inject("write_eio", 1)
+            assert store.delete(key_of(0)) == 1
+            time.sleep(0.2)  # by then no segment was found for it
+            started = time.monotonic()
+            assert not store.flush()
+            assert time.monotonic() - started < 3, "it waits for what has failed"
+            assert key_of(0) not in store
+            native_of(store).inject("write_eio", 0)
+            assert store.delete(key_of(1)) == 1
+            assert store.flush()
+            store.check()
+        with opened(path) as store:
+            assert held(store, range(3)) == [2]
+            native_of(store).inject("write_eio", 1)
+            assert store.delete(key_of(2)) == 1
+            started = time.monotonic()
+        assert time.monotonic() - started < 3, "nor does close"
+
+    def test_flush_tries_again(self, tmp_path: Path) -> None:
+        path = tmp_path / "s"
+        with opened(path) as store:
+            fill(store, 0, 3)
+        with opened(path) as store:
+            native_of(store).inject("write_eio", 1)
+            assert store.delete(key_of(0)) == 1
+            time.sleep(0.2)
+            native_of(store).inject("write_eio", 0)
+            assert store.flush()
+        with opened(path) as store:
+            assert held(store, range(3)) == [1, 2]
