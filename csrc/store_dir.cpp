@@ -70,19 +70,23 @@ std::optional<uint64_t> number_in(const std::string& name, const std::string& pr
     return v < (uint64_t{1} << 32) ? std::optional(v) : std::nullopt;
 }
 
-void each_entry(int dirfd, const std::function<void(const std::string&)>& fn) {
+int each_entry(int dirfd, const std::function<void(const std::string&)>& fn) {
     int fd = ::openat(dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return;
+    if (fd < 0) return errno;
     DIR* d = ::fdopendir(fd);
     if (!d) {
+        int err = errno;
         ::close(fd);
-        return;
+        return err;
     }
     struct Closer {
         DIR* d;
         ~Closer() { ::closedir(d); }
     } closer{d};  // `fn` may throw
-    while (dirent* e = ::readdir(d)) {
+    for (;;) {
+        errno = 0;  // the end and an error look the same otherwise
+        dirent* e = ::readdir(d);
+        if (!e) return errno == ENOENT ? 0 : errno;  // ENOENT: the directory itself was removed
         std::string name = e->d_name;
         if (name != "." && name != "..") fn(name);
     }
@@ -217,10 +221,11 @@ void StoreDir::open_manifest(const StoreOptions& opt) {
     if (!f) {
         if (errno != ENOENT) refuse(errno, "MANIFEST cannot be opened");
         if (opt.read_only) refuse(ENOENT, "holds no chunk store");
-        each_entry(root_.get(), [&](const std::string& name) {
+        int err = each_entry(root_.get(), [&](const std::string& name) {
             if (name != kManifestTmp && name != "lost+found")
                 refuse(ENOTEMPTY, "not empty and not a kvoffload chunk store");
         });
+        if (err) refuse(err, "cannot be listed");
         return create_manifest(opt);
     }
     std::string bad = bad_owner(f.get(), path_ + "/" + kManifest, false);
@@ -322,14 +327,14 @@ void StoreDir::release() {
     root_ = Fd();
 }
 
-std::vector<uint32_t> StoreDir::writers() const {
-    std::vector<uint32_t> out;
-    each_entry(root_.get(), [&](const std::string& name) {
+int StoreDir::writers(std::vector<uint32_t>& out) const {
+    out.clear();
+    int err = each_entry(root_.get(), [&](const std::string& name) {
         auto id = number_in(name, "w", "", 1);
         if (id && *id < kMaxWriters) out.push_back(uint32_t(*id));
     });
     std::sort(out.begin(), out.end());
-    return out;
+    return err;
 }
 
 Fd StoreDir::open_writer(uint32_t id) const {
@@ -337,60 +342,6 @@ Fd StoreDir::open_writer(uint32_t id) const {
                     O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
     if (!dir || !bad_owner(dir.get(), "", true).empty()) return Fd();
     return dir;
-}
-
-uint64_t StoreDir::charged_bytes() const {
-    uint64_t total = kBlock;  // the path itself
-    auto size = [](const struct stat& st) {
-        return std::max(round_up(uint64_t(st.st_size)), uint64_t(st.st_blocks) * 512);
-    };
-    each_entry(root_.get(), [&](const std::string& name) {
-        struct stat st;
-        if (::fstatat(root_.get(), name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return;
-        total += size(st);
-        if (!S_ISDIR(st.st_mode) || !number_in(name, "w", "", 1)) return;
-        Fd dir(
-            ::openat(root_.get(), name.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
-        if (!dir) return;
-        uint64_t journals = 0, largest = 0;
-        each_entry(dir.get(), [&](const std::string& entry) {
-            if (::fstatat(dir.get(), entry.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return;
-            if (number_in(entry, "journal-", "", 1))
-                journals += size(st);
-            else
-                total += size(st);
-            if (number_in(entry, "seg-", ".kv", 5))
-                largest = std::max(largest, uint64_t(st.st_size));
-        });
-        if (largest) largest = 2 * journal_reserve(std::max(largest, segment_bytes_));
-        total += std::max(journals, largest);
-    });
-    return total;
-}
-
-bool StoreDir::reclaim_dead(int64_t than_ns, uint32_t& writer, uint32_t& seg) const {
-    int64_t best = than_ns;
-    bool found = false;
-    for (uint32_t id : writers()) {
-        if (int(id) == writer_) continue;
-        Fd dir = open_writer(id);
-        if (!dir) continue;
-        Fd lock(::openat(dir.get(), "LOCK", O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
-        if (!lock || ::flock(lock.get(), LOCK_EX | LOCK_NB) != 0) continue;
-        each_entry(dir.get(), [&](const std::string& name) {
-            auto n = number_in(name, "seg-", ".kv", 5);
-            struct stat st;
-            if (!n || ::fstatat(dir.get(), name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return;
-            if (mtime_of(st) < best)
-                best = mtime_of(st), writer = id, seg = uint32_t(*n), found = true;
-        });
-    }
-    if (!found) return false;
-    // Nobody can have become its writer meanwhile: that needs the path lock the caller holds.
-    Fd dir = open_writer(writer);
-    if (!dir || ::unlinkat(dir.get(), segment_name(seg).c_str(), 0) != 0) return false;
-    sync_names(dir.get());  // failing, a power cut brings it back: more bytes, no wrong ones
-    return true;
 }
 
 }  // namespace kvo::store

@@ -76,6 +76,7 @@ struct WriterScan {
     uint64_t max_gen = 0, max_seq = 0;
     uint32_t max_id = 0;
     uint64_t read_errors = 0;
+    int list_error = 0;  // the directory could not be listed: what is not named may be there
 };
 
 class StoreDir {
@@ -93,10 +94,12 @@ class StoreDir {
     uint64_t segment_bytes() const { return segment_bytes_; }
     uint64_t segments_that_fit() const;  // below max_bytes, if all is ours
 
-    std::vector<uint32_t> writers() const;  // ids of all w<id> directories, sorted
+    int writers(
+        std::vector<uint32_t>& out) const;  // ids of all w<id> directories, sorted; an errno
     Fd open_writer(uint32_t id) const;      // checked: ours, 0700, no symlink
-    // Bytes of everything under the path, room for each writer's journals included.
-    uint64_t charged_bytes() const;
+    // Bytes of everything under the path, room for each writer's journals included. An errno where
+    // not all of it could be seen: `total` is then too small to be held against the bound.
+    int charged_bytes(uint64_t& total) const;
     // Reads a writer's directory. `known` (by segment id): segments whose size, time and generation
     // did not change come back with empty records. Never throws for what files hold.
     WriterScan scan(uint32_t id, Faults& faults,
@@ -112,6 +115,7 @@ class StoreDir {
     void create_manifest(const StoreOptions& opt);
     void pick_writer();
     void size_up(const StoreOptions& opt);
+    int charge_writer(const std::string& name, uint64_t& total) const;
     [[noreturn]] void refuse(int err, const std::string& why) const;
 
     std::string path_;
@@ -128,8 +132,8 @@ int64_t unix_ns();
 
 int sync_names(int dirfd);  // makes creations and removals in a directory durable; an errno
 
-// Shared with store_scan.cpp.
-void each_entry(int dirfd, const std::function<void(const std::string&)>& fn);
+// Shared with store_scan.cpp. An errno where the listing is not complete.
+int each_entry(int dirfd, const std::function<void(const std::string&)>& fn);
 // The number between prefix and suffix; nothing unless it is written as we write it.
 std::optional<uint64_t> number_in(const std::string& name, const std::string& prefix,
                                   const std::string& suffix, size_t min_digits);

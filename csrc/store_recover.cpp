@@ -49,6 +49,7 @@ void StoreImpl::load_segment(uint32_t writer, SegmentScan& s, std::unique_lock<s
 
 void StoreImpl::load(uint32_t writer, WriterScan& scan, std::unique_lock<std::mutex>& lk) {
     n.io_errors += scan.read_errors;
+    if (scan.list_error) return;  // what is known of it stays
     std::set<uint32_t> there;
     size_t records = 0;
     for (auto& s : scan.segments) records += s.records.size();
@@ -68,10 +69,16 @@ void StoreImpl::recover() {
     auto t0 = Clock::now();
     std::unique_lock lk(mu);
     WriterScan own;
-    for (uint32_t w : dir.writers()) {
+    std::vector<uint32_t> ids;
+    if (int err = dir.writers(ids))
+        throw OsError(err, "chunk store " + dir.path() + ": cannot be listed");
+    for (uint32_t w : ids) {
         lk.unlock();
         WriterScan scan = dir.scan(w, *faults);
         lk.lock();
+        if (scan.list_error && int(w) == dir.writer())  // else its segments would be strangers
+            throw OsError(scan.list_error,
+                          "chunk store " + dir.writer_path() + ": cannot be listed");
         load(w, scan, lk);
         last_seq = std::max(last_seq, scan.max_seq);
         if (int(w) == dir.writer()) own = std::move(scan);
@@ -96,7 +103,7 @@ void StoreImpl::recover() {
             for (uint64_t e : own.journals) ::unlinkat(dir.writer_fd(), journal_name(e).c_str(), 0);
         shrink(lk);
     }
-    charged = dir.charged_bytes();
+    if (dir.charged_bytes(charged)) charged = std::max(charged, dir.max_bytes());  // as if full
     last_refresh = Clock::now();
     recover_ms = std::chrono::duration<double, std::milli>(Clock::now() - t0).count();
 }
@@ -120,7 +127,7 @@ void StoreImpl::seal_recovered(StoreSegment& seg) {
 void StoreImpl::shrink(std::unique_lock<std::mutex>& lk) {
     PathLock path(dir.fd(), 2000);
     if (!path.held()) return;  // the bound is kept when a segment is taken
-    while ((charged = dir.charged_bytes()) > dir.max_bytes()) {
+    while (dir.charged_bytes(charged) == 0 && charged > dir.max_bytes()) {
         StoreSegment* victim = next_victim();
         uint32_t writer, id;
         if (dir.reclaim_dead(victim ? victim->mtime_ns : INT64_MAX, writer, id)) {
@@ -135,8 +142,10 @@ void StoreImpl::shrink(std::unique_lock<std::mutex>& lk) {
 
 void StoreImpl::refresh(std::unique_lock<std::mutex>& lk) {
     lk.unlock();
-    std::vector<uint32_t> ids = dir.writers();
+    std::vector<uint32_t> ids;
+    int err = dir.writers(ids);
     lk.lock();
+    n.io_errors += err != 0;
     for (uint32_t w : ids) {
         if (int(w) == dir.writer()) continue;
         std::map<uint32_t, SegmentScan> known;

@@ -112,9 +112,10 @@ WriterScan StoreDir::scan(uint32_t id, Faults& faults,
     Fd dir = open_writer(id);
     if (!dir) {
         ++out.read_errors;
+        out.list_error = EIO;
         return out;
     }
-    each_entry(dir.get(), [&](const std::string& name) {
+    out.list_error = each_entry(dir.get(), [&](const std::string& name) {
         if (auto n = number_in(name, "seg-", ".kv", 5)) {
             out.segments.emplace_back().id = uint32_t(*n);
             out.max_id = std::max(out.max_id, uint32_t(*n));
@@ -124,6 +125,10 @@ WriterScan StoreDir::scan(uint32_t id, Faults& faults,
                 out.max_gen = std::max(out.max_gen, *e);  // a name alone proves little
         }
     });
+    if (out.list_error) {
+        ++out.read_errors;
+        return out;
+    }
     size_t n = out.segments.size(), workers = std::min<size_t>(8, n / 16 + 1);
     std::atomic<size_t> next{0};
     std::atomic<uint64_t> errors{0};

@@ -133,8 +133,10 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
     auto may_wait = [&] { return Clock::now() < until && !stop_keeper; };
     for (;;) {
         lk.unlock();
-        uint64_t now = dir.charged_bytes();
+        uint64_t now = 0;
+        int err = dir.charged_bytes(now);
         lk.lock();
+        if (err) return err;  // there may be more than the bound already
         charged = now;
         bool first = std::none_of(segments.begin(), segments.end(),
                                   [](auto& s) { return s->own && s->state != SegState::kGone; });

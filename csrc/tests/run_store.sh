@@ -22,7 +22,7 @@ fi
 # shellcheck disable=SC2086  # flags are words
 "$cxx" -std=c++20 -g -O1 -Wall -Wextra $flags -o "$work/test_store" \
   "$here/test_store.cpp" "$here/test_store_engine.cpp" "$here/test_store_forged.cpp" \
-  "$here/test_key_index.cpp" "$here"/../store*.cpp "$here"/../key_index.cpp "$here"/../arena.cpp \
+  "$here/test_store_parts.cpp" "$here/test_key_index.cpp" "$here"/../store*.cpp "$here"/../key_index.cpp "$here"/../arena.cpp \
   "$here"/../checksum.cpp "$here"/../isa_*.cpp -pthread "$uring"
 # liburing maps and unmaps its queues with system calls that TSan does not see: where a new ring gets the
 # address of an old one, it takes the two for one memory. Only accesses inside liburing's own (inline)

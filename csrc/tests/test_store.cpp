@@ -469,6 +469,7 @@ int main(int argc, char** argv) {
     format();
     test_key_index();
     test_forged((dir / "forged").string());
+    test_parts((dir / "parts").string());
     std::vector<std::string> engines{"threads"};
     if (std::string why = uring_problem(); why.empty())
         engines.push_back("uring");

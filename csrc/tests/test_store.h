@@ -82,3 +82,6 @@ void test_engine(const std::string& kind, const std::string& dir);
 
 // test_store_forged.cpp: below `dir`.
 void test_forged(const std::string& dir);
+
+// test_store_parts.cpp: below `dir`.
+void test_parts(const std::string& dir);
