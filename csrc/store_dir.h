@@ -62,9 +62,11 @@ class PathLock {
     bool held_ = false;
 };
 
-// What a file says about one segment. gen 0: the header is not usable.
+// What a file says about one segment. gen 0: the header is not usable, or could not be read.
 struct SegmentScan {
     uint32_t id = 0;
+    bool absent = false;  // gone, or no file of ours: no segment
+    bool unread = false;  // it, or its journal, could not be read: nobody knows what it holds
     uint64_t gen = 0, bytes = 0;
     int64_t mtime_ns = 0;
     bool sealed = false;          // the footer is valid; else records come from journals
@@ -76,6 +78,8 @@ struct WriterScan {
     uint64_t max_gen = 0, max_seq = 0;
     uint32_t max_id = 0;
     uint64_t read_errors = 0;
+    // Whether a segment that could not be read may need that journal.
+    bool needs(uint64_t epoch) const;
     int list_error = 0;  // the directory could not be listed: what is not named may be there
 };
 

@@ -46,12 +46,12 @@ struct StoreSegment {
     std::vector<Record> records;  // own and not sealed yet, in journal order
     size_t journalled = 0;        // of records
     bool journal_failed = false;
-    bool lost = false;      // neither journal nor footer could be written
-    std::vector<Key> keys;  // what to take out of the index when it goes
-    int64_t mtime_ns = 0;   // other writers: to see changes cheaply
-    bool sealed = false;    // the footer is on disk
-    bool empty = false;     // nothing in it is worth keeping: recycled first
-    bool aside = false;     // neither recycled nor removed could it be: goes when nothing else can
+    bool lost = false;        // neither journal nor footer could be written
+    std::vector<Key> keys;    // what to take out of the index when it goes
+    int64_t mtime_ns = 0;     // other writers: to see changes cheaply
+    bool sealed = false;      // the footer is on disk
+    bool empty = false;       // nothing in it is worth keeping: recycled first
+    bool aside = false;       // could not be read, or not be recycled: goes when nothing else can
     uint64_t blank_from = 0;  // CLEAN: never written from here on; 0: all of it was
     bool zeroing = false;     // a write of zeros is under way
     uint32_t deletes = 0;     // delete records in it

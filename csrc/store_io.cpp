@@ -141,6 +141,12 @@ void flip_bits(const iovec* iov, size_t n) {
         if (iov[i].iov_len) static_cast<uint8_t*>(iov[i].iov_base)[iov[i].iov_len / 2] ^= 1;
 }
 
+static bool is_bad(const File& f, const Faults& faults) {
+    uint64_t inode = faults.bad_inode.load(std::memory_order_relaxed);
+    struct stat st;
+    return inode && ::fstat(f.fd(), &st) == 0 && st.st_ino == inode;
+}
+
 int write_fault(Faults& f) {
     uint64_t c = f.writes.fetch_add(1, std::memory_order_relaxed) + 1;
     return hit(f.enospc, c) ? ENOSPC : hit(f.write_eio, c) ? EIO : 0;
@@ -151,7 +157,7 @@ int read_full(const File& f, const iovec* iov, size_t n, uint64_t off, Faults& f
     Fault fault = read_fault(faults);
     wait_out(faults, fault);
     done = 0;
-    if (fault.err) return fault.err;
+    if (fault.err || is_bad(f, faults)) return EIO;
     size_t total = total_of(iov, n);
     bool direct = f.direct();
     int e = transfer(f, iov, n, off, total, done, ::preadv);

@@ -14,6 +14,8 @@ constexpr size_t kAhead = 16;  // records: about a memory access of publishing
 
 void StoreImpl::load_segment(uint32_t writer, SegmentScan& s, std::unique_lock<std::mutex>& lk) {
     bool own = int(writer) == dir.writer();
+    if (own && s.absent) return;
+    if (!own && s.unread && !s.gen) return;  // what is known of it stays
     StoreSegment* seg = find_segment(writer, s.id);
     if (!s.gen && !own) {  // being recycled, or damaged
         if (seg) drop_segment(*seg, lk);
@@ -23,13 +25,15 @@ void StoreImpl::load_segment(uint32_t writer, SegmentScan& s, std::unique_lock<s
         drop_segment(*seg, lk);
         seg = nullptr;
     }
+    if (!own && s.unread) return;
     if (!seg) {
         seg = segments.emplace_back(std::make_unique<StoreSegment>()).get();
         seg->writer = writer;
         seg->id = s.id;
         seg->own = own;
         seg->gen = uint32_t(s.gen);
-        seg->empty = own && !s.sealed && s.records.empty();
+        seg->aside = s.unread;  // all of it may be there, only not today
+        seg->empty = own && !s.unread && !s.sealed && s.records.empty();
     }
     seg->bytes = s.bytes;
     seg->mtime_ns = s.mtime_ns;
@@ -100,7 +104,8 @@ void StoreImpl::recover() {
             s.records = {};
         }
         if (all)
-            for (uint64_t e : own.journals) ::unlinkat(dir.writer_fd(), journal_name(e).c_str(), 0);
+            for (uint64_t e : own.journals)
+                if (!own.needs(e)) ::unlinkat(dir.writer_fd(), journal_name(e).c_str(), 0);
         shrink(lk);
     }
     if (dir.charged_bytes(charged)) charged = std::max(charged, dir.max_bytes());  // as if full

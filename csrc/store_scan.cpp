@@ -52,13 +52,19 @@ bool read_footer(const File& f, const SegmentTrailer& t, const Uuid& uuid, Segme
     return crc == t.records_crc;
 }
 
-void scan_segment(int dirfd, const Uuid& uuid, uint32_t writer, SegmentScan& s,
+// Errors of open_file() that say nothing of a disk: there is no such file, or it is none of ours.
+bool is_absent(int err) {
+    return err == ENOENT || err == EPERM || err == ELOOP || err == EISDIR || err == ENXIO;
+}
+
+void read_segment(int dirfd, const Uuid& uuid, uint32_t writer, SegmentScan& s,
                   const SegmentScan* known, Faults& faults, uint64_t& errors) {
     int err;
     FilePtr f = open_file(dirfd, segment_name(s.id).c_str(), O_RDONLY, false, err);
     struct stat st;
+    s.absent = !f && is_absent(err);
     if (!f || ::fstat(f->fd(), &st) != 0) {
-        ++errors;
+        errors += !s.absent;
         return;
     }
     s.bytes = uint64_t(st.st_size) / kBlock * kBlock;
@@ -80,22 +86,48 @@ void scan_segment(int dirfd, const Uuid& uuid, uint32_t writer, SegmentScan& s,
     if (!s.sealed) s.records = {};
 }
 
-// Appends a journal's valid records to the unsealed segments they belong to. A damaged record is
-// left out alone: the next ones stand for themselves.
-void scan_journal(int dirfd, const Uuid& uuid, uint64_t epoch,
-                  const std::map<uint32_t, SegmentScan*>& segs, Faults& faults, uint64_t& errors) {
+// Twice where the disk fails: that may pass, and what cannot be read counts as unknown.
+void scan_segment(int dirfd, const Uuid& uuid, uint32_t writer, SegmentScan& s,
+                  const SegmentScan* known, Faults& faults, uint64_t& errors) {
+    for (int tries = 0; tries < 2; ++tries) {
+        SegmentScan fresh;
+        fresh.id = s.id;
+        s = std::move(fresh);
+        uint64_t failed = 0;
+        read_segment(dirfd, uuid, writer, s, known, faults, failed);
+        errors += failed;
+        if (!(s.unread = failed > 0)) return;
+    }
+    s.records = {};
+}
+
+bool read_journal(int dirfd, uint64_t epoch, std::vector<Record>& recs, Faults& faults) {
     int err;
     FilePtr f = open_file(dirfd, journal_name(epoch).c_str(), O_RDONLY, false, err);
+    recs.clear();
+    if (!f) return is_absent(err);  // its segment was sealed meanwhile
     struct stat st;
-    if (!f || ::fstat(f->fd(), &st) != 0) {
-        if (err != ENOENT) ++errors;  // its segment was sealed meanwhile
+    if (::fstat(f->fd(), &st) != 0) return false;
+    uint64_t bytes = std::min<uint64_t>(uint64_t(st.st_size), journal_reserve(kMaxSegmentBytes));
+    recs.resize(bytes / sizeof(Record));
+    size_t done = 0;
+    err = read_full(*f, recs.data(), recs.size() * sizeof(Record), 0, faults, done);
+    recs.resize(done / sizeof(Record));
+    return !err;
+}
+
+// Appends a journal's valid records to the unsealed segments they belong to. A damaged record is
+// left out alone: the next ones stand for themselves. One that cannot be read (twice, as above)
+// leaves its segment unknown.
+void scan_journal(int dirfd, const Uuid& uuid, uint64_t epoch,
+                  const std::map<uint32_t, SegmentScan*>& segs, Faults& faults, uint64_t& errors) {
+    std::vector<Record> recs;
+    for (int tries = 0; !read_journal(dirfd, epoch, recs, faults); ++tries) {
+        ++errors;
+        if (!tries) continue;
+        for (auto& [id, s] : segs) s->unread |= s->gen == epoch && !s->sealed;
         return;
     }
-    uint64_t bytes = std::min<uint64_t>(uint64_t(st.st_size), journal_reserve(kMaxSegmentBytes));
-    std::vector<Record> recs(bytes / sizeof(Record));
-    size_t done = 0;
-    if (read_full(*f, recs.data(), recs.size() * sizeof(Record), 0, faults, done) != 0) ++errors;
-    recs.resize(done / sizeof(Record));
     for (const Record& r : recs) {
         if (r.magic != kRecordMagic) continue;
         auto it = segs.find(r.seg);
@@ -105,6 +137,15 @@ void scan_journal(int dirfd, const Uuid& uuid, uint64_t epoch,
 }
 
 }  // namespace
+
+bool WriterScan::needs(uint64_t epoch) const {
+    bool unknown = false;
+    for (auto& s : segments) {
+        if (s.gen == epoch) return s.unread;
+        unknown |= s.unread && !s.gen;
+    }
+    return unknown;
+}
 
 WriterScan StoreDir::scan(uint32_t id, Faults& faults,
                           const std::map<uint32_t, SegmentScan>* known) const {
@@ -153,6 +194,7 @@ WriterScan StoreDir::scan(uint32_t id, Faults& faults,
     for (uint64_t e : out.journals)
         scan_journal(dir.get(), manifest_.uuid, e, by_id, faults, out.read_errors);
     for (auto& s : out.segments) {
+        if (s.unread) s.records = {};  // part of the truth is none: what hides them may be missing
         out.max_gen = std::max(out.max_gen, s.gen);
         for (auto& r : s.records)
             if (r.seq < kSeqFollowed) out.max_seq = std::max(out.max_seq, r.seq);

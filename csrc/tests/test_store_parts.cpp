@@ -1,4 +1,4 @@
-// Where a part fails: descriptors run out, directories cannot be listed.
+// Where a part fails: descriptors run out, directories cannot be listed, one file cannot be read.
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -119,6 +119,158 @@ void others_stay_known(const fs::path& p) {
     MUST(reader->close(5000, false));
 }
 
+uint64_t inode_of(const fs::path& p) {
+    struct stat st;
+    MUST(::stat(p.c_str(), &st) == 0);
+    return st.st_ino;
+}
+
+// All reads of one file fail until it is open, or the one of that number.
+std::shared_ptr<StoreImpl> opened(const fs::path& p, uint64_t bad_inode = 0, int eio_at = 0) {
+    constexpr int kOnce = 1 << 20;
+    auto s = std::make_shared<StoreImpl>(options(p));
+    s->faults->bad_inode = bad_inode;
+    s->faults->reads = uint64_t(kOnce - eio_at);
+    s->faults->read_eio = eio_at ? kOnce : 0;
+    s->start();
+    s->check();
+    s->faults->bad_inode = 0;
+    s->faults->read_eio = 0;
+    return s;
+}
+
+uint64_t held(StoreImpl& s) {
+    std::lock_guard lk(s.mu);
+    return s.index.size();
+}
+
+void put_one(StoreImpl& s, uint64_t i, bool ok = true) {
+    Bytes data = payload_of(i, kMost);
+    std::vector<StoreItem> one{{key_of(i), data.data(), data.size()}};
+    s.submit_put(int64_t(i), nullptr, one, 7, 0);
+    MUST(s.wait(int64_t(i), 20000));
+    std::lock_guard lk(s.mu);
+    MUST(!ok || s.finished.back()->results[0] == kOk);
+    s.finished.clear();
+    s.jobs.clear();
+}
+
+// 40 chunks, flushed and closed: sealed segments and an open one with its journal. The names.
+std::vector<fs::path> filled(const fs::path& p) {
+    fs::remove_all(p);
+    {
+        SegmentStore s(options(p));
+        MUST(put(s, 0, 40, kMost) == Bytes(40, kOk) && s.flush(5000) && s.close(5000));
+    }
+    std::vector<fs::path> out;
+    for (auto& e : fs::directory_iterator(p / "w0")) {
+        std::string name = e.path().filename();
+        if (name.rfind("seg-", 0) == 0 || name.rfind("journal-", 0) == 0) out.push_back(e.path());
+    }
+    std::sort(out.begin(), out.end());
+    MUST(out.size() > 4);
+    return out;
+}
+
+// One read at open fails, whichever: nothing is lost, nor missed.
+void one_failed_read(const fs::path& p) {
+    filled(p);
+    auto clean = opened(p);
+    int reads = int(clean->faults->reads - (1 << 20));
+    MUST(reads > 8 && held(*clean) == 40 && clean->close(5000, false));
+    uint64_t failed = 0;
+    for (int at = 1; at <= reads; ++at) {  // some fills make one segment more than others
+        filled(p);
+        auto s = opened(p, 0, at);
+        MUST(held(*s) == 40 && s->n.io_errors <= 1);
+        failed += s->n.io_errors;
+        MUST(s->close(5000, false));
+    }
+    MUST(failed > 8);
+}
+
+// A file that cannot be read in this life is there in the next one, whatever was put meanwhile.
+void unread_file(const fs::path& p) {
+    size_t hidden = 0;
+    for (size_t i = 0;; ++i) {
+        std::vector<fs::path> names = filled(p);
+        if (i >= names.size()) break;
+        auto s = opened(p, inode_of(names[i]));
+        uint64_t seen = held(*s);
+        hidden += seen < 40;
+        for (uint64_t k = 1000; k < 1010; ++k) put_one(*s, k);
+        s->check();
+        MUST(s->flush(5000) && s->close(5000, false));
+        MUST(seen == 40 || fs::exists(names[i]));
+        s = opened(p);
+        MUST(held(*s) == 50);
+        MUST(s->close(5000, false));
+        auto left = std::count_if(
+            fs::directory_iterator(p / "w0"), fs::directory_iterator(),
+            [](auto& e) { return e.path().filename().string().rfind("journal-", 0) == 0; });
+        MUST(left == 0);  // nothing was put in that life
+    }
+    MUST(hidden > 2);
+}
+
+// The bound holds, and writing goes on: what cannot be read goes when nothing else can.
+void unread_and_full(const fs::path& p) {
+    std::vector<fs::path> names = filled(p);
+    fs::path bad = p / "w0" / "seg-00001.kv";
+    auto s = opened(p, inode_of(bad));
+    for (uint64_t k = 1000; k < 1600; ++k) {
+        put_one(*s, k);
+        if (k % 50 == 0) MUST(bytes_below(p) <= kBound);
+    }
+    MUST(s->n.recycled_segments > 10 && fs::exists(bad));
+    // Until every segment has deletes, which may hide something in it.
+    for (uint64_t k = 2000; k < 3000 && fs::exists(bad); ++k) {
+        put_one(*s, k, false);
+        Key key = key_of(k);
+        std::lock_guard lk(s->mu);
+        s->remove(std::span(&key, 1));
+    }
+    put_one(*s, 3000);
+    MUST(!fs::exists(bad) && bytes_below(p) <= kBound);
+    s->check();
+    MUST(s->close(5000, false));
+}
+
+// Smaller than what is there, and nothing can be read: as much goes as must.
+void unread_and_smaller(const fs::path& p) {
+    filled(p);
+    StoreOptions o = options(p);
+    o.max_bytes = 400 << 10;
+    auto s = std::make_shared<StoreImpl>(o);
+    s->faults->read_eio = 1;
+    s->start();
+    MUST(held(*s) == 0 && bytes_below(p) <= o.max_bytes);
+    s->faults->read_eio = 0;
+    MUST(s->close(5000, false));
+    s = std::make_shared<StoreImpl>(o);
+    s->start();
+    MUST(held(*s) > 0 && s->close(5000, false));
+}
+
+// The same of another writer's: what is known stays, and is looked at again.
+void unread_of_others(const fs::path& p) {
+    SegmentStore writer(options(p));
+    put(writer, 0, 60, kMost);
+    MUST(writer.flush(5000));
+    auto reader = std::make_shared<StoreImpl>(options(p, true));
+    reader->start();
+    MUST(held(*reader) == 60);
+    reader->faults->read_eio = 1;
+    {
+        std::unique_lock lk(reader->mu);
+        reader->refresh(lk);
+    }
+    MUST(held(*reader) == 60);
+    reader->faults->read_eio = 0;
+    reader->check();
+    MUST(reader->close(5000, false));
+}
+
 }  // namespace
 
 void test_parts(const std::string& dir) {
@@ -126,5 +278,10 @@ void test_parts(const std::string& dir) {
     fs::create_directories(p);
     bound_holds(p / "bound");
     others_stay_known(p / "others");
+    one_failed_read(p / "one");
+    unread_file(p / "unread");
+    unread_and_full(p / "full");
+    unread_and_smaller(p / "smaller");
+    unread_of_others(p / "foreign");
     std::printf("parts: ok\n");
 }
