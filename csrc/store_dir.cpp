@@ -274,13 +274,16 @@ void StoreDir::create_manifest(const StoreOptions& opt) {
 void StoreDir::size_up(const StoreOptions& opt) {
     max_bytes_ = opt.max_bytes ? opt.max_bytes : manifest_.max_bytes;
     segment_bytes_ = opt.segment_bytes ? opt.segment_bytes : auto_segment_bytes(max_bytes_);
-    if (opt.read_only) return;
-    if (opt.segment_bytes && (opt.segment_bytes % kBlock || opt.segment_bytes < kMinSegmentBytes ||
-                              opt.segment_bytes > kMaxSegmentBytes))
+    if (opt.read_only)  // takes none: any store that there can be will do
+        segment_bytes_ = std::max(segment_bytes_, kMinSegmentBytes);
+    else if (opt.segment_bytes &&
+             (opt.segment_bytes % kBlock || opt.segment_bytes < kMinSegmentBytes ||
+              opt.segment_bytes > kMaxSegmentBytes))
         throw std::invalid_argument(
             "segment_bytes must be a multiple of 4096 from 64 KiB to 4 GiB");
     // One segment, and journals of the open and the closing one.
-    uint64_t need = kSmallFiles + 2 * journal_reserve(segment_bytes_) + segment_bytes_;
+    uint64_t one = opt.read_only ? kMinSegmentBytes : segment_bytes_;
+    uint64_t need = kSmallFiles + 2 * journal_reserve(one) + one;
     if (segment_bytes_ < kMinSegmentBytes || need > max_bytes_)
         refuse(EINVAL, "max_bytes " + std::to_string(max_bytes_) + " does not hold one segment");
 }
@@ -314,7 +317,8 @@ void StoreDir::pick_writer() {
 }
 
 uint64_t StoreDir::segments_that_fit() const {
-    return (max_bytes_ - kSmallFiles - 2 * journal_reserve(segment_bytes_)) / segment_bytes_;
+    uint64_t rest = kSmallFiles + 2 * journal_reserve(segment_bytes_);  // more, where read only
+    return max_bytes_ > rest ? (max_bytes_ - rest) / segment_bytes_ : 0;
 }
 
 std::string StoreDir::writer_path() const {

@@ -154,6 +154,7 @@ void StoreImpl::limit_kept() {
 // Half of what is neither open nor clean: going round, every second chunk is written again, so
 // two are written for each that comes.
 void StoreImpl::set_kept_limit() {
+    if (opt.read_only) return;  // keeps nothing
     uint64_t fit = dir.segments_that_fit(), others = 0;
     for (auto& s : segments)
         if ((!s->own || s->aside) && s->state != SegState::kGone) others += s->bytes;

@@ -7,6 +7,8 @@ import hashlib
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from kvoffload.config import Config
 from kvoffload.errors import StoreError
 from kvoffload.store import Store, open_store
 from kvoffload.types import StoreResult
+from tests.support import store_format
 from tests.unit import test_format_golden as golden
 from tests.unit.test_store import disk_bytes
 
@@ -264,6 +267,38 @@ class TestBound:
             store.check()
         with life(None) as store:  # as it was created
             assert store.stats()["bytes_max"] == drives * 48 * MIB
+
+    @pytest.mark.parametrize("bound", [1, 4096, 10_000, 16_383, 100_000])
+    def test_too_small_for_a_reader(self, tmp_path: Path, bound: int) -> None:
+        """One line, whether the caller says so or the MANIFEST; in a process of its own, which such
+        a bound once ended."""
+        path = tmp_path / "s"
+        with small(path) as store:
+            fill(store, 0, 5)
+        call = f"open_store({str(path)!r}, max_bytes={bound}, read_only=True)"
+        given = f"from kvoffload.store import open_store; {call}"
+        done = subprocess.run([sys.executable, "-c", given], capture_output=True, text=True)
+        assert done.returncode == 1 and "does not hold one segment" in done.stderr
+        manifest = path / "MANIFEST"
+        uuid = store_format.manifest_uuid(manifest.read_bytes())
+        manifest.write_bytes(store_format.manifest(uuid, 512 << 10, bound))
+        command = "from kvoffload.cli.store import app; app()"
+        done = subprocess.run(
+            [sys.executable, "-c", command, "stats", str(path)], capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert str(path) in done.stderr and "does not hold one segment" in done.stderr
+
+    def test_the_smallest_for_a_reader(self, tmp_path: Path) -> None:
+        least = (16 + 4 + 16) * 4096  # small files, two journals, one segment
+        with pytest.raises(StoreError, match="does not hold one segment"):
+            small(tmp_path / "s", max_bytes=least - 1, segment_bytes=64 << 10)
+        with small(tmp_path / "s", max_bytes=least, segment_bytes=64 << 10) as store:
+            assert store.put(key_of(1), payload_of(1)) is StoreResult.OK
+        for bound in (None, least):
+            with open_store(tmp_path / "s", max_bytes=bound, read_only=True) as store:
+                assert held(store, range(2)) == [1]
+                store.check()
 
     def test_restarts_without_a_bound_do_not_shrink_it(self, tmp_path: Path) -> None:
         with open_store(tmp_path / "s") as store:
