@@ -229,15 +229,17 @@ class TestPlacement:
             assert native.wait_any(10_000)
             done += len(native.poll())
         assert not native.wait_any(10_000)
-        assert [on(store, i).stats()["puts"] for i in (0, 1)] == [4, 4]
+        # How many each has depends on how quickly it answered; the second one was the other's.
+        here, there = (int(on(store, i).stats()["entries"]) for i in (0, 1))
+        assert here + there == 8 and min(here, there) > 0
         on(store, 1).inject("hang_read", 1)
         for i in range(8):
             native.get(i, key_of(i), [bytearray(CHUNK)])
         done = 0
-        while done < 4:
+        while done < here:
             assert native.wait_any(10_000)
             done += len(native.poll())
-        assert not native.wait_any(20), "the rest hangs"
+        assert done == here and not native.wait_any(20), "the rest hangs"
         on(store, 1).inject("hang_read", 0)
         while done < 8:
             assert native.wait_any(10_000)
