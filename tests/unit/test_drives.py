@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -473,6 +474,39 @@ class TestFailingDrive:
         clock.now += 2 * PAUSE_S
         store.contains(key_of(0))
         assert self.settled(store, "closed") and held(store, range(12)) == list(range(12))
+
+    @pytest.mark.parametrize("busy", [0, 4])
+    def test_trials_of_a_drive_that_hangs_for_good(
+        self, store: Store, clock: Clock, busy: int
+    ) -> None:
+        """They do not pile up, whether they hang themselves or behind others."""
+        native = striped(store)
+        keys = self.on_drive(store, 0, range(12))
+        on(store, 0).inject("hang_read", 1)
+        for n in range(max(busy, 1)):  # as many as there are threads
+            native.get(7000 + n, key_of(keys[n]), [bytearray(CHUNK)])
+        time.sleep(0.1)
+        clock.now += STALL_S[GET]
+        trips = 0
+        for _ in range(12):
+            store.contains(key_of(0))
+            clock.now += MAX_PAUSE_S
+            store.contains(key_of(0))
+            clock.now += STALL_S[GET]
+            native.poll()
+            native.poll()  # what the first one has cancelled
+            trials = sum(part.job is None for part in native._parts.values())
+            assert trials <= (0 if busy else 2)
+            trips = store.drives()[0].trips
+        assert trips > (10 if busy else 2)
+        on(store, 0).inject("hang_read", 0)
+        assert all(native.wait(7000 + n, 5000) for n in range(max(busy, 1)))
+        while any(part.job is None for part in native._parts.values()):
+            native.poll()
+        clock.now += MAX_PAUSE_S
+        store.contains(key_of(0))
+        assert self.settled(store, "closed") and held(store, range(12)) == list(range(12))
+        native.check()
 
     def test_slow_is_not_hung(self, store: Store, clock: Clock) -> None:
         """A job that waits longer than that behind others whose bytes move."""

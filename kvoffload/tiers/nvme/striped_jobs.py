@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from kvoffload._core import SegmentStore
 
 _WAIT_SLICE_MS = 50
+_MOST_TRIALS = 2
+"""Trial reads of one drive that hang: each holds a buffer as long as a chunk until it returns."""
 
 
 @dataclass(slots=True)
@@ -272,6 +274,8 @@ class StripedJobs:
                 part = self._parts[inner]
                 if part.job is not None:
                     drive.probe_key = pick_keys(part.job.request.keys, part.at[-1:])
+                elif drive.store is not None:
+                    drive.store.cancel(inner)  # where it only waits behind others that hang
             if drive.store is not None and drive.reads.trial_due(now):
                 self._try_reading(drive, drive.store, now)
 
@@ -293,6 +297,9 @@ class StripedJobs:
         nbytes = store.length(drive.probe_key) if drive.probe_key else -1
         if nbytes < 0:
             drive.reads.close_on_trust()
+            return
+        out = sum(p.job is None and p.drive is drive for p in self._parts.values())
+        if out >= _MOST_TRIALS:  # as hung as ever: one that returns makes room for the next
             return
         inner = next(self._ids)
         self._parts[inner] = _Part(None, drive, GET, np.zeros(0, np.intp))
