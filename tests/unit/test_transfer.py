@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import random
+import resource
 import stat
 import struct
 import tracemalloc
@@ -267,6 +269,37 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
         h["__metadata__"].update({A.upper(): h["__metadata__"].pop(A)}),
     ),
 }
+
+
+class TestNoRoom:
+    @pytest.mark.parametrize("where", ["add", "finish", "replace"])
+    def test_leaves_nothing_behind(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        """What is buffered cannot be written either when the file is given up."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        out = tmp_path / "out"
+        out.mkdir()
+        file = out / "chunks.safetensors"
+        with small(tmp_path / "s") as store:
+            store.put_many((key_of(i), payload_of(i, 3000)) for i in range(100))
+            assert store.flush()
+            if where == "replace":
+                file.mkdir()  # what nothing can be renamed to
+            else:
+                most = 100_000 if where == "add" else 100  # finish: all of it is in the buffer
+                chosen = None if where == "add" else [key_of(1)]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+            try:
+                with pytest.raises(StoreError, match=r"chunk file .*chunks\.safetensors") as caught:
+                    if where == "replace":
+                        store.export(file, overwrite=True)
+                    else:
+                        store.export(file, keys=chosen)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert caught.value.errno == (errno.EISDIR if where == "replace" else errno.EFBIG)
+        assert [p.name for p in out.iterdir() if ".part-" in p.name] == []
 
 
 class TestBadFiles:

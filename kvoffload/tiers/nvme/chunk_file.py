@@ -9,6 +9,7 @@ tensors in memory to write, and trusts more than we do when it reads.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import hmac
@@ -98,6 +99,7 @@ class ChunkWriter:
             raise refuse(path, "already exists (--force replaces it)")
         self._written: list[FileChunk] = []
         self._end = 0
+        self._finished = False
         self._temporary = f"{path}.part-{os.getpid()}"
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -128,11 +130,16 @@ class ChunkWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
+        self._finished = True
 
     def abandon(self) -> None:
-        """Leave nothing behind; nothing to do after ``finish``."""
-        if not self._file.closed:
+        """Leave nothing behind; nothing to do after ``finish``. Raises nothing: what counts is the
+        error it is called for."""
+        if self._finished:
+            return
+        with contextlib.suppress(OSError):  # it writes what is buffered, on a disk that may be full
             self._file.close()
+        with contextlib.suppress(OSError):
             os.unlink(self._temporary)
 
 
