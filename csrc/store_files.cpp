@@ -50,14 +50,14 @@ uint64_t StoreImpl::foreign_gen(StoreSegment& seg) {
     FilePtr f;
     {
         std::lock_guard fl(files_mu);
-        if (!seg.header_file) {
+        f = seg.header_file;
+        if (!f) {
             int err;
             Fd d = dir.open_writer(seg.writer);
-            if (d)
-                seg.header_file =
-                    open_file(d.get(), segment_name(seg.id).c_str(), O_RDONLY, false, err);
+            if (d) f = open_file(d.get(), segment_name(seg.id).c_str(), O_RDONLY, false, err);
         }
-        f = seg.header_file;
+        // Without its other file it was removed meanwhile, or has made way: nothing would close it.
+        if (seg.file) seg.header_file = f;
     }
     SegmentHeader h;
     if (!f || ::pread(f->fd(), &h, sizeof h, 0) != ssize_t(sizeof h)) return 0;

@@ -271,6 +271,36 @@ void unread_of_others(const fs::path& p) {
     MUST(reader->close(5000, false));
 }
 
+// A read of another writer's segment is under way when that is found to be gone: nothing of it
+// stays open.
+void removed_under_a_read(const fs::path& p) {
+    SegmentStore writer(options(p));
+    put(writer, 0, 20, kMost);
+    MUST(writer.flush(5000));
+    auto reader = std::make_shared<StoreImpl>(options(p, true));
+    reader->start();
+    Bytes out(payload_of(0, kMost).size());
+    std::vector<StoreItem> one{{key_of(0), out.data(), out.size()}};
+    uint64_t before = reader->faults->reads;  // of the open
+    reader->faults->hang_read = 1;
+    reader->submit_get(1, nullptr, one, 0);
+    while (reader->faults->reads == before)
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    {
+        std::unique_lock lk(reader->mu);
+        for (size_t i = 0; i < reader->segments.size(); ++i)
+            reader->drop_segment(*reader->segments[i], lk);
+    }
+    reader->faults->hang_read = 0;
+    MUST(reader->wait(1, 20000));
+    {
+        std::lock_guard fl(reader->files_mu);
+        for (auto& s : reader->segments) MUST(!s->file && !s->header_file);
+        MUST(reader->open_files.empty());
+    }
+    MUST(reader->close(5000, false));
+}
+
 }  // namespace
 
 void test_parts(const std::string& dir) {
@@ -283,5 +313,6 @@ void test_parts(const std::string& dir) {
     unread_and_full(p / "full");
     unread_and_smaller(p / "smaller");
     unread_of_others(p / "foreign");
+    removed_under_a_read(p / "removed");
     std::printf("parts: ok\n");
 }
