@@ -51,7 +51,8 @@ struct StoreSegment {
     int64_t mtime_ns = 0;     // other writers: to see changes cheaply
     bool sealed = false;      // the footer is on disk
     bool empty = false;       // nothing in it is worth keeping: recycled first
-    bool aside = false;       // could not be read, or not be recycled: goes when nothing else can
+    bool unread = false;      // nobody knows what is in it: it could not be read at open
+    uint64_t failed = 0;      // when it was tried last and could not be recycled; 0: not so
     uint64_t blank_from = 0;  // CLEAN: never written from here on; 0: all of it was
     bool zeroing = false;     // a write of zeros is under way
     uint32_t deletes = 0;     // delete records in it
@@ -63,6 +64,7 @@ struct StoreSegment {
     bool rescued = false;                // it is the next to go: what was worth it has moved
     FilePtr file, header_file, journal;  // under files_mu
 
+    bool aside() const { return unread || failed; }  // goes when nothing else can
     uint64_t kept_todo() const { return kept_bytes > kept_left ? kept_bytes - kept_left : 0; }
 };
 
@@ -238,11 +240,11 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     int make_clean(StoreSegment& seg, uint64_t gen);  // header + journal
     void drop_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
     int remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk);
-    int unlink_segment(uint32_t id);                 // of ours; 0 as well where it is gone already
     StoreSegment* next_victim(bool in_use = false);  // what to recycle next, or (`in_use`) once
                                                      // nobody reads it; null: nothing can be
     uint32_t oldest_gen() const;
     StoreSegment* last_resort();
+    bool in_use();
     bool emptied_in_use();
     StoreSegment* sealable();
     void drain_keeper(std::unique_lock<std::mutex>& lk);
@@ -331,7 +333,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     unsigned flush_waiters = 0;
     const StoreSegment* ahead_tried = nullptr;  // taking one ahead failed while this one was open
     Clock::time_point last_refresh{}, oldest_unwritten{};
-    uint64_t last_gen = 0, last_seq = 0, last_id = 0, charged = 0;
+    uint64_t last_gen = 0, last_seq = 0, last_id = 0, charged = 0, last_failed = 0;
     double recover_ms = 0;
     std::thread keeper_thread, tidy_thread;
 

@@ -122,6 +122,12 @@ int transfer(const File& f, const iovec* iov, size_t n, uint64_t off, size_t tot
     return 0;
 }
 
+bool is_bad(const File& f, const Faults& faults) {
+    uint64_t inode = faults.bad_inode.load(std::memory_order_relaxed);
+    struct stat st;
+    return inode && ::fstat(f.fd(), &st) == 0 && st.st_ino == inode;
+}
+
 size_t total_of(const iovec* iov, size_t n) {
     size_t t = 0;
     for (size_t i = 0; i < n; ++i) t += iov[i].iov_len;
@@ -139,12 +145,6 @@ Fault read_fault(Faults& f) {
 void flip_bits(const iovec* iov, size_t n) {
     for (size_t i = 0; i < n; ++i)
         if (iov[i].iov_len) static_cast<uint8_t*>(iov[i].iov_base)[iov[i].iov_len / 2] ^= 1;
-}
-
-static bool is_bad(const File& f, const Faults& faults) {
-    uint64_t inode = faults.bad_inode.load(std::memory_order_relaxed);
-    struct stat st;
-    return inode && ::fstat(f.fd(), &st) == 0 && st.st_ino == inode;
 }
 
 int write_fault(Faults& f) {
@@ -170,6 +170,7 @@ int read_full(const File& f, const iovec* iov, size_t n, uint64_t off, Faults& f
 
 int write_full(File& f, const iovec* iov, size_t n, uint64_t off, Faults& faults) {
     if (int e = write_fault(faults)) return e;
+    if (is_bad(f, faults)) return EIO;
     size_t total = total_of(iov, n), done = 0;
     bool direct = f.direct();
     int e = transfer(f, iov, n, off, total, done, ::pwritev);

@@ -20,7 +20,7 @@ struct Faults {
     std::atomic<int> read_eio{0}, write_eio{0}, enospc{0}, short_read{0}, slow_read_ms{0},
         hang_read{0}, flip_read{0};
     std::atomic<uint64_t> reads{0}, writes{0};
-    std::atomic<uint64_t> bad_inode{0};  // read_full of that file fails; set by native tests
+    std::atomic<uint64_t> bad_inode{0};  // transfers of that file fail; set by native tests
     // Throws std::invalid_argument on an unknown name.
     void set(const std::string& what, int every);
 };

@@ -157,7 +157,7 @@ void StoreImpl::set_kept_limit() {
     if (opt.read_only) return;  // keeps nothing
     uint64_t fit = dir.segments_that_fit(), others = 0;
     for (auto& s : segments)
-        if ((!s->own || s->aside) && s->state != SegState::kGone) others += s->bytes;
+        if ((!s->own || s->aside()) && s->state != SegState::kGone) others += s->bytes;
     uint64_t used =
         (fit >= kLargeStore ? 3 : 1) + (others + dir.segment_bytes() - 1) / dir.segment_bytes();
     kept_limit = fit > used ? (fit - used) * max_payload(dir.segment_bytes()) / 2 : 0;

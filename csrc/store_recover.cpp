@@ -32,7 +32,7 @@ void StoreImpl::load_segment(uint32_t writer, SegmentScan& s, std::unique_lock<s
         seg->id = s.id;
         seg->own = own;
         seg->gen = uint32_t(s.gen);
-        seg->aside = s.unread;  // all of it may be there, only not today
+        seg->unread = s.unread;  // all of it may be there, only not today
         seg->empty = own && !s.unread && !s.sealed && s.records.empty();
     }
     seg->bytes = s.bytes;

@@ -16,13 +16,14 @@ constexpr auto kReadersEnd = std::chrono::seconds(1);  // by then, of a segment 
 }  // namespace
 
 // The generation from which on deletes may hide something: of all that holds records, in use or
-// not.
+// not. One that cannot be recycled does not count: where all others have deletes, writing would
+// end with it.
 uint32_t StoreImpl::oldest_gen() const {
     uint32_t oldest = UINT32_MAX;
     for (auto& s : segments) {
         bool holds = s->state == SegState::kOpen || s->state == SegState::kFull ||
                      s->state == SegState::kSealed;
-        if (s->own && holds && !s->empty) oldest = std::min(oldest, s->gen);
+        if (s->own && holds && !s->empty && !s->failed) oldest = std::min(oldest, s->gen);
     }
     return oldest;
 }
@@ -38,7 +39,7 @@ StoreSegment* StoreImpl::next_victim(bool in_use) {
     for (auto& s : segments) {
         bool soon = in_use && s->state == SegState::kFull;
         if (!s->own || !(s->state == SegState::kSealed || soon) || s.get() == rescuing) continue;
-        if (s->aside || (s->pins && !in_use) || (s->deletes && s->gen != oldest)) continue;
+        if (s->aside() || (s->pins && !in_use) || (s->deletes && s->gen != oldest)) continue;
         if (s->rescued && !s->kept_todo()) rescued = s.get();
         if (!s->empty)
             own.push_back(s.get());
@@ -65,12 +66,13 @@ StoreSegment* StoreImpl::next_victim(bool in_use) {
     return best;
 }
 
-// Where nothing else can go: of what was set aside the oldest.
+// Where nothing else can go: what could not be read, then what failed longest ago.
 StoreSegment* StoreImpl::last_resort() {
+    auto order = [](const StoreSegment* s) { return std::pair(s->failed, s->gen); };
     StoreSegment* best = nullptr;
     for (auto& s : segments) {
-        bool can = s->own && s->aside && s->state == SegState::kSealed && !s->pins;
-        if (can && (!best || s->gen < best->gen)) best = s.get();
+        bool can = s->own && s->aside() && s->state == SegState::kSealed && !s->pins;
+        if (can && (!best || order(s.get()) < order(best))) best = s.get();
     }
     return best;
 }
@@ -97,22 +99,18 @@ void StoreImpl::drop_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk
 int StoreImpl::remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     seg.state = SegState::kRecycling;
     lk.unlock();
-    int err = unlink_segment(seg.id);
+    int err = ::unlinkat(dir.writer_fd(), segment_name(seg.id).c_str(), 0) == 0 ? 0 : errno;
+    if (err == ENOENT) err = 0;
     int sync_err = err ? 0 : sync_names(dir.writer_fd());  // else a power cut brings it back
     lk.lock();
     n.io_errors += sync_err != 0;
     if (err) {
         seg.state = SegState::kSealed;
-        seg.aside = true;
+        seg.failed = ++last_failed;
         return err;
     }
     drop_segment(seg, lk);
     return 0;
-}
-
-int StoreImpl::unlink_segment(uint32_t id) {
-    bool gone = ::unlinkat(dir.writer_fd(), segment_name(id).c_str(), 0) == 0 || errno == ENOENT;
-    return gone ? 0 : errno;
 }
 
 // Takes a segment under the path lock: new while the sum stays below the bound, else our oldest.
@@ -160,40 +158,38 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
         if (freed) {
             if (StoreSegment* s = find_segment(writer, id)) drop_segment(*s, lk);
             try_new = true;
-        } else if (next_victim() != victim && may_wait()) {
-            continue;  // the lock was free: a better one may have lost its last reader
-        } else if (!victim) {
-            bool pinned = std::any_of(segments.begin(), segments.end(), [](auto& s) {
-                return s->own && s->state == SegState::kSealed && s->pins && !s->aside;
-            });
-            if (pinned && may_wait()) {
-                done_cv.wait_for(lk, std::chrono::milliseconds(10));
-                continue;
-            }
-            StoreSegment* last = need_segment ? last_resort() : nullptr;
-            if (!last) return ENOSPC;
-            if (int err = remove_segment(*last, lk)) return err;
-            try_new = true;
-        } else if (!need_segment && charged <= dir.max_bytes() && rescuable()) {
-            return EAGAIN;
-        } else if (!need_segment && victim->kept_todo()) {
-            return EBUSY;
-        } else if (victim->kept_todo() && emptied_in_use() && may_wait()) {
-            done_cv.wait_for(lk, std::chrono::milliseconds(10));
-        } else if (victim->bytes != dir.segment_bytes() || charged > dir.max_bytes()) {
-            if (int err = remove_segment(*victim, lk)) return err;
-            try_new = true;
-        } else {
-            return recycle(*victim, lk);
+            continue;
         }
+        // The lock was free: a better one may have lost its last reader.
+        if (next_victim() != victim && may_wait()) continue;
+        if (victim && !need_segment && charged <= dir.max_bytes() && rescuable()) return EAGAIN;
+        if (victim && !need_segment && victim->kept_todo()) return EBUSY;
+        bool wait = victim ? victim->kept_todo() && emptied_in_use() : in_use();
+        if (wait && may_wait()) {
+            done_cv.wait_for(lk, std::chrono::milliseconds(10));
+            continue;
+        }
+        if (!victim && need_segment) victim = last_resort();
+        if (!victim) return ENOSPC;
+        if (victim->bytes == dir.segment_bytes() && charged <= dir.max_bytes())
+            return recycle(*victim, lk);
+        if (int err = remove_segment(*victim, lk)) return err;
+        try_new = true;
     }
+}
+
+// Whether a segment could go, were it not being read.
+bool StoreImpl::in_use() {
+    return std::any_of(segments.begin(), segments.end(), [](auto& s) {
+        return s->own && s->state == SegState::kSealed && s->pins && !s->aside();
+    });
 }
 
 // Whether a segment that nothing is kept in would go next, were it not being read.
 bool StoreImpl::emptied_in_use() {
     return std::any_of(segments.begin(), segments.end(), [&](auto& s) {
         return s->own && s->state == SegState::kSealed && s->pins && s.get() != rescuing &&
-               !s->aside && !s->kept_todo();
+               !s->aside() && !s->kept_todo();
     });
 }
 
@@ -239,22 +235,23 @@ int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
     return 0;
 }
 
-// A disk that takes neither the new header nor the removal of the file is failing as a whole: what
-// the segment holds may still be read.
+// Failing that, it stays as it is, and others go before it: its file keeps the bad place from being
+// given to a new one, and where the disk fails as a whole, nothing is lost with every try.
 int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     seg.state = SegState::kRecycling;  // readers find nothing of it from here on
     uint64_t gen = ++last_gen;
     lk.unlock();
     int err = make_clean(seg, gen);
-    bool stays = err && unlink_segment(seg.id);  // else the same one would be tried for ever
     lk.lock();
-    if (err && stays) {
-        seg.state = SegState::kSealed;
-        seg.aside = true;
-    } else if (err) {
+    if (err == ENOENT) {  // there is nothing left of it
         drop_segment(seg, lk);
+    } else if (err) {
+        seg.state = SegState::kSealed;
+        seg.failed = ++last_failed;
     }
     if (err) return err;
+    if (seg.failed)  // as a last resort: the disk is better, the others get their turn again
+        for (auto& s : segments) s->failed = 0;
     n.recycled_segments += !seg.empty;
     unpublish(seg, lk);
     seg.gen = uint32_t(gen);
@@ -266,7 +263,7 @@ int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     seg.deletes = 0;
     seg.hot_left = seg.kept_left = 0;
     seg.rescued = false;
-    seg.empty = false;
+    seg.empty = seg.unread = false;
     seg.state = SegState::kClean;
     clean.push_back(&seg);
     return 0;

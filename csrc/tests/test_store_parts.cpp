@@ -224,14 +224,52 @@ void unread_and_full(const fs::path& p) {
     }
     MUST(s->n.recycled_segments > 10 && fs::exists(bad));
     // Until every segment has deletes, which may hide something in it.
-    for (uint64_t k = 2000; k < 3000 && fs::exists(bad); ++k) {
+    auto unread = [&] {
+        std::lock_guard lk(s->mu);
+        return std::ranges::any_of(s->segments, [](auto& seg) { return seg->unread; });
+    };
+    MUST(unread());
+    for (uint64_t k = 2000; k < 3000 && unread(); ++k) {
         put_one(*s, k, false);
         Key key = key_of(k);
         std::lock_guard lk(s->mu);
         s->remove(std::span(&key, 1));
     }
     put_one(*s, 3000);
-    MUST(!fs::exists(bad) && bytes_below(p) <= kBound);
+    MUST(!unread() && bytes_below(p) <= kBound);
+    s->check();
+    MUST(s->close(5000, false));
+}
+
+// A segment whose header cannot be written costs the puts that waited for it and no others, also
+// where every segment has deletes.
+void bad_place(const fs::path& p, bool deletes) {
+    filled(p);
+    auto s = opened(p);
+    auto some = [&](uint64_t from, uint64_t n) {
+        uint64_t lost = 0;
+        for (uint64_t k = from; k < from + n; ++k) {
+            put_one(*s, k, false);
+            std::lock_guard lk(s->mu);
+            lost += !s->find_live(key_of(k));
+            Key key = key_of(k - 2);
+            if (deletes && k > from + 2 && k % 3) s->remove(std::span(&key, 1));
+        }
+        return lost;
+    };
+    while (s->n.recycled_segments < 40) some(1000 + s->n.puts, 20);
+    StoreSegment* bad;
+    {
+        std::lock_guard lk(s->mu);
+        bad = s->next_victim(true);
+    }
+    s->faults->bad_inode = inode_of(p / "w0" / segment_name(bad->id));
+    MUST(some(100000, 800) <= 2 && some(200000, 300) == 0);
+    s->check();
+    MUST(bad->failed && bytes_below(p) <= kBound);
+    s->faults->bad_inode = 0;
+    MUST(some(300000, 300) == 0 && s->close(5000, false));
+    s = opened(p);
     s->check();
     MUST(s->close(5000, false));
 }
@@ -311,6 +349,8 @@ void test_parts(const std::string& dir) {
     one_failed_read(p / "one");
     unread_file(p / "unread");
     unread_and_full(p / "full");
+    bad_place(p / "place", false);
+    bad_place(p / "place", true);
     unread_and_smaller(p / "smaller");
     unread_of_others(p / "foreign");
     removed_under_a_read(p / "removed");
