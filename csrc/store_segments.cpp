@@ -121,6 +121,7 @@ int StoreImpl::take_segment(std::unique_lock<std::mutex>& lk) {
     int err = path.held() ? make_room(lk) : EIO;
     set_kept_limit();
     plan_stale = true;
+    if (!clean.empty()) plan_rescue();  // it promises nothing then, and check() may come next
     if (err && err != ENOSPC && err != EDQUOT && err != EAGAIN && err != EBUSY) ++n.io_errors;
     return err;
 }

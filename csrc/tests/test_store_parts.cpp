@@ -339,6 +339,19 @@ void removed_under_a_read(const fs::path& p) {
     MUST(reader->close(5000, false));
 }
 
+// Of the open segment nothing stays promised to a rescue once another one is clean.
+void promise(const fs::path& p) {
+    auto s = opened(p);
+    put_one(*s, 1);
+    {
+        std::unique_lock lk(s->mu);
+        s->promised = 1;
+        MUST(s->take_segment(lk) == 0 && !s->clean.empty() && !s->promised);
+    }
+    s->check();
+    MUST(s->close(5000, false));
+}
+
 }  // namespace
 
 void test_parts(const std::string& dir) {
@@ -354,5 +367,6 @@ void test_parts(const std::string& dir) {
     unread_and_smaller(p / "smaller");
     unread_of_others(p / "foreign");
     removed_under_a_read(p / "removed");
+    promise(p / "promise");
     std::printf("parts: ok\n");
 }
