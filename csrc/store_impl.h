@@ -53,6 +53,8 @@ struct StoreSegment {
     bool empty = false;       // nothing in it is worth keeping: recycled first
     bool unread = false;      // nobody knows what is in it: it could not be read at open
     uint64_t failed = 0;      // when it was tried last and could not be recycled; 0: not so
+    unsigned failures = 0;    // how often in a row
+    uint64_t retry_at = 0;    // in segments taken: not before
     uint64_t blank_from = 0;  // CLEAN: never written from here on; 0: all of it was
     bool zeroing = false;     // a write of zeros is under way
     uint32_t deletes = 0;     // delete records in it
@@ -244,6 +246,8 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
                                                      // nobody reads it; null: nothing can be
     uint32_t oldest_gen() const;
     StoreSegment* last_resort();
+    StoreSegment* second_chance();
+    void set_aside(StoreSegment& seg);
     bool in_use();
     bool emptied_in_use();
     StoreSegment* sealable();
@@ -333,7 +337,7 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     unsigned flush_waiters = 0;
     const StoreSegment* ahead_tried = nullptr;  // taking one ahead failed while this one was open
     Clock::time_point last_refresh{}, oldest_unwritten{};
-    uint64_t last_gen = 0, last_seq = 0, last_id = 0, charged = 0, last_failed = 0;
+    uint64_t last_gen = 0, last_seq = 0, last_id = 0, charged = 0, last_failed = 0, taken = 0;
     double recover_ms = 0;
     std::thread keeper_thread, tidy_thread;
 

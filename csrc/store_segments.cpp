@@ -11,6 +11,7 @@ namespace kvo::store {
 namespace {
 
 constexpr size_t kAtOnce = 4096;                       // ended retentions
+constexpr unsigned kMostBackoff = 10;                  // doublings
 constexpr auto kReadersEnd = std::chrono::seconds(1);  // by then, of a segment to be recycled
 
 }  // namespace
@@ -77,6 +78,30 @@ StoreSegment* StoreImpl::last_resort() {
     return best;
 }
 
+// It could not be recycled: others go before it.
+void StoreImpl::set_aside(StoreSegment& seg) {
+    seg.state = SegState::kSealed;
+    seg.failed = ++last_failed;
+    seg.retry_at = taken + (uint64_t{1} << std::min(seg.failures, kMostBackoff));
+    ++seg.failures;
+}
+
+// One that failed and is due again since others were taken: after an outage all that it hit must
+// come back, or what is written goes round in the few that are left. To be tried where no put waits
+// for it. The oldest, and nothing that would have to be rescued first.
+StoreSegment* StoreImpl::second_chance() {
+    const uint32_t oldest = oldest_gen();
+    StoreSegment* best = nullptr;
+    for (auto& s : segments) {
+        bool due = s->own && s->failed && taken >= s->retry_at;
+        bool can = s->state == SegState::kSealed && !s->pins && !s->kept_todo() &&
+                   s.get() != rescuing && s->bytes == dir.segment_bytes() &&
+                   (!s->deletes || s->gen <= oldest);
+        if (due && can && (!best || s->gen < best->gen)) best = s.get();
+    }
+    return best;
+}
+
 StoreSegment* StoreImpl::find_segment(uint32_t writer, uint32_t id) {
     for (auto& s : segments)
         if (s->writer == writer && s->id == id && s->state != SegState::kGone) return s.get();
@@ -105,8 +130,7 @@ int StoreImpl::remove_segment(StoreSegment& seg, std::unique_lock<std::mutex>& l
     lk.lock();
     n.io_errors += sync_err != 0;
     if (err) {
-        seg.state = SegState::kSealed;
-        seg.failed = ++last_failed;
+        set_aside(seg);
         return err;
     }
     drop_segment(seg, lk);
@@ -119,6 +143,7 @@ int StoreImpl::take_segment(std::unique_lock<std::mutex>& lk) {
     PathLock path(dir.fd(), 2000);
     lk.lock();
     int err = path.held() ? make_room(lk) : EIO;
+    taken += !err;
     set_kept_limit();
     plan_stale = true;
     if (!clean.empty()) plan_rescue();  // it promises nothing then, and check() may come next
@@ -152,6 +177,9 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
             try_new = false;  // the disk is fuller than the bound says
             continue;
         }
+        if (StoreSegment* again = need_segment ? nullptr : second_chance();
+            again && charged <= dir.max_bytes())
+            return recycle(*again, lk);
         uint32_t writer, id;
         lk.unlock();
         bool freed = dir.reclaim_dead(victim ? victim->mtime_ns : INT64_MAX, writer, id);
@@ -237,7 +265,9 @@ int StoreImpl::create_segment(std::unique_lock<std::mutex>& lk) {
 }
 
 // Failing that, it stays as it is, and others go before it: its file keeps the bad place from being
-// given to a new one, and where the disk fails as a whole, nothing is lost with every try.
+// given to a new one, and where the disk fails as a whole, nothing is lost with every try. Not so
+// where the disk is full: the header was changed in place by then, and any other would fail as
+// well, so this one is the next again.
 int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     seg.state = SegState::kRecycling;  // readers find nothing of it from here on
     uint64_t gen = ++last_gen;
@@ -246,13 +276,18 @@ int StoreImpl::recycle(StoreSegment& seg, std::unique_lock<std::mutex>& lk) {
     lk.lock();
     if (err == ENOENT) {  // there is nothing left of it
         drop_segment(seg, lk);
-    } else if (err) {
+    } else if (err == ENOSPC || err == EDQUOT) {
+        unpublish(seg, lk);
         seg.state = SegState::kSealed;
-        seg.failed = ++last_failed;
+        seg.empty = true;
+        seg.deletes = 0;
+    } else if (err) {
+        set_aside(seg);
     }
     if (err) return err;
-    if (seg.failed)  // as a last resort: the disk is better, the others get their turn again
+    if (seg.failed && need_segment)  // as a last resort: the disk is better, and so may be others
         for (auto& s : segments) s->failed = 0;
+    seg.failed = seg.failures = 0;
     n.recycled_segments += !seg.empty;
     unpublish(seg, lk);
     seg.gen = uint32_t(gen);

@@ -274,6 +274,39 @@ void bad_place(const fs::path& p, bool deletes) {
     MUST(s->close(5000, false));
 }
 
+// Some time during which no header can be written: all segments come back into use afterwards.
+void outage(const fs::path& p, int err) {
+    filled(p);
+    auto s = opened(p);
+    uint64_t next = 1000;
+    auto put = [&](uint64_t n) {
+        for (uint64_t i = 0; i < n; ++i) put_one(*s, next++, false);
+    };
+    auto in_store = [&](uint64_t from) {
+        std::lock_guard lk(s->mu);
+        uint64_t found = 0;
+        for (uint64_t k = from; k < next; ++k) found += s->find_live(key_of(k)) != nullptr;
+        return found;
+    };
+    put(600);
+    const uint64_t before = in_store(1000);  // as many as fit
+    std::atomic<int>& fault = err == EIO ? s->faults->write_eio : s->faults->enospc;
+    auto in_turn = [&] {
+        std::lock_guard lk(s->mu);
+        return std::count_if(s->segments.begin(), s->segments.end(), [](auto& seg) {
+            return seg->own && seg->state == SegState::kSealed && !seg->failed;
+        });
+    };
+    fault = 1;
+    for (int i = 0; i < 60 && in_turn() > 3; ++i) put(1);  // a few stay: there is always a victim
+    fault = 0;
+    s->check();
+    const uint64_t after = next;
+    put(600);
+    MUST(in_store(after) * 10 >= before * 9);
+    MUST(bytes_below(p) <= kBound && s->close(5000, false));
+}
+
 // Smaller than what is there, and nothing can be read: as much goes as must.
 void unread_and_smaller(const fs::path& p) {
     filled(p);
@@ -364,6 +397,8 @@ void test_parts(const std::string& dir) {
     unread_and_full(p / "full");
     bad_place(p / "place", false);
     bad_place(p / "place", true);
+    outage(p / "outage", EIO);
+    outage(p / "outage", ENOSPC);
     unread_and_smaller(p / "smaller");
     unread_of_others(p / "foreign");
     removed_under_a_read(p / "removed");
