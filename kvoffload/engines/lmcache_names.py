@@ -65,6 +65,7 @@ class Names:
         self._digests: dict[str, WeightsDigest] = {}
         self._started: dict[str, float] = {}
         self._found: dict[str, _Found] = {}  # what each digest is of
+        self._unsure: set[str] = set()  # their files could not be looked at the last time
         self._replaced: set[str] = set()
         self._said: set[str] = set()
         self._lock = threading.Lock()
@@ -93,7 +94,7 @@ class Names:
                 self._started[model] = time.monotonic()
                 digest.start()
                 self._start_watch()
-            if model in self._replaced:
+            if model in self._replaced or model in self._unsure:
                 return None
             result = digest.result()
             if result is not None and result.digest is None and model not in self._said:
@@ -118,7 +119,10 @@ class Names:
             with self._lock:
                 models = [m for m, digest in self._digests.items() if m not in self._replaced]
             for model in models:
-                self._look_again(model)
+                try:
+                    self._look_again(model)
+                except Exception:
+                    logger.exception("kvoffload: the files of %s could not be looked at", model)
 
     def _look_again(self, model: str) -> None:
         result = self._digests[model].result()
@@ -126,11 +130,18 @@ class Names:
             return
         try:
             same = _identities(_model_files(model)) == self._found[model]
-        except (OSError, NotLocal):
-            same = False
-        if not same:
+        except (
+            OSError,
+            NotLocal,
+        ):  # a network's moods, or a folder between two: no names till then
             with self._lock:
+                self._unsure.add(model)
+            return
+        with self._lock:
+            self._unsure.discard(model)
+            if not same:
                 self._replaced.add(model)
+        if not same:
             logger.warning(
                 "kvoffload: the files of %s were replaced: nothing of it is stored or loaded until "
                 "this server is started again",

@@ -242,6 +242,14 @@ def test_a_model_replaced_under_a_running_server_has_no_names(
         time.sleep(0.02)
     time.sleep(0.2)
     assert names.of(key(0, model_name=kept), b"") is not None
+    Path(kept).rename(tmp_path / "away")  # a file system that does not answer for a while
+    while names.of(key(0, model_name=kept), b"") is not None:
+        assert time.monotonic() < until, "it kept its name"
+        time.sleep(0.02)
+    (tmp_path / "away").rename(kept)
+    while names.of(key(0, model_name=kept), b"") is None:
+        assert time.monotonic() < until, "it is still there"
+        time.sleep(0.02)
     assert names.of(key(0, model_name=replaced), b"") is None
     names.close()
 

@@ -274,19 +274,20 @@ def test_vllm_can_copy_the_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(HF))
     plugin.register()
     given: dict[str, Any] = {"dram_gib": 0.1}
+    asked = transfer(given)  # may be given to the next engine as well
     config = _without_class(
         lambda: EngineArgs(
             model=str(tmp_path),
             skip_tokenizer_init=True,
             max_model_len=256,
-            kv_transfer_config=transfer(given),
+            kv_transfer_config=asked,
         )
     )
     for copied in (replace(config), config.with_hf_config(config.model_config.hf_config)):
         assert notes.read(copied) == notes.read(config)
         assert compat.is_alone(copied)
         assert [dict(e) for e in plugin.our_configs(copied.kv_transfer_config)] == [given]
-    assert given == {"dram_gib": 0.1}
+    assert given == asked.kv_connector_extra_config == {"dram_gib": 0.1}
 
 
 def _without_class(make: Any) -> Any:

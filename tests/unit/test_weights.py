@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from kvoffload.engines.vllm import notes
 from kvoffload.engines.vllm import weights as w
 from kvoffload.engines.vllm.adapters import AdapterDigests
-from kvoffload.engines.vllm.weight_files import model_folders
+from kvoffload.engines.vllm.weight_files import machine, model_folders
 
 FAR = 1 << 62  # no file is younger
 
@@ -112,7 +113,9 @@ def test_a_folder_that_became_another_one_is_refused(
         (tmp_path / "v1").rename(path)
     vllm_config = config(path)
     vllm_config.kv_transfer_config = SimpleNamespace(kv_connector_extra_config={})
-    notes.leave(vllm_config.kv_transfer_config, folders=model_folders(vllm_config))
+    notes.leave(vllm_config, folders=model_folders(vllm_config), where=machine())
+    elsewhere = copy.deepcopy(vllm_config)
+    elsewhere.kv_transfer_config.kv_connector_extra_config[notes.KEY]["where"] = "another node"
     assert digest(vllm_config, cache).digest is not None
     if how == "link":
         (tmp_path / "new").symlink_to("v2")
@@ -121,6 +124,7 @@ def test_a_folder_that_became_another_one_is_refused(
         path.rename(tmp_path / "old")
         (tmp_path / "v2").rename(path)
     assert "another folder" in digest(vllm_config, cache).reason
+    assert digest(elsewhere, cache).digest is not None  # nobody has seen this node's folder before
     shutil.rmtree(tmp_path / "old", ignore_errors=True)
     path.unlink() if how == "link" else shutil.rmtree(path)
     assert digest(vllm_config, cache).digest is None

@@ -8,6 +8,7 @@ of its own, without notes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,13 +16,16 @@ KEY = "_kvoffload"
 """Among the keys of ``kv_connector_extra_config``; no setting."""
 
 
-def leave(transfer: Any, **notes: Any) -> None:
-    """Add ``notes`` (plain data) to a KVTransferConfig; the dict that the user gave is not touched.
+def leave(vllm_config: Any, **notes: Any) -> None:
+    """Add ``notes`` (plain data) to a VllmConfig; what the user gave (and may give to another
+    engine) is not touched: neither the KVTransferConfig nor its dict.
 
     What was noted before stays: a configuration is checked anew whenever vLLM copies it.
     """
+    transfer = copy.copy(vllm_config.kv_transfer_config)
     extra = getattr(transfer, "kv_connector_extra_config", None) or {}
     transfer.kv_connector_extra_config = {**extra, KEY: {**notes, **extra.get(KEY, {})}}
+    vllm_config.kv_transfer_config = transfer
 
 
 def read(vllm_config: Any) -> Mapping[str, Any]:

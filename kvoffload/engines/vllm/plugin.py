@@ -20,7 +20,7 @@ from typing import Any
 
 from kvoffload.config import Config
 from kvoffload.engines.vllm import compat, native_settings, notes
-from kvoffload.engines.vllm.weight_files import model_folders
+from kvoffload.engines.vllm.weight_files import machine, model_folders
 from kvoffload.errors import ConfigError, OffloadError, UnsupportedError
 
 CONNECTOR = "KVOffloadConnector"
@@ -174,9 +174,9 @@ def prepare(vllm_config: Any) -> None:
         if transfer is None or not (extras := list(our_configs(transfer))):
             return
         _check_all(vllm_config, transfer, extras)
-        _set_failure_policy(transfer)
         alone = getattr(transfer, "kv_connector", None) == CONNECTOR
-        notes.leave(transfer, alone=alone, folders=model_folders(vllm_config))
+        notes.leave(vllm_config, alone=alone, folders=model_folders(vllm_config), where=machine())
+        _set_failure_policy(vllm_config.kv_transfer_config)
     except (ConfigError, UnsupportedError) as exc:
         raise StartupError(str(exc)) from None
     except Exception:

@@ -73,6 +73,15 @@ class WeightFiles:
 # -- before the weights are loaded -----------------------------------------------------------------
 
 
+def machine() -> str:
+    """Where a folder's identity means anything: this boot of this machine, in this container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/mnt')}"
+    except OSError:
+        return ""
+
+
 def model_folders(vllm_config: Any) -> dict[str, FolderId]:
     """Which local folders the models of ``vllm_config`` are read from, by path. Never raises."""
     seen: dict[str, FolderId] = {}
@@ -101,7 +110,8 @@ def weight_files(vllm_config: Any) -> list[WeightFiles]:
     A superset where vLLM's choice depends on the model class: every format's files of the folder
     and its direct subfolders. A byte too many costs a cold start, a byte too few a wrong hit.
     """
-    noted = notes.read(vllm_config).get("folders", {})
+    left = notes.read(vllm_config)  # on another node of a Ray cluster the same path is another one
+    noted = left.get("folders", {}) if left.get("where") == machine() != "" else {}
     found = [_of_model("model", vllm_config.model_config, vllm_config.load_config, noted)]
     spec = getattr(vllm_config, "speculative_config", None)
     draft = getattr(spec, "draft_model_config", None)
