@@ -45,7 +45,7 @@ def _layout(*specs: Any, chunk_tokens: int | None = None) -> tuple[CacheLayout, 
 @pytest.mark.parametrize("chunk_tokens", [None, 256])
 def test_every_group_is_none(specs: tuple[Any, ...], chunk_tokens: int | None) -> None:
     layout, why = _layout(*specs, chunk_tokens=chunk_tokens)
-    assert why == "a KV group of kind MambaSpec"
+    assert why == "a model with a KV group of kind MambaSpec"
     assert {g.kind for g in layout.groups} == {GroupKind.NONE}
 
 

@@ -104,7 +104,9 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
     layout = engine_layout(vllm_config, kv_cache_config, config)
     refused = geometry.why_not_served(kv_cache_config, vllm_config)
     if refused is not None:
-        logger.warning("kvoffload: %s cannot be served yet: 0 hits, nothing is stored.", refused)
+        logger.warning(
+            "kvoffload: this is %s, which cannot be served yet: 0 hits, nothing is stored.", refused
+        )
     data_bytes = config.dram_bytes() if refused is None else 4 << 20
     slots = slots_needed(layout, data_bytes) if refused is None else 1
     arena = _core.Arena.create(data_bytes, slots, layout.world_size)

@@ -151,11 +151,11 @@ def why_not_served(kv_cache_config: Any, vllm_config: Any = None) -> str | None:
     """What of an engine we cannot serve: its first KV group of such a kind, or a model whose
     prefixes vLLM does not reuse either. None when all can be served."""
     if not kv_cache_config.kv_cache_groups:
-        return "no KV cache group"
+        return "a model without KV"
     for group in kv_cache_config.kv_cache_groups:
         facts = group_facts(group)
         if facts.kind is GroupKind.NONE:
-            return f"a KV group of kind {facts.name}"
+            return f"a model with a KV group of kind {facts.name}"
     refused = compat.why_not_reused(vllm_config) if vllm_config is not None else None
     return refused or compat.why_not_served(kv_cache_config)
 
