@@ -74,7 +74,8 @@ def why_not_served(kv_cache_config: Any) -> str | None:
     groups = kv_cache_config.kv_cache_groups
     if len(groups) > 1:
         # A failed load can be reported by block only, which vLLM accepts for one group.
-        return f"a model with {len(groups)} KV groups (vLLM before 0.30 takes failed loads for one group only)"
+        why = "vLLM before 0.30 takes failed loads for one group only"
+        return f"a model with {len(groups)} KV groups ({why})"
     for group in groups:
         mode = getattr(group.kv_cache_spec, "kv_quant_mode", None)
         if getattr(mode, "is_per_token_head", False):
