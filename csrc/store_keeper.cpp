@@ -202,7 +202,7 @@ int StoreImpl::write_footer(StoreSegment& seg, const std::vector<Record>& recs, 
     size_t raw = recs.size() * sizeof(Record);
     AlignedBuf buf(round_up(raw) + kBlock);
     std::memset(buf.data(), 0, buf.size());
-    std::memcpy(buf.data(), recs.data(), raw);
+    if (raw) std::memcpy(buf.data(), recs.data(), raw);  // after an outage it may hold nothing
     SegmentTrailer t =
         make_trailer(dir.uuid(), seg.id, seg.gen, off, recs.size(), crc32c(recs.data(), raw));
     std::memcpy(buf.data() + round_up(raw), &t, sizeof t);
