@@ -57,6 +57,7 @@ class NvmeTier:
         jobs = count(1)
         self.reads = Reads(store, arena, pool, counters, guard, self.breaker, jobs)
         self.reads.on_unreadable = self._unreadable
+        self.reads.holds = self.holds
         self._watch = Watch(self.reads, pool, self.breaker, counters)
         self.writes = WriteBehind(
             store, arena, pool, counters, guard, self.write_breaker, jobs, admission, bucket

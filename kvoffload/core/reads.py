@@ -96,6 +96,7 @@ class Reads:
         self._began: dict[int, float] = {}
         self.last_failed: ChunkId | None = None  # what the next probe reads
         self.on_unreadable: Callable[[ChunkKey], None] = lambda key: None  # delete it
+        self.holds: Callable[[ChunkKey], bool] = lambda key: False  # says the store
         self._failed = FailedReads()
 
     def submit(self, entries: Sequence[Entry], now: float) -> bool:
@@ -142,7 +143,7 @@ class Reads:
             elif result == StoreResult.MISS:
                 self._counters.nvme_miss += 1
                 self._pool.note(entry, Gone.WRITTEN)
-                if self._held(entry.key):  # it says that it has it, and does not give it
+                if self.holds(entry.key):  # it says that it has it, and does not give it
                     self._unreadable(entry)
                 self._gone(entry)
             elif result == StoreResult.DROPPED:
@@ -166,13 +167,6 @@ class Reads:
         self._counters.nvme_unreadable += 1
         self.on_unreadable(entry.key)
         return True
-
-    def _held(self, key: ChunkKey) -> bool:
-        try:
-            return bool(self._store.contains(key)[0])
-        except Exception as error:
-            self._guard.failed("store.contains", error)
-            return False
 
     def _gone(self, entry: Entry) -> None:
         """The store holds ``entry`` no more, or cannot read it: as a probe it would say nothing."""

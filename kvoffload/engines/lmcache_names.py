@@ -130,10 +130,7 @@ class Names:
             return
         try:
             same = _identities(_model_files(model)) == self._found[model]
-        except (
-            OSError,
-            NotLocal,
-        ):  # a network's moods, or a folder between two: no names till then
+        except (OSError, NotLocal):  # a network's moods, say: no names until it answers
             with self._lock:
                 self._unsure.add(model)
             return

@@ -32,30 +32,26 @@ class NotLocal(Exception):
     """The loaded weights are not bytes of local files; the message says why."""
 
 
-FolderId = tuple[str, int, int]
-"""Which folder a path led to (real path, device, inode): a link may be turned, or a folder put in
-its place."""
-
-
-def folder_id(path: str | Path) -> FolderId:
-    """As it is now. Raises OSError."""
+def folder_id(path: str | Path) -> str:
+    """Which folder a path leads to now (device, inode, real path): a link may be turned, or a
+    folder put in its place. Raises OSError."""
     real = os.path.realpath(path, strict=True)
     st = os.stat(real)
-    return real, st.st_dev, st.st_ino
+    return f"{st.st_dev}:{st.st_ino}:{real}"
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
     """One model's files. ``pinned``: a snapshot of the hub's cache, whose files never change.
 
-    ``was``: the folder before anything was loaded from it, None where nobody looked.
+    ``was``: its ``folder_id`` before anything was loaded from it, None where nobody looked.
     """
 
     role: str
     folder: Path
     files: tuple[Path, ...]
     pinned: bool = False
-    was: FolderId | None = None
+    was: str | None = None
 
     def check_folder(self) -> None:
         """Raise NotLocal when the path leads to another folder than before the weights were
@@ -82,9 +78,9 @@ def machine() -> str:
         return ""
 
 
-def model_folders(vllm_config: Any) -> dict[str, FolderId]:
+def model_folders(vllm_config: Any) -> dict[str, str]:
     """Which local folders the models of ``vllm_config`` are read from, by path. Never raises."""
-    seen: dict[str, FolderId] = {}
+    seen: dict[str, str] = {}
     for model in _model_configs(vllm_config):
         for path in (getattr(model, "model_weights", ""), getattr(model, "model", "")):
             try:
@@ -122,7 +118,7 @@ def weight_files(vllm_config: Any) -> list[WeightFiles]:
 
 
 def _of_model(
-    role: str, model_config: Any, load_config: Any, noted: Mapping[str, Sequence[Any]]
+    role: str, model_config: Any, load_config: Any, noted: Mapping[str, str]
 ) -> WeightFiles:
     load_format = getattr(load_config.load_format, "value", load_config.load_format)
     patterns = _PATTERNS.get(str(load_format).lower())
@@ -137,8 +133,7 @@ def _of_model(
     files = _matching(folder, patterns)
     if not files:
         raise NotLocal(f"no weight files in {folder}")
-    was = None if pinned else noted.get(weights)
-    found = WeightFiles(role, folder, files, pinned, (was[0], was[1], was[2]) if was else None)
+    found = WeightFiles(role, folder, files, pinned, None if pinned else noted.get(weights))
     found.check_folder()
     return found
 
