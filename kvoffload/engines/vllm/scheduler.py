@@ -16,7 +16,6 @@ from kvoffload.config import Config
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.manager import Manager
 from kvoffload.core.pages import PageFormat
-from kvoffload.core.prefill import PrefillWork
 from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.attach import AttachWatch
 from kvoffload.engines.vllm.guard import HookGuard, guarded
@@ -29,16 +28,19 @@ from kvoffload.engines.vllm.pace import Export, ExportPace, TickPace
 from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.engines.vllm.shadow import ShadowCheck
 from kvoffload.engines.vllm.stores import StorePlanner
-from kvoffload.engines.vllm.telemetry import StepClock, record, report_levels
+from kvoffload.engines.vllm.telemetry import (
+    PREFILL_TOKENS,
+    StepClock,
+    prefill_work,
+    record,
+    report_levels,
+)
 from kvoffload.engines.vllm.why import WhyMiss
 from kvoffload.metrics import Payload, Recorder, is_empty
 from kvoffload.replay.record import StreamRecorder
 from kvoffload.types import CacheLayout, MissCause, Tier
 
 logger = logging.getLogger("vllm.kvoffload")
-
-PREFILL_TOKENS = 64
-"""Steps with fewer tokens say nothing about the prefill rate."""
 
 
 class Namespaces(Protocol):
@@ -314,7 +316,7 @@ class SchedulerHalf:
         if orders is not CALM:
             self._finish_orders(orders, now)
         prefills = looks or most >= PREFILL_TOKENS
-        self._steps.built(self._prefill_work(output) if prefills else None, now)
+        self._steps.built(prefill_work(output, self._states) if prefills else None, now)
         self._step_seconds.append(time.perf_counter() - began)
         return orders
 
@@ -385,21 +387,6 @@ class SchedulerHalf:
             self._loads.take_report(report)
         if not self._loads.is_empty():
             self._loads.answer(output)
-
-    def _prefill_work(self, output: Any) -> PrefillWork | None:
-        """Prompt tokens of a step, None where they are few or not most of it."""
-        total = sum(output.num_scheduled_tokens.values())
-        if total < PREFILL_TOKENS:
-            return None  # most steps only decode
-        prompt = PrefillWork(0, 0.0)
-        for request_id, scheduled in output.num_scheduled_tokens.items():
-            state = self._states.get(request_id)
-            if state is not None:
-                done = int(state.request.num_computed_tokens)
-                end = min(done + scheduled, int(state.request.num_prompt_tokens))
-                prompt += PrefillWork.span(done, end)
-        mostly = prompt.tokens >= PREFILL_TOKENS and 2 * prompt.tokens >= total
-        return prompt if mostly else None
 
     @guarded(lambda self: None)
     def step_ended(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvoffload.core.index import Kept
@@ -17,6 +17,10 @@ from kvoffload.types import CacheLayout
 
 MAX_STEPS_OUT = 8
 """More steps than any engine has in flight."""
+
+
+PREFILL_TOKENS = 64
+"""Steps with fewer tokens say nothing about the prefill rate."""
 
 
 class StepClock:
@@ -57,6 +61,22 @@ class StepClock:
             learned = prefill, now - max(built, self._last_end)
         self._last_end = now
         return learned
+
+
+def prefill_work(output: Any, states: Mapping[str, RequestState]) -> PrefillWork | None:
+    """Prompt tokens of a step, None where they are few or not most of it."""
+    total = sum(output.num_scheduled_tokens.values())
+    if total < PREFILL_TOKENS:
+        return None  # most steps only decode
+    prompt = PrefillWork(0, 0.0)
+    for request_id, scheduled in output.num_scheduled_tokens.items():
+        state = states.get(request_id)
+        if state is not None:
+            done = int(state.request.num_computed_tokens)
+            end = min(done + scheduled, int(state.request.num_prompt_tokens))
+            prompt += PrefillWork.span(done, end)
+    mostly = prompt.tokens >= PREFILL_TOKENS and 2 * prompt.tokens >= total
+    return prompt if mostly else None
 
 
 def record(recorder: StreamRecorder, state: RequestState, layout: CacheLayout) -> None:
