@@ -75,11 +75,11 @@ class Breaker:
         self._probing = False
 
     def inconclusive(self) -> None:
-        """What was read as a probe is gone, or was damaged or given up: another is due."""
+        """What was read as a probe is gone or was given up: another is due."""
         self._probing = False
 
     def failure(self, now: float) -> None:
-        """The tier failed or did not answer in time."""
+        """The tier failed, did not answer in time or brought damaged bytes."""
         self._failures += 1
         half_open = self.state(now) is BreakerState.HALF_OPEN
         if half_open or (self._open_until is None and self._failures >= self._threshold):

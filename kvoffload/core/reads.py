@@ -140,6 +140,9 @@ class Reads:
                 self._counters.nvme_corrupt += 1
                 self._pool.note(entry, Gone.BAD_BYTES)
                 self._gone(entry)
+                # A damaged chunk is deleted and over; where one follows another the tier itself
+                # is broken, each load of it is paid in vain, and it must not lose all it holds.
+                self._breaker.failure(now)
             elif result == StoreResult.MISS:
                 self._counters.nvme_miss += 1
                 self._pool.note(entry, Gone.WRITTEN)

@@ -275,7 +275,7 @@ class FakeStore(Faulty):
         result = self.read_result or StoreResult.OK
         if key not in self.held:
             result = StoreResult.MISS
-        elif key in self.corrupt or self.held[key] != key:
+        elif result is StoreResult.CORRUPT or key in self.corrupt or self.held[key] != key:
             self.lose(key)
             self.corrupt.discard(key)
             result = StoreResult.CORRUPT

@@ -865,7 +865,7 @@ def test_a_failing_disk_is_left_alone_for_a_while() -> None:
 
 
 @pytest.mark.parametrize("result", [StoreResult.MISS, StoreResult.CORRUPT])
-def test_a_probe_of_what_is_gone_decides_nothing(result: StoreResult) -> None:
+def test_a_probe_of_what_is_gone_is_followed_by_another(result: StoreResult) -> None:
     """It was recycled, or damaged: the tier must not wait for that probe for good."""
     rig = _tripped()
     rig.manager.tick(False)
@@ -873,10 +873,58 @@ def test_a_probe_of_what_is_gone_decides_nothing(result: StoreResult) -> None:
     rig.store.read_result = result
     rig.store.step()
     rig.manager.tick(False)
+    if result is StoreResult.CORRUPT:
+        assert rig.hit("abcdefgh") == 0, "a failure: there is another pause first"
+        rig.clock.advance(COOL_S)
     rig.manager.tick(False)
     assert rig.manager.counters.nvme_probes == 1, "no other is known to have failed"
     assert rig.hit("abcdefgh") > 0, "so who asks next provides one"
     rig.manager.check()
+
+
+def test_a_tier_that_brings_damaged_bytes_is_left_alone() -> None:
+    """Each request would pay for a load in vain, and each chunk read is lost."""
+    rig = make(slots=64)
+    for text in ("abcdefgh", "ij", "kl", "mn", "op"):
+        rig.to_nvme(text)
+    rig.store.read_result = StoreResult.CORRUPT
+    lease = rig.load("abcdefgh")
+    assert lease is not None
+    rig.store.step()
+    rig.manager.tick(False)
+    rig.manager.release(lease.id)
+    assert rig.manager.counters.nvme_breaker_trips == 1 and len(rig.store.held) == 8
+    for lost, text in enumerate(("ij", "kl", "mn")):
+        assert rig.load(text) is None and len(rig.store.held) == 8 - lost
+        rig.clock.advance(COOL_S)
+        rig.manager.plan(rig.chain(text), 0, 2 * TOK)  # its first chunk is the probe
+        assert rig.load(text) is None, "nobody waits for it"
+        rig.store.step()
+        rig.manager.tick(False)
+    rig.store.read_result = None
+    rig.clock.advance(COOL_S)
+    rig.manager.plan(rig.chain("op"), 0, 2 * TOK)
+    run_until_idle(lambda: rig.manager.tick(False), rig.store)
+    assert rig.hit("op") == 2 * TOK and rig.manager.levels().read_breaker == 0.0
+    rig.manager.check()
+
+
+def test_damaged_chunks_among_others_turn_nothing_off() -> None:
+    rig = make(slots=64)
+    rig.to_nvme("xyz")
+    for text in "abcdefghijkl":
+        rig.to_nvme(text)
+        rig.store.read_result = StoreResult.CORRUPT
+        for good in (False, True):
+            lease = rig.load("xyz" if good else text)
+            assert lease is not None
+            rig.store.step()
+            rig.manager.tick(False)
+            rig.manager.release(lease.id)
+            rig.manager.reset()
+            rig.store.read_result = None
+    c = rig.manager.counters
+    assert (c.nvme_corrupt, c.nvme_breaker_trips) == (12, 0)
 
 
 def test_a_full_or_read_only_disk_still_serves() -> None:

@@ -228,7 +228,39 @@ def test_unreadable_is_offered_once_per_request_then_not_at_all(bench: Bench) ->
     assert bench.tier.counters.nvme_breaker_trips == 1
     bench.ctx = ReqContext("late")
     assert bench.held(KEYS) == []
-    assert not bench.store([key(9)]).success
+    assert bench.store([key(9)]).success, "writes go on, and say nothing about reads"
+    assert bench.held(KEYS) == []
+
+
+def test_a_disk_that_takes_no_writes_still_serves(bench: Bench) -> None:
+    assert bench.store(KEYS).success
+    bench.tier._store.inject("write_eio", 1)
+    for n in range(8):
+        assert not bench.store([key(20 + n)]).success
+    assert bench.tier.counters.nvme_breaker_trips == 1
+    dropped = bench.tier.counters.nvme_dropped
+    assert not bench.store([key(40)]).success
+    assert bench.tier.counters.nvme_dropped == dropped + 1
+    assert bench.held(KEYS) == list(range(6)) and bench.load(KEYS).success
+
+
+def test_a_tier_that_brings_damaged_bytes_is_left_alone(bench: Bench) -> None:
+    assert bench.store(KEYS).success
+    bench.tier._store.inject("flip_read", 1)
+    for n in range(10):
+        assert bench.tier.counters.nvme_breaker_trips == 0
+        bench.ctx = ReqContext(f"r{n}")
+        bench.tier.on_new_request(bench.ctx)
+        if n == 1:  # one that is right in between
+            bench.tier._store.inject("flip_read", 0)
+            assert bench.load([KEYS[5]]).success
+            bench.tier._store.inject("flip_read", 1)
+        else:
+            assert not bench.load([KEYS[0]]).success
+            bench.tier._store.inject("flip_read", 0)
+            assert bench.store([KEYS[0]]).success
+            bench.tier._store.inject("flip_read", 1)
+    assert bench.tier.counters.nvme_breaker_trips == 1 and bench.held(KEYS) == []
 
 
 def test_a_hung_read_stops_lookups(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

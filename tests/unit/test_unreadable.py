@@ -108,7 +108,7 @@ def test_what_the_store_says_it_holds_and_does_not_give_goes_too() -> None:
     assert ask(rig, "a") == "miss" and ask(rig, "a") == "hit"
     rig.store.read_result = StoreResult.CORRUPT  # that the store sees to itself
     for _ in range(TRIES):
-        assert ask(rig, "a", store=False) == "failed"
+        assert ask(rig, "a") == "failed"
     assert rig.manager.counters.nvme_unreadable == 1
 
 

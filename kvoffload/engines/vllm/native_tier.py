@@ -99,7 +99,7 @@ class KVOffloadTier(SecondaryTierManager):
         self.guard = HookGuard("tier")
         self.counters = Counters()
         self._told = Counters()
-        self._breaker = Breaker(self.counters)
+        self._reads, self._writes = Breaker(self.counters), Breaker(self.counters)
         self._names = names
         self._namespace: bytes | None = None
         self._tag = 0
@@ -133,7 +133,7 @@ class KVOffloadTier(SecondaryTierManager):
     @guarded(lambda self, key, ctx: LookupResult.MISS)
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """HIT or MISS at once: the store's index is in memory. No I/O."""
-        store = self._usable()
+        store = self._usable(self._reads)
         if store is None or key in self._unreadable.get(req_context.req_id, ()):
             return LookupResult.MISS
         name = self._names_of([key])
@@ -145,7 +145,7 @@ class KVOffloadTier(SecondaryTierManager):
     @guarded(lambda self, job: self._refuse(job))
     def submit_store(self, job_metadata: TransferJob) -> None:
         """Write rows, which vLLM keeps until the job is reported; held keys are not rewritten."""
-        store, names = self._usable(), self._names_of(job_metadata.keys)
+        store, names = self._usable(self._writes), self._names_of(job_metadata.keys)
         if store is None or names is None:
             self._refuse(job_metadata)
             return
@@ -271,8 +271,8 @@ class KVOffloadTier(SecondaryTierManager):
     def _path(self) -> str:
         return self._store.path if self._store is not None else "(closed)"
 
-    def _usable(self) -> SegmentStore | StripedStore | None:
-        usable = not self._late and self._breaker.closed(time.monotonic())
+    def _usable(self, breaker: Breaker) -> SegmentStore | StripedStore | None:
+        usable = not self._late and breaker.closed(time.monotonic())
         return self._store if usable else None
 
     def _names_of(self, keys: Collection[OffloadKey]) -> bytes | None:
@@ -306,10 +306,11 @@ class KVOffloadTier(SecondaryTierManager):
         c.nvme_no_space += n[StoreResult.NO_SPACE]
         c.nvme_dropped += n[StoreResult.DROPPED]
         c.nvme_io_errors += n[StoreResult.IO_ERROR]
-        if n[StoreResult.IO_ERROR]:
-            self._breaker.failure(time.monotonic())
+        breaker = self._reads if load else self._writes
+        if n[StoreResult.IO_ERROR] or (n[StoreResult.CORRUPT] and not n[StoreResult.OK]):
+            breaker.failure(time.monotonic())
         elif n[StoreResult.OK]:
-            self._breaker.success()
+            breaker.success()
 
 
 def _open(config: Any) -> SegmentStore | StripedStore | None:
