@@ -28,12 +28,10 @@ void check_deadline(int64_t ms) {
 // Buffers of one job. Released with the GIL when the job has been polled.
 struct Held {
     std::vector<Py_buffer> views;
-    bool leak = false;
     Held() = default;
     Held(Held&&) = default;
     ~Held() {
-        if (!leak)
-            for (auto& v : views) PyBuffer_Release(&v);
+        for (auto& v : views) PyBuffer_Release(&v);
     }
 };
 
@@ -106,10 +104,7 @@ class PyStore {
     py::list poll() {
         py::list out;
         for (auto& d : s_->poll()) {
-            if (auto it = held_.find(d.job); it != held_.end()) {
-                it->second.leak = leaked_;
-                held_.erase(it);
-            }
+            held_.erase(d.job);
             py::bytes results(reinterpret_cast<const char*>(d.results.data()), d.results.size());
             out.append(done_type()(d.job, d.kind, results, d.nbytes, d.ns));
         }
@@ -118,14 +113,8 @@ class PyStore {
 
     void close(int timeout_ms) {
         if (!s_) return;
-        bool clean;
-        {
-            py::gil_scoped_release nogil;
-            clean = s_->close(timeout_ms);
-        }
-        // A transfer that hangs may still land in a caller's buffer: never free that.
-        leaked_ = !clean;
-        for (auto& [job, h] : held_) h.leak = leaked_;
+        py::gil_scoped_release nogil;
+        s_->close(timeout_ms);
     }
 
     static py::object done_type() {
@@ -143,7 +132,6 @@ class PyStore {
   private:
     std::unique_ptr<SegmentStore> s_;
     std::unordered_map<int64_t, Held> held_;
-    bool leaked_ = false;
 };
 
 py::dict stats(PyStore& p) {
@@ -285,6 +273,9 @@ void bind_store(py::module_& m) {
             py::arg("job"), py::arg("keys"), py::arg("buffers"), py::arg("deadline_ms") = 0)
         .def(
             "cancel", [](PyStore& p, int64_t job) { return p.store().cancel(job); }, py::arg("job"))
+        .def(
+            "abandon", [](PyStore& p, int64_t job) { return p.store().abandon(job); },
+            py::arg("job"))
         .def("poll", &PyStore::poll)
         .def(
             "wait", [](PyStore& p, int64_t job, int ms) { return p.store().wait(job, ms); },

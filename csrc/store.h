@@ -87,6 +87,11 @@ class SegmentStore {
     // Ends what of the job has not started (kDropped, no I/O); the number of its keys. The rest
     // ends as it would; 0 for a job that is done or unknown.
     size_t cancel(int64_t job);
+    // Ends a job in plain buffers now, kDropped for what has no result, though its I/O goes on or
+    // hangs: its buffers are not touched any more. At most a copy of bytes that have come is waited
+    // for, by the job. What was being written may still be stored. A job in an arena ends as by
+    // cancel. False for a job that is done or unknown.
+    bool abandon(int64_t job);
     std::vector<StoreDone> poll();
     bool wait(int64_t job, int timeout_ms);
     bool wait_any(int timeout_ms);  // poll() has something; false: timeout, or no job is out

@@ -44,9 +44,10 @@ bool StoreImpl::start_group(StoreGroup& g, bool write) {
     g.started = true;
     size_t left = 0;
     for (auto& w : g.items) {
-        if (!w.ended && overdue(*w.job)) end_item(w, write);
+        if (!w.ended && (w.job->done || overdue(*w.job))) end_item(w, write);
         left += !w.ended;
     }
+    if (write && g.bounce && left) touch_buffers(g);
     if (write && !put_queue.empty()) place();  // somebody may have taken a place
     return left > 0;
 }
@@ -89,6 +90,42 @@ size_t StoreImpl::cancel(int64_t id) {
     std::lock_guard lk(mu);
     auto it = jobs.find(id);
     return it == jobs.end() ? 0 : give_up(StoreJobPtr(it->second));
+}
+
+// Requests in plain buffers do their I/O in buffers of the engine's, so that a caller's memory is
+// ours only while it is copied.
+bool StoreImpl::abandon(int64_t id) {
+    std::lock_guard lk(mu);
+    auto it = jobs.find(id);
+    if (it == jobs.end() || it->second->done) return false;
+    StoreJobPtr job = it->second;
+    give_up(job);
+    if (job->done || job->arena) return true;
+    job->abandoned = true;
+    if (!job->touching) end_abandoned(job);
+    return true;
+}
+
+void StoreImpl::end_abandoned(const StoreJobPtr& job) {
+    n.dropped += job->left;
+    end_job(job);
+}
+
+void StoreImpl::touch_buffers(StoreGroup& g) {
+    for (auto& w : g.items) {
+        w.touched = !w.ended && !w.job->arena && !w.job->done && !w.job->abandoned;
+        w.job->touching += w.touched;
+    }
+}
+
+void StoreImpl::untouch_buffers(StoreGroup& g) {
+    for (auto& w : g.items) {
+        if (!w.touched) continue;
+        w.touched = false;
+        if (--w.job->touching) continue;
+        if (w.job->abandoned && !w.job->done) end_abandoned(w.job);
+        job_cv.notify_all();  // close() may wait
+    }
 }
 
 bool StoreImpl::wait(int64_t id, int timeout_ms) {

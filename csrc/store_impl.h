@@ -103,7 +103,9 @@ struct StoreJob {
     bool done = false;
     int64_t ns = 0;
     Clock::time_point deadline = Clock::time_point::max();
-    bool given_up = false;                          // cancelled, or the deadline has passed
+    bool given_up = false;   // cancelled, or the deadline has passed
+    bool abandoned = false;  // it ends as soon as nobody copies from or to its buffers
+    size_t touching = 0;     // items in plain buffers that engine threads copy right now
     std::vector<std::weak_ptr<StoreGroup>> groups;  // that hold items of it
 };
 using StoreJobPtr = std::shared_ptr<StoreJob>;
@@ -117,7 +119,8 @@ struct StoreWork {
     uint64_t off = 0;
     uint64_t root = 0;
     bool usable = true;
-    bool ended = false;  // settled before its request started: its memory is not ours any more
+    bool ended = false;    // settled before its request started: its memory is not ours any more
+    bool touched = false;  // in a plain buffer, which this request's thread copies from or to
 };
 
 struct StoreGroup {  // one request: adjacent extents of one segment
@@ -150,12 +153,14 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
                     int64_t deadline_ms);
     StoreJobPtr new_job(int64_t id, int kind, size_t n, std::shared_ptr<Arena> arena);
     void settle(const StoreJobPtr& job, uint32_t index, uint8_t result,
-                uint64_t nbytes);  // mu held
-    void place();                  // mu held
-    void place_tombs();            // mu held
-    bool next_segment();           // mu held
+                uint64_t nbytes);          // mu held
+    void end_job(const StoreJobPtr& job);  // mu held
+    void place();                          // mu held
+    void place_tombs();                    // mu held
+    bool next_segment();                   // mu held
     void send(std::shared_ptr<StoreGroup> g, bool write);
     int prepare_put(StoreGroup& g, IoRequest& r);
+    int gather_put(StoreGroup& g, IoRequest& r);
     void finish_put(StoreGroup& g, int err);
     void settle_put(StoreWork& w, uint8_t result, uint64_t nbytes);  // mu held
     void fail_queued_puts(uint8_t result);                           // mu held
@@ -174,8 +179,12 @@ struct StoreImpl : std::enable_shared_from_this<StoreImpl> {
     void expire();                                // jobs whose deadline has passed
     bool start_group(StoreGroup& g, bool write);  // takes mu; false: nothing of it is left
     size_t cancel(int64_t id);                    // takes mu
-    bool wait(int64_t id, int timeout_ms);        // takes mu
-    bool wait_any(int timeout_ms);                // takes mu
+    bool abandon(int64_t id);                     // takes mu
+    void end_abandoned(const StoreJobPtr& job);
+    void touch_buffers(StoreGroup& g);      // a request begins to copy from or to plain buffers,
+    void untouch_buffers(StoreGroup& g);    // and is done with it
+    bool wait(int64_t id, int timeout_ms);  // takes mu
+    bool wait_any(int timeout_ms);          // takes mu
 
     // -- store.cpp, mu held unless said
     void publish(StoreSegment& seg, const Record& r);

@@ -44,12 +44,15 @@ StoreJobPtr StoreImpl::new_job(int64_t id, int kind, size_t n_items, std::shared
 }
 
 void StoreImpl::settle(const StoreJobPtr& job, uint32_t i, uint8_t result, uint64_t nbytes) {
-    if (job->done) return;  // given up by close()
+    if (job->done) return;  // abandoned, or given up by close()
     job->results[i] = result;
     job->nbytes += nbytes;
     if (result == kNoSpace) ++n.no_space;
     if (result == kDropped) ++n.dropped;
-    if (--job->left) return;
+    if (!--job->left) end_job(job);
+}
+
+void StoreImpl::end_job(const StoreJobPtr& job) {
     job->done = true;
     job->ns =
         std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - job->start).count();
@@ -232,8 +235,17 @@ void StoreImpl::send(std::shared_ptr<StoreGroup> g, bool write) {
 }
 
 int StoreImpl::prepare_put(StoreGroup& g, IoRequest& r) {
-    int err = 0;
     if (!start_group(g, true)) return ECANCELED;
+    int err = gather_put(g, r);
+    if (g.bounce) {
+        std::lock_guard lk(mu);
+        untouch_buffers(g);
+    }
+    return err;
+}
+
+int StoreImpl::gather_put(StoreGroup& g, IoRequest& r) {
+    int err = 0;
     if (!r.file) r.file = file_of(*g.seg, err);
     if (!r.file) return err;
     std::vector<uint64_t> leaves;
@@ -410,6 +422,10 @@ uint8_t StoreImpl::check_read(StoreWork& w, const uint8_t* data, std::vector<uin
 void StoreImpl::finish_get(StoreGroup& g, IoRequest& r, int err, size_t done) {
     std::vector<uint64_t> tmp;
     std::vector<uint8_t> results(g.items.size());
+    if (g.bounce) {
+        std::lock_guard lk(mu);
+        touch_buffers(g);
+    }
     // Another writer's segment may have been recycled under the read; ours is pinned.
     bool moved = !g.seg->own && err != ECANCELED && foreign_gen(*g.seg) != g.gen;
     for (size_t i = 0; i < g.items.size(); ++i) {
@@ -418,7 +434,7 @@ void StoreImpl::finish_get(StoreGroup& g, IoRequest& r, int err, size_t done) {
         uint64_t end = w.off - g.off + w.it.nbytes;
         const uint8_t* data = g.bounce ? r.bounce.data() + (w.off - g.off) : w.it.data;
         uint8_t res = kOk;
-        if (err == ECANCELED || !w.usable)
+        if (err == ECANCELED || !w.usable || (g.bounce && !w.touched))
             res = kDropped;
         else if (moved)
             res = kMiss;
@@ -457,6 +473,7 @@ void StoreImpl::finish_get(StoreGroup& g, IoRequest& r, int err, size_t done) {
         }
         settle(w.job, w.index, res, res == kOk ? w.it.nbytes : 0);
     }
+    if (g.bounce) untouch_buffers(g);
     if (io) ++n.io_errors;
 }
 

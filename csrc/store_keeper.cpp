@@ -307,8 +307,11 @@ bool StoreImpl::close(int timeout_ms, bool kill) {
     std::vector<StoreJobPtr> lost;
     for (auto& [id, job] : jobs)
         if (!job->done) lost.push_back(job);
-    for (auto& job :
-         lost) {  // a hung transfer still owns its memory: the job ends, its arena stays
+    for (auto& job : lost) {
+        // A hung transfer still owns its arena, which stays. A plain buffer it does not touch
+        // again.
+        job_cv.wait(lk, [&] { return !job->touching; });
+        if (job->done) continue;  // it came to its end meanwhile
         job->done = true;
         finished.push_back(job);
     }

@@ -48,6 +48,9 @@ void SegmentStore::get(int64_t job, std::shared_ptr<Arena> arena, std::vector<St
 size_t SegmentStore::cancel(int64_t job) {
     return s_->cancel(job);
 }
+bool SegmentStore::abandon(int64_t job) {
+    return s_->abandon(job);
+}
 
 std::vector<StoreDone> SegmentStore::poll() {
     std::lock_guard lk(s_->mu);

@@ -289,6 +289,10 @@ class SegmentStore:
     def cancel(self, job: int) -> int:
         """End what of the job has not started, in the same way; returns the number of its keys. What has
         started ends by itself, and the job with it. 0 when the job is done or unknown."""
+    def abandon(self, job: int) -> bool:
+        """End a job of plain buffers now, dropped (5) for what has no result, though its I/O goes on or
+        hangs: its buffers are not touched any more. What was being written may still be stored. A job of
+        slots ends as by ``cancel``. False for a job that is done or unknown."""
     def poll(self) -> list[StoreDone]: ...
     def wait(self, job: int, timeout_ms: int) -> bool: ...
     def wait_any(self, timeout_ms: int) -> bool:

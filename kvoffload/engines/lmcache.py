@@ -28,7 +28,7 @@ from kvoffload.config import Config
 from kvoffload.engines.lmcache_names import Names, layout_of
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.errors import ConfigError
-from kvoffload.tiers.nvme import open_drives
+from kvoffload.tiers.nvme import QUEUE_BYTES, open_watched
 from kvoffload.types import StoreResult
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ logger = init_logger(__name__)
 
 _STORE_KEYS = ("nvme_path", "nvme_gib", "io_engine")
 _KEYS = (*_STORE_KEYS, "namespace")
+QUEUE_SHARE = 4
+"""A quarter of L1 may wait to be written: it stays there until then, and LMCache offers nothing
+twice."""
 _WAIT_MS = 20
 _CLOSE_MS = 5000
 
@@ -108,9 +111,10 @@ class KVOffloadL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         super().__init__(max_capacity_bytes=0)  # the store bounds itself
         self.guard = HookGuard("lmcache")
         self.names = Names(config.namespace)
-        self._store = open_drives(
+        self._store = open_watched(
             config.config.nvme_path or (),
             max_bytes=config.config.nvme_bytes(),
+            queue_bytes=max(QUEUE_BYTES, getattr(l1_memory_desc, "size", 0) // QUEUE_SHARE),
             io_engine=config.config.io_engine,
         )
         self._efds = [create_event_notifier() for _ in range(3)]  # store, lookup, load
@@ -154,18 +158,20 @@ class KVOffloadL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     ) -> int:
         """Which keys are held for these layouts. Nothing is locked."""
         task = self._number()
-        wait_s = self.names.worth_waiting(keys[0].model_name) if keys else 0.0
-        if wait_s:
-            self._lookups.submit(self._answer, task, keys, group_layout_descs, wait_s)
+        if keys and self.names.worth_waiting(keys[0].model_name):
+            self._lookups.submit(self._wait_and_answer, task, keys, group_layout_descs)
         else:
-            self._answer(task, keys, group_layout_descs, 0.0)
+            self._answer(task, keys, group_layout_descs)
         return task
 
-    def _answer(
-        self, task: int, keys: list[ObjectKey], descs: Mapping[int, Any], wait_s: float
-    ) -> None:
-        if wait_s:
-            self.names.wait(keys[0].model_name, wait_s)
+    def _wait_and_answer(self, task: int, keys: list[ObjectKey], descs: Mapping[int, Any]) -> None:
+        try:
+            # Anew: others have waited before this one.
+            self.names.wait(keys[0].model_name, self.names.worth_waiting(keys[0].model_name))
+        finally:
+            self._answer(task, keys, descs)
+
+    def _answer(self, task: int, keys: list[ObjectKey], descs: Mapping[int, Any]) -> None:
         found = Bitmap(len(keys))
         self._look_up(keys, descs, found)
         with self._lock:
@@ -289,6 +295,7 @@ class KVOffloadL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
     def _fail(self, done: Any) -> None:
         """Report a task of which nothing else could be said."""
+        self._tasks.pop(done.job, None)
         if done.kind:
             self._end_load(done.job, Bitmap(len(done.results)))
         else:

@@ -161,7 +161,9 @@ class Names:
     def close(self) -> None:
         """Stop the digests' threads."""
         self._stop.set()
-        for digest in self._digests.values():
+        with self._lock:
+            digests = list(self._digests.values())
+        for digest in digests:
             digest.close()
         if self._watch is not None:
             self._watch.join(timeout=5)

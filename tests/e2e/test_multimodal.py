@@ -51,3 +51,9 @@ def test_audios_are_kept_apart_and_come_back(life: EngineLife) -> None:
         assert warm.num_cached_tokens == 768
         assert_same(cold[audio], warm)
     assert total(life.metrics(), "kvoffload_failures_total") == 0
+
+
+def test_embeddings_are_taken_no_more_than_without_us(life: EngineLife) -> None:
+    """vLLM takes kv_both for the decode side of a split deployment, whose front end lets images
+    without embeddings through: with a cache in that place they end the engine."""
+    assert life.info["takes_embeddings"] is False

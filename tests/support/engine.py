@@ -115,7 +115,7 @@ class EngineLife:
         if kv_transfer_config is not None:
             args["kv_transfer_config"] = kv_transfer_config
         self.args = args
-        # After start: startup_s, block_size, num_gpu_blocks, engine_pids.
+        # After start: startup_s, block_size, num_gpu_blocks, engine_pids, takes_embeddings.
         self.info: dict[str, Any] = {}
         self._keep = workdir is not None
         self.workdir = workdir or Path(tempfile.mkdtemp(prefix="kvo-engine-"))

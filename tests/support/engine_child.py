@@ -61,11 +61,13 @@ class Child:
         start = time.monotonic()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**message["args"]))
         cache = self._engine.vllm_config.cache_config
+        multimodal = self._engine.vllm_config.model_config.multimodal_config
         return {
             "startup_s": round(time.monotonic() - start, 2),
             "block_size": cache.block_size,
             "num_gpu_blocks": cache.num_gpu_blocks,
             "engine_pids": _engine_pids(),
+            "takes_embeddings": getattr(multimodal, "enable_mm_embeds", False),
         }
 
     async def op_generate(self, message: dict[str, Any]) -> dict[str, Any]:

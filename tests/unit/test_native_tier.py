@@ -36,6 +36,9 @@ from vllm.v1.kv_offload.tiering.manager import (
 from kvoffload.engines.vllm import compat, native_settings, native_tier
 from kvoffload.engines.vllm.native_tier import KVOffloadTier
 from kvoffload.errors import ConfigError, UnsupportedError
+from kvoffload.tiers.nvme import drive
+from kvoffload.tiers.nvme.breaker import THRESHOLD
+from kvoffload.tiers.nvme.requests import GET
 
 ROWS, ROW = 12, 8192
 
@@ -86,16 +89,33 @@ class Bench:
     """A tier over a pool of its own."""
 
     def __init__(
-        self, path: Path, names: Any = None, the_spec: Any = None, **settings: Any
+        self,
+        path: Path,
+        names: Any = None,
+        the_spec: Any = None,
+        rows: int = ROWS,
+        **settings: Any,
     ) -> None:
-        self.pool = np.full((ROWS, ROW), 0xEE, dtype=np.uint8)
+        self.pool = np.full((rows, ROW), 0xEE, dtype=np.uint8)
         self.names = names or FakeNames()
         settings = {"nvme_path": str(path), "nvme_gib": 0.05} | settings
         view = memoryview(self.pool.view(np.int8))
         self.tier = KVOffloadTier(the_spec or spec(), view, "t", names=self.names, **settings)
-        self.ctx = ReqContext("r")
-        self.tier.on_new_request(self.ctx)
         self._jobs = itertools.count(1)
+        self.request("r")
+
+    def request(self, name: str) -> None:
+        """From now on it is this one's."""
+        self.ctx = ReqContext(name)
+        self.tier.on_new_request(self.ctx)
+
+    def inject(self, fault: str, value: int) -> None:
+        store = self.tier._store._drives[0].store
+        assert store is not None
+        store.inject(fault, value)
+
+    def trips(self) -> int:
+        return int(self.tier._store.trips())
 
     def fill(self, keys: list[Any]) -> None:
         for row, k in enumerate(keys):
@@ -216,64 +236,89 @@ def test_damage_is_a_partial_load(bench: Bench, tmp_path: Path) -> None:
 
 def test_unreadable_is_offered_once_per_request_then_not_at_all(bench: Bench) -> None:
     assert bench.store(KEYS).success
-    bench.tier._store.inject("read_eio", 1)
-    for n in range(8):
-        bench.ctx = ReqContext(f"r{n}")
-        bench.tier.on_new_request(bench.ctx)
+    bench.inject("read_eio", 1)
+    for n in range(THRESHOLD):
+        bench.request(f"r{n}")
         assert bench.held(KEYS) == list(range(6))
         assert not bench.load(KEYS).success
         assert bench.held(KEYS) == []
         bench.tier.on_request_finished(bench.ctx)
-    assert bench.tier.counters.nvme_io_errors == 48
-    assert bench.tier.counters.nvme_breaker_trips == 1
-    bench.ctx = ReqContext("late")
-    assert bench.held(KEYS) == []
-    assert bench.store([key(9)]).success, "writes go on, and say nothing about reads"
+    assert bench.tier.counters.nvme_io_errors == 6 * THRESHOLD and bench.trips() == 1
+    bench.request("late")
     assert bench.held(KEYS) == []
 
 
 def test_a_disk_that_takes_no_writes_still_serves(bench: Bench) -> None:
     assert bench.store(KEYS).success
-    bench.tier._store.inject("write_eio", 1)
-    for n in range(8):
-        assert not bench.store([key(20 + n)]).success
-    assert bench.tier.counters.nvme_breaker_trips == 1
-    dropped = bench.tier.counters.nvme_dropped
-    assert not bench.store([key(40)]).success
-    assert bench.tier.counters.nvme_dropped == dropped + 1
+    bench.inject("write_eio", 1)
+    for n in range(THRESHOLD):
+        assert bench.trips() == 0 and not bench.store([key(20 + n)]).success
+        assert bench.store(KEYS).success, "is held, which says nothing of writes"
+    assert bench.trips() == 1
+    bench.inject("write_eio", 0)
+    assert not bench.store([key(40)]).success, "there is a pause first"
     assert bench.held(KEYS) == list(range(6)) and bench.load(KEYS).success
 
 
 def test_a_tier_that_brings_damaged_bytes_is_left_alone(bench: Bench) -> None:
     assert bench.store(KEYS).success
-    bench.tier._store.inject("flip_read", 1)
-    for n in range(10):
-        assert bench.tier.counters.nvme_breaker_trips == 0
-        bench.ctx = ReqContext(f"r{n}")
-        bench.tier.on_new_request(bench.ctx)
-        if n == 1:  # one that is right in between
-            bench.tier._store.inject("flip_read", 0)
-            assert bench.load([KEYS[5]]).success
-            bench.tier._store.inject("flip_read", 1)
-        else:
-            assert not bench.load([KEYS[0]]).success
-            bench.tier._store.inject("flip_read", 0)
-            assert bench.store([KEYS[0]]).success
-            bench.tier._store.inject("flip_read", 1)
-    assert bench.tier.counters.nvme_breaker_trips == 1 and bench.held(KEYS) == []
-
-
-def test_a_hung_read_stops_lookups(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_tier, "LATE_S", 0.05)
-    assert bench.store(KEYS).success
-    bench.tier._store.inject("hang_read", 1)
-    bench.tier.submit_load(bench.job(KEYS[:1], [6], True))
-    time.sleep(0.1)
-    assert list(bench.tier.get_finished_jobs()) == []
+    for n in range(THRESHOLD + 2):
+        assert bench.trips() == 0
+        bench.request(f"r{n}")
+        bench.inject("flip_read", int(n != 1))  # one that is right in between
+        assert bench.load([KEYS[n % 2]]).success == (n == 1)
+        bench.inject("flip_read", 0)
+        assert bench.store([KEYS[0]]).success
+    assert bench.trips() == 1
+    bench.request("late")
     assert bench.held(KEYS) == []
-    bench.tier._store.inject("hang_read", 0)
-    bench.finished()
-    assert bench.held(KEYS[1:]) == [0, 1, 2, 3, 4]
+
+
+def test_a_read_that_hangs_ends_and_touches_nothing_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench.store(KEYS).success
+    monkeypatch.setitem(drive.STALL_S, GET, 0.1)
+    bench.inject("hang_read", 1)
+    assert not bench.load(KEYS).success and bench.trips() == 1
+    bench.request("late")
+    assert bench.held(KEYS) == [], "until a read of our own was fine"
+    bench.inject("hang_read", 0)
+    time.sleep(0.2)
+    assert all(bench.untouched(row) for row in range(ROWS)), "they are somebody else's by now"
+
+
+def test_a_step_is_stored_whole_up_to_a_quarter_of_the_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM stores what a step computed in one job and does not offer it again."""
+    monkeypatch.setattr(native_tier, "QUEUE_BYTES", ROW)
+    bench = Bench(tmp_path / "store", rows=24)
+    assert bench.store(KEYS).success
+    more = [key(n) for n in range(10, 20)]
+    assert not bench.store(more).success
+    assert bench.held(more) == list(range(6)) and bench.tier.counters.nvme_dropped == 4
+    bench.tier.shutdown()
+
+
+def test_what_is_dropped_is_the_end_of_a_chain(bench: Bench) -> None:
+    """vLLM names a job's keys in any order."""
+    bench.fill(KEYS)
+    put: list[bytes] = []
+    real = bench.tier._store.put
+    for at, k in enumerate(KEYS):
+        bench.ctx.set_offload_key_position(k, 128 * (at + 1))
+    order = [4, 0, 5, 2, 1, 3]
+
+    def noted(job: int, names: bytes, rows: Any, tag: int) -> None:
+        put.extend(bytes(row[:8]) for row in rows)
+        real(job, names, rows, tag)
+
+    bench.tier._store.put = noted
+    bench.tier.submit_store(bench.job([KEYS[i] for i in order], order, False))
+    assert bench.finished().success
+    assert put == [bytes(pattern(k).tobytes()[:8]) for k in KEYS]
+    assert bench.load(KEYS).success and all(bench.row_is(6 + i, k) for i, k in enumerate(KEYS))
 
 
 def test_reset_waits_and_hides(bench: Bench) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvoffload.engines.vllm import compat, notes, plugin
+from kvoffload.engines.vllm import compat, native_settings, notes, plugin
 from kvoffload.errors import UnsupportedError
 from tests.unit.test_namespace import HF
 
@@ -32,10 +32,12 @@ def restore() -> Iterator[None]:
 
     registry = dict(KVConnectorFactory._registry)
     original = VllmConfig._post_init_kv_transfer_config
+    resolve = VllmConfig._resolve_mm_embedding_inputs
     yield
     KVConnectorFactory._registry.clear()
     KVConnectorFactory._registry.update(registry)
     VllmConfig._post_init_kv_transfer_config = original
+    VllmConfig._resolve_mm_embedding_inputs = resolve
     plugin._said.clear()
     plugin._listeners.clear()
 
@@ -51,6 +53,7 @@ def engine(extra: dict[str, Any] | None = None, **kw: Any) -> Any:
         kv_transfer_config=transfer(extra, **kw),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         model_config=SimpleNamespace(is_encoder_decoder=False),
+        aux_output_config=SimpleNamespace(),
     )
 
 
@@ -147,6 +150,13 @@ def test_other_connectors_are_left_alone(config: str | None) -> None:
         ("parallel_config", "nnodes_within_dp", 2, "several nodes"),
         ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
+        ("model_config", "enable_return_routed_experts", True, "--enable-return-routed-experts"),
+        (
+            "aux_output_config",
+            "enable_return_routed_experts",
+            True,
+            "--enable-return-routed-experts",
+        ),
         ("kv_transfer_config", "kv_role", "kv_producer", "kv_role='kv_producer'"),
     ],
 )
@@ -288,6 +298,53 @@ def test_vllm_can_copy_the_config(tmp_path: Path) -> None:
         assert compat.is_alone(copied)
         assert [dict(e) for e in plugin.our_configs(copied.kv_transfer_config)] == [given]
     assert given == asked.kv_connector_extra_config == {"dram_gib": 0.1}
+
+
+def test_children_and_the_tier_are_noted_too(tmp_path: Path) -> None:
+    """Or a folder that is swapped while vLLM loads it is filed under the new weights' digest."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+
+    inner = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    example = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    ours = OURS | {"kv_connector_extra_config": {"dram_gib": 0.1}}
+    given = [example, inner | {"kv_connector_extra_config": {"connectors": [ours]}}]
+    before = json.dumps(given)
+    config = multi(*given)
+    config.model_config.model = str(tmp_path)
+    plugin._register_connector()
+    plugin.prepare(config)
+    assert json.dumps(given) == before
+    assert notes.KEY not in config.kv_transfer_config.kv_connector_extra_config["connectors"][0]
+    for _ in range(2):
+        config = MultiConnector._get_connector_classes_and_configs(config)[-1][1]
+    assert config.kv_transfer_config.kv_connector == plugin.CONNECTOR
+    assert str(tmp_path) in notes.read(config)["folders"] and not compat.is_alone(config)
+    (extra,) = plugin.our_configs(config.kv_transfer_config)
+    assert extra == {"dram_gib": 0.1}
+
+    tier = {"type": "KVOffloadTier", "module_path": native_settings.TIER_MODULE, "nvme_path": "/n"}
+    config = engine({"secondary_tiers": [tier]}, kv_connector="OffloadingConnector")
+    config.model_config.model = str(tmp_path)
+    plugin.prepare(config)
+    assert str(tmp_path) in notes.read(config)["folders"]
+
+
+@pytest.mark.parametrize("others", [[], [{"kv_connector": "NixlConnector", "kv_role": "kv_both"}]])
+def test_an_offload_cache_is_no_decode_side(others: list[dict[str, Any]]) -> None:
+    """Of a KV consumer vLLM supposes that images without embeddings come with their KV."""
+    from vllm.config import VllmConfig
+
+    plugin.register()
+    mm = SimpleNamespace(
+        allow_missing_mm_embeddings=None, enable_mm_embeds=False, language_model_only=False
+    )
+    for config in (engine(), multi(OURS), multi(OURS, *others)):
+        config.model_config.multimodal_config = mm
+        config.ec_transfer_config = None
+        had = config.kv_transfer_config
+        VllmConfig._resolve_mm_embedding_inputs(config)
+        assert config.kv_transfer_config is had
+    assert mm.allow_missing_mm_embeddings is mm.enable_mm_embeds is bool(others)
 
 
 def _without_class(make: Any) -> Any:

@@ -113,7 +113,7 @@ def test_a_folder_that_became_another_one_is_refused(
         (tmp_path / "v1").rename(path)
     vllm_config = config(path)
     vllm_config.kv_transfer_config = SimpleNamespace(kv_connector_extra_config={})
-    notes.leave(vllm_config, folders=model_folders(vllm_config), where=machine())
+    notes.leave(vllm_config, "Ours", folders=model_folders(vllm_config), where=machine())
     elsewhere = copy.deepcopy(vllm_config)
     elsewhere.kv_transfer_config.kv_connector_extra_config[notes.KEY]["where"] = "another node"
     assert digest(vllm_config, cache).digest is not None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import time
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,7 +26,6 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from kvoffload.config import GIB
-from kvoffload.core.breaker import Breaker
 from kvoffload.core.stats import Counters
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.namespace import NamespaceSource, canonical_json
@@ -38,7 +36,7 @@ from kvoffload.engines.vllm.native_settings import (
     watch_weights,
 )
 from kvoffload.errors import StoreError
-from kvoffload.tiers.nvme import SegmentStore, StripedStore, open_drives
+from kvoffload.tiers.nvme import QUEUE_BYTES, StripedStore, open_watched
 from kvoffload.types import StoreResult
 
 if TYPE_CHECKING:
@@ -49,8 +47,9 @@ __all__ = ["KVOffloadTier"]
 logger = logging.getLogger("vllm.kvoffload")
 
 EVENTS_METRIC = "kvoffload_tier_events"
-LATE_S = 5.0
-"""A read that takes longer: until it returns, nothing new is looked up or stored."""
+QUEUE_SHARE = 4
+"""A quarter of vLLM's pool may wait to be written: its rows stay where they are until then, and one
+step's stores, which vLLM does not offer again, are more than the store's own bound."""
 _CLOSE_MS = 5000
 _DRAIN_SAY_MS = 10_000
 _DOMAIN = b"kvoffload/native tier/v1\0"
@@ -64,7 +63,6 @@ class _Job:
     keys: list[OffloadKey]
     req_id: str
     load: bool
-    began: float
 
 
 class KVOffloadTier(SecondaryTierManager):
@@ -99,7 +97,6 @@ class KVOffloadTier(SecondaryTierManager):
         self.guard = HookGuard("tier")
         self.counters = Counters()
         self._told = Counters()
-        self._reads, self._writes = Breaker(self.counters), Breaker(self.counters)
         self._names = names
         self._namespace: bytes | None = None
         self._tag = 0
@@ -111,8 +108,7 @@ class KVOffloadTier(SecondaryTierManager):
         self._refused: list[JobResult] = []
         self._live: set[str] = set()
         self._unreadable: dict[str, set[OffloadKey]] = {}
-        self._late = False
-        self._store = _open(config)
+        self._store = _open(config, primary_kv_view.nbytes // QUEUE_SHARE)
         self._unwatch = watch_weights(names.new_epoch)
 
     # -- requests
@@ -133,7 +129,7 @@ class KVOffloadTier(SecondaryTierManager):
     @guarded(lambda self, key, ctx: LookupResult.MISS)
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """HIT or MISS at once: the store's index is in memory. No I/O."""
-        store = self._usable(self._reads)
+        store = self._store
         if store is None or key in self._unreadable.get(req_context.req_id, ()):
             return LookupResult.MISS
         name = self._names_of([key])
@@ -144,29 +140,36 @@ class KVOffloadTier(SecondaryTierManager):
 
     @guarded(lambda self, job: self._refuse(job))
     def submit_store(self, job_metadata: TransferJob) -> None:
-        """Write rows, which vLLM keeps until the job is reported; held keys are not rewritten."""
-        store, names = self._usable(self._writes), self._names_of(job_metadata.keys)
-        if store is None or names is None:
+        """Write rows, which vLLM keeps until the job is reported; held keys are not rewritten.
+
+        In the order of the prompt, whatever vLLM's is: what is dropped is the end of a chain.
+        """
+        keys, rows = self._in_order(job_metadata)
+        names = self._names_of(keys)
+        if self._store is None or names is None:
             self._refuse(job_metadata)
             return
-        rows = self._enter(job_metadata, load=False)
-        store.put(job_metadata.job_id, names, rows, self._tag)
+        self._jobs[job_metadata.job_id] = _Job(keys, job_metadata.req_context.req_id, False)
+        self._store.put(job_metadata.job_id, names, rows, self._tag)
 
     @guarded(lambda self, job: self._refuse(job))
     def submit_load(self, job_metadata: TransferJob) -> None:
         """Read into rows vLLM has set aside; a row is written only with verified bytes."""
-        names = self._names_of(job_metadata.keys)
+        keys, rows = self._in_order(job_metadata)
+        names = self._names_of(keys)
         if self._store is None or names is None:
             self._refuse(job_metadata)
             return
-        rows = self._enter(job_metadata, load=True)
+        self._jobs[job_metadata.job_id] = _Job(keys, job_metadata.req_context.req_id, True)
         self._store.get(job_metadata.job_id, names, rows)
 
-    def _enter(self, job: TransferJob, *, load: bool) -> list[memoryview]:
-        keys = list(job.keys)
-        self._jobs[job.job_id] = _Job(keys, job.req_context.req_id, load, time.monotonic())
+    def _in_order(self, job: TransferJob) -> tuple[list[OffloadKey], list[memoryview]]:
+        """Keys and rows of a job as they stand in the prompt, where vLLM says so (since 0.32)."""
+        position = getattr(job.req_context, "get_offload_key_position", lambda key: None)
+        pairs = list(zip(job.keys, map(int, job.chunk_ids), strict=True))
+        pairs.sort(key=lambda pair: position(pair[0]) or 0)
         n = self._row_bytes
-        return [self._rows[c * n : (c + 1) * n] for c in map(int, job.chunk_ids)]
+        return [k for k, _ in pairs], [self._rows[c * n : (c + 1) * n] for _, c in pairs]
 
     def _refuse(self, job: TransferJob) -> None:
         """Answer a job that never reached the store."""
@@ -182,11 +185,6 @@ class KVOffloadTier(SecondaryTierManager):
         results, self._refused = self._refused, []
         if self._store is not None:
             results += [self._finish(done) for done in self._store.poll()]
-        now = time.monotonic()
-        late = any(j.load and now - j.began > LATE_S for j in self._jobs.values())
-        if late and not self._late:
-            logger.warning("kvoffload: a read of %s takes over %.0f s", self._path, LATE_S)
-        self._late = late
         return results
 
     def _finish(self, done: Any) -> JobResult:
@@ -221,7 +219,7 @@ class KVOffloadTier(SecondaryTierManager):
     # -- life
 
     def shutdown(self) -> None:
-        """Flush (bounded) and close. BufferError where I/O hangs: vLLM then keeps its pool."""
+        """Flush (bounded) and close. Nothing touches vLLM's pool afterwards, hung I/O included."""
         self._unwatch()
         self._names.close()
         store, self._store = self._store, None
@@ -247,6 +245,8 @@ class KVOffloadTier(SecondaryTierManager):
         )
 
         self.counters.tier_errors += sum(self.guard.take_errors().values())
+        if self._store is not None:
+            self.counters.nvme_breaker_trips = self._store.trips()
         before, now = self._told.as_dict(), self.counters.as_dict()
         self._told = self.counters.copy()
         grown = {name: n - before[name] for name, n in now.items() if n > before[name]}
@@ -270,10 +270,6 @@ class KVOffloadTier(SecondaryTierManager):
     @property
     def _path(self) -> str:
         return self._store.path if self._store is not None else "(closed)"
-
-    def _usable(self, breaker: Breaker) -> SegmentStore | StripedStore | None:
-        usable = not self._late and breaker.closed(time.monotonic())
-        return self._store if usable else None
 
     def _names_of(self, keys: Collection[OffloadKey]) -> bytes | None:
         """16 bytes per key; None while the namespace is unknown, or would die with this process."""
@@ -306,17 +302,15 @@ class KVOffloadTier(SecondaryTierManager):
         c.nvme_no_space += n[StoreResult.NO_SPACE]
         c.nvme_dropped += n[StoreResult.DROPPED]
         c.nvme_io_errors += n[StoreResult.IO_ERROR]
-        breaker = self._reads if load else self._writes
-        if n[StoreResult.IO_ERROR] or (n[StoreResult.CORRUPT] and not n[StoreResult.OK]):
-            breaker.failure(time.monotonic())
-        elif n[StoreResult.OK]:
-            breaker.success()
 
 
-def _open(config: Any) -> SegmentStore | StripedStore | None:
+def _open(config: Any, queue_bytes: int) -> StripedStore | None:
     try:
-        store = open_drives(
-            config.nvme_path or (), max_bytes=config.nvme_bytes(), io_engine=config.io_engine
+        store = open_watched(
+            config.nvme_path or (),
+            max_bytes=config.nvme_bytes(),
+            queue_bytes=max(QUEUE_BYTES, queue_bytes),
+            io_engine=config.io_engine,
         )
     except StoreError as exc:
         logger.error("kvoffload: nvme_path is not used, the tier holds nothing: %s", exc)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kvoffload.config import Config
-from kvoffload.engines.vllm import compat, native_settings, notes
+from kvoffload.engines.vllm import compat, consumer, native_settings, notes
 from kvoffload.engines.vllm.weight_files import machine, model_folders
 from kvoffload.errors import ConfigError, OffloadError, UnsupportedError
 
@@ -71,7 +71,8 @@ def register() -> None:
     with _lock:
         if _loaded_after_ns is None:
             _loaded_after_ns = time.time_ns()
-        for step in (_register_connector, _wrap_config, native_settings.wrap_factory):
+        steps = (_register_connector, _wrap_config, _wrap_consumer, native_settings.wrap_factory)
+        for step in steps:
             try:
                 step()
             except Exception:
@@ -133,6 +134,12 @@ def _wrap_config() -> None:
     setattr(VllmConfig, _POST_INIT, checked)
 
 
+def _wrap_consumer() -> None:
+    from vllm.config import VllmConfig
+
+    consumer.wrap(VllmConfig, CONNECTOR)
+
+
 # -- the start-up check --------------------------------------------------------------------------
 
 
@@ -171,12 +178,16 @@ def prepare(vllm_config: Any) -> None:
     try:
         transfer = getattr(vllm_config, "kv_transfer_config", None)
         native_settings.check_native_tiers(vllm_config)
-        if transfer is None or not (extras := list(our_configs(transfer))):
+        extras = list(our_configs(transfer)) if transfer is not None else []
+        if extras:
+            _check_all(vllm_config, transfer, extras)
+        elif transfer is None or not any(True for _ in native_settings.our_tiers(transfer)):
             return
-        _check_all(vllm_config, transfer, extras)
         alone = getattr(transfer, "kv_connector", None) == CONNECTOR
-        notes.leave(vllm_config, alone=alone, folders=model_folders(vllm_config), where=machine())
-        _set_failure_policy(vllm_config.kv_transfer_config)
+        folders = model_folders(vllm_config)
+        notes.leave(vllm_config, CONNECTOR, alone=alone, folders=folders, where=machine())
+        if extras:
+            _set_failure_policy(vllm_config.kv_transfer_config)
     except (ConfigError, UnsupportedError) as exc:
         raise StartupError(str(exc)) from None
     except Exception:
@@ -209,6 +220,7 @@ def check_supported(vllm_config: Any) -> None:
         raise UnsupportedError(f"kvoffload: {refused}; or start vLLM without {CONNECTOR}")
     _check_parallel(getattr(vllm_config, "parallel_config", None))
     _check_model(getattr(vllm_config, "model_config", None))
+    _check_outputs(vllm_config)
 
 
 def _check_parallel(parallel: Any) -> None:
@@ -250,6 +262,19 @@ def _check_model(model: Any) -> None:
             "kvoffload: encoder-decoder models are not supported: vLLM has no KV connector for "
             f"cross-attention blocks; start vLLM without {CONNECTOR}"
         )
+
+
+def _check_outputs(vllm_config: Any) -> None:
+    """vLLM keeps the experts of a prompt's tokens beside HBM's blocks: of what we load there are
+    none, which ends the engine (0.31 and newer) or returns those of other tokens (before)."""
+    for holder in ("aux_output_config", "model_config"):
+        part = getattr(vllm_config, holder, None)
+        if getattr(part, "enable_return_routed_experts", False) is True:
+            raise UnsupportedError(
+                "kvoffload: --enable-return-routed-experts is not supported: vLLM has no experts "
+                "to return for tokens that were loaded; leave it off or start vLLM without "
+                f"{CONNECTOR}"
+            )
 
 
 def _nodes_of_one_engine(parallel: Any) -> int:

@@ -15,7 +15,19 @@ from kvoffload.tiers.nvme.drive import Drive, DriveLevel
 from kvoffload.tiers.nvme.shares import drive_bounds
 from kvoffload.tiers.nvme.striped import StripedStore
 
-__all__ = ["DriveLevel", "SegmentStore", "StripedStore", "open_drives", "open_segment_store"]
+__all__ = [
+    "QUEUE_BYTES",
+    "DriveLevel",
+    "SegmentStore",
+    "StripedStore",
+    "open_drives",
+    "open_segment_store",
+    "open_watched",
+]
+
+
+QUEUE_BYTES = 256 << 20
+"""Puts that wait for the drive, by default; what is beyond is dropped."""
 
 
 def open_segment_store(
@@ -24,7 +36,7 @@ def open_segment_store(
     max_bytes: int | None = None,
     segment_bytes: int | None = None,
     threads: int = 4,
-    queue_bytes: int = 256 << 20,
+    queue_bytes: int = QUEUE_BYTES,
     direct: bool = True,
     read_only: bool = False,
     io_engine: IoEngine = "auto",
@@ -34,7 +46,8 @@ def open_segment_store(
 
     ``max_bytes`` bounds everything under the path, other processes' directories included; None:
     what the store was created with, at creation half of the free space. ``segment_bytes`` None:
-    256 MiB, less where ``max_bytes`` is small. ``direct`` False: through the page cache.
+    256 MiB, less where ``max_bytes`` is small. ``queue_bytes``: of puts that wait for the drive;
+    what is beyond ends as dropped. ``direct`` False: through the page cache.
     ``io_engine``: "uring" (StoreError where this process cannot have it), "threads", or "auto".
     ``endurance_bytes``: what the drive endures; None: as a writer last said (``lifetime`` file).
     Raises StoreError (one line naming the path) and ValueError for numbers out of range.
@@ -54,6 +67,7 @@ def open_drives(
     max_bytes: int | None = None,
     segment_bytes: int | None = None,
     threads: int = 4,
+    queue_bytes: int = QUEUE_BYTES,
     direct: bool = True,
     read_only: bool = False,
     io_engine: IoEngine = "auto",
@@ -78,6 +92,7 @@ def open_drives(
             max_bytes=bounds[at] or None,
             segment_bytes=segment_bytes,
             threads=threads,
+            queue_bytes=queue_bytes,
             direct=direct,
             read_only=read_only,
             io_engine=io_engine,
@@ -98,3 +113,19 @@ def open_drives(
         lines = "; ".join(d.error for d in drives)
         raise StoreError(errno.EIO, lines or "no path of a chunk store was given")
     return StripedStore(drives)
+
+
+def open_watched(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    max_bytes: int | None,
+    queue_bytes: int,
+    io_engine: IoEngine,
+) -> StripedStore:
+    """As ``open_drives``; also over one path a StripedStore, which gives up I/O that hangs and
+    leaves a drive that fails alone. For callers that do not see to that themselves.
+    """
+    store = open_drives(paths, max_bytes=max_bytes, queue_bytes=queue_bytes, io_engine=io_engine)
+    if isinstance(store, StripedStore):
+        return store
+    return StripedStore([Drive(os.fspath(paths[0]), store)])

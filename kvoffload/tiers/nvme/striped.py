@@ -170,8 +170,13 @@ class StripedStore(StripedJobs):
             out["misses"] += self._own_gets
             out["drives"] = len(self._drives)
             out["drives_up"] = sum(d.readable and d.writes.closed for d in self._drives)
-            out["drive_trips"] = sum(d.reads.trips + d.writes.trips for d in self._drives)
+        out["drive_trips"] = self.trips()
         return out
+
+    def trips(self) -> int:
+        """How often a drive was found to fail or hang, since it was opened. O(drives)."""
+        with self._lock:
+            return sum(d.reads.trips + d.writes.trips for d in self._drives)
 
     def drives(self) -> list[DriveLevel]:
         """Every drive as it is now, in the order given. No I/O."""

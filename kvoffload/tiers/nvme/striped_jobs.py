@@ -42,6 +42,7 @@ class _Part:
     drive: Drive
     kind: int
     at: Places
+    hung: bool = False  # abandoned for that
 
 
 @dataclass(slots=True)
@@ -105,6 +106,17 @@ class StripedJobs:
             found = self._jobs.get(job)
             parts = list(found.parts.items()) if found is not None else []
             return sum(p.drive.store.cancel(inner) for inner, p in parts if p.drive.store)
+
+    def abandon(self, job: int) -> bool:
+        """See SegmentStore."""
+        with self._lock:
+            found = self._jobs.get(job)
+            if found is None or found.done:
+                return False
+            for inner, part in found.parts.items():
+                if part.drive.store is not None:
+                    part.drive.store.abandon(inner)
+            return True
 
     def _owners(self, keys: bytes) -> npt.NDArray[np.int64]:
         """Per key the number of the drive that holds it and can be read, -1 for none."""
@@ -218,6 +230,7 @@ class StripedJobs:
         failed = results == StoreResult.IO_ERROR
         if part.kind == PUT:
             failed |= (results == StoreResult.NO_SPACE) & self._fits(part)
+            failed |= part.hung & (results == StoreResult.DROPPED)
         self._judge(done.job, part, results, failed, now)
         job = part.job
         if job is None:
@@ -274,6 +287,7 @@ class StripedJobs:
                 part = self._parts[inner]
                 if part.job is not None:
                     drive.probe_key = pick_keys(part.job.request.keys, part.at[-1:])
+                    self._abandon(inner, part, part.job)
                 elif drive.store is not None:
                     drive.store.cancel(inner)  # where it only waits behind others that hang
             if drive.store is not None and drive.reads.trial_due(now):
@@ -282,16 +296,26 @@ class StripedJobs:
     def _overtake(self, inner: int, now: float) -> None:
         """A put hangs: its slots are free to go, for a write names no slot that has moved on.
 
-        Plain buffers wait: what their owner changes now might still be written. So does a get,
-        which may still land in its slot.
+        Plain buffers are once the drive's store has let go of them. A get of slots waits: it may
+        still land there.
         """
         part = self._parts[inner]
         job = part.job
-        if job is None or not isinstance(job.request, SlotRequest):
+        if job is None:
+            return
+        if self._abandon(inner, part, job):
             return
         del self._parts[inner], job.parts[inner]
         self._place(job, part.at, StoreResult.DROPPED, now)
         self._settle(job)
+
+    def _abandon(self, inner: int, part: _Part, job: _Job) -> bool:
+        """Plain buffers: have the part end now, as dropped."""
+        if isinstance(job.request, SlotRequest) or part.drive.store is None:
+            return False
+        part.hung = True
+        part.drive.store.abandon(inner)
+        return True
 
     def _try_reading(self, drive: Drive, store: SegmentStore, now: float) -> None:
         nbytes = store.length(drive.probe_key) if drive.probe_key else -1
