@@ -16,6 +16,7 @@ import pytest
 from kvoffload import _core
 from tests.support.steps import LOAD, MiniEngine, Options, tokens
 from tests.support.steps_blocks import GroupSpec, Status
+from tests.support.steps_rank import Geometry, KVMemory, Rank
 
 FULL = (GroupSpec(),)  # chunks of 8 tokens, blocks of 4
 HYBRID = (GroupSpec(), GroupSpec(window=9))
@@ -519,6 +520,33 @@ def test_a_rank_that_cannot_attach_means_no_cache() -> None:
     engine.run()
     assert not engine.stores_done() and not engine.loads_done()
     engine.finish()
+
+
+def test_two_engines_in_one_process(caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM hands the second one's blocks to the first one's rank: whose they are is not known any
+    more, unless the rank was at work before."""
+    others = KVMemory(Geometry(64), Options().groups, 0)
+
+    class TwoAtOnce(MiniEngine):
+        def _rank(self, rank: int) -> Rank:
+            made = super()._rank(rank)
+            made.half.register_group(0, others.fragments(), 64)
+            return made
+
+    def ends(engine: MiniEngine) -> bool:
+        """Whether what was computed came back."""
+        engine.clock.now += 31.0  # a rank that never attaches is not waited for any longer
+        for _ in range(2):
+            engine.ask(tokens(40))
+            engine.forget_hbm()
+        engine.finish()
+        return bool(engine.loads_done())
+
+    assert not ends(TwoAtOnce()) and "two engines of one process" in caplog.text
+    caplog.clear()
+    engine = MiniEngine()
+    engine.ranks[0].half.register_group(0, others.fragments(), 64)
+    assert ends(engine) and not caplog.text
 
 
 def test_namespace_not_known_yet() -> None:

@@ -294,6 +294,7 @@ class WorkerSide:
                 self.half.register_group(index, runs, blocks)
         except Exception as exc:
             self.half.guard.record("register_kv_caches", exc)
+            self.half.refuse(f"its KV blocks are not known: {exc}")
 
     def shutdown(self) -> None:
         """Stop the copy threads. Never raises."""

@@ -112,8 +112,15 @@ class WorkerHalf:
     # ---------------------------------------------------------------- start
 
     def register_group(self, group: int, fragments: Sequence[Fragment], num_blocks: int) -> None:
-        """Blocks of one KV group as byte fragments; called once per group before the first step."""
-        self._fragments[group] = (fragments, num_blocks)
+        """Blocks of one KV group as byte fragments; called once per group before the first step.
+
+        vLLM has one worker connector per process: a second engine in it (without multiprocessing)
+        gives its blocks to the first one's. Whose they are cannot be told apart later, and wrong
+        ones would be stored under right names, so that neither engine is served.
+        """
+        blocks = (fragments, num_blocks)
+        if self._fragments.setdefault(group, blocks) != blocks:
+            self.refuse("two engines of one process gave the KV blocks: start each in its own")
 
     def _ensure_engine(self, address: ArenaAddress | None) -> None:
         if self._engine is not None or address is None or self._attach_failed:
@@ -132,17 +139,20 @@ class WorkerHalf:
                 fragments, num_blocks = self._fragments[g.group]
                 self._engine_group[g.group] = engine.add_group(fragments, num_blocks, g.shard_bytes)
         except Exception as exc:
-            self._attach_failed = f"{type(exc).__name__}: {exc}"
-            self._report.attach_error = self._attach_failed
-            logger.error(
-                "kvoffload: rank %d cannot use the DRAM arena %s (%s); this engine runs without "
-                "the cache.", self.rank, address.path, self._attach_failed, exc_info=exc,
-            )  # fmt: skip
+            why = f"the DRAM arena {address.path} cannot be used: {type(exc).__name__}: {exc}"
+            self.refuse(why, exc)
             return
         self._arena, self._engine = arena, engine
         for _ in range(self._weight_bumps):
             arena.bump_epoch()
         arena.set_attached(self.rank)
+
+    def refuse(self, why: str, exc: Exception | None = None) -> None:
+        """Never attach, unless that was done before: 0 hits."""
+        if self._engine is None and not self._attach_failed:
+            self._attach_failed = self._report.attach_error = why
+            text = "kvoffload: this engine runs without the cache, as of rank %d %s"
+            logger.error(text, self.rank, why, exc_info=exc)
 
     def _plant_copy_faults(self, engine: Any) -> None:
         every = self.guard.planted("copy_fail_every")
