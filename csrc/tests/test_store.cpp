@@ -375,14 +375,70 @@ void cancel(const fs::path& p) {
     }
 }
 
+// A job that is abandoned ends whatever its I/O does, and its memory is the caller's again: here it
+// is freed. Jobs of the same keys go on.
+void abandon(const fs::path& p) {
+    {
+        put(*std::make_unique<SegmentStore>(options(p)), 0, 60);
+    }
+    for (int round = 0; round < 8; ++round) {
+        SegmentStore s(options(p));
+        bool hang = round % 2 == 0;
+        s.inject("hang_read", hang);
+        std::vector<std::vector<uint8_t>> mine(60);
+        std::vector<std::vector<uint8_t>> puts(24);
+        uint64_t base = 1000 + uint64_t(round) * 100;
+        for (uint64_t i = 0; i < 60; ++i) {
+            mine[i] = std::vector<uint8_t>(payload_of(i).size());
+            s.get(int64_t(i), nullptr, {{key_of(i), mine[i].data(), mine[i].size()}});
+            if (i % 5) continue;
+            for (uint64_t j : {i / 5, i / 5 + 12}) {
+                uint64_t key = base + i / 5;  // the second of a key waits for the first
+                puts[j] = payload_of(key);
+                s.put(int64_t(base + j), nullptr, {{key_of(key), puts[j].data(), puts[j].size()}},
+                      0);
+            }
+        }
+        ::usleep(round * 3000);
+        std::vector<std::thread> ts;
+        for (int t = 0; t < 2; ++t)
+            ts.emplace_back([&, t] {
+                for (uint64_t i = uint64_t(t); i < 60; i += 2)
+                    if (i % 10 < 8) s.abandon(int64_t(i));
+                for (uint64_t i = uint64_t(t); i < 12; i += 2) s.abandon(int64_t(base + i));
+            });
+        size_t ended = 0;
+        auto free_ended = [&] {
+            for (auto& d : s.poll()) {
+                bool read = uint64_t(d.job) < 60;
+                auto& buf = read ? mine[size_t(d.job)] : puts[size_t(d.job) - base];
+                if (read && d.results[0] == kOk) MUST(buf == payload_of(uint64_t(d.job)));
+                std::vector<uint8_t>().swap(buf);
+                ++ended;
+            }
+        };
+        // What is not abandoned may wait behind reads that hang.
+        for (int i = 0; i < 5000 && ended < (hang ? 60 : 84); ++i, ::usleep(2000)) free_ended();
+        for (auto& t : ts) t.join();
+        MUST(ended >= (hang ? 60 : 84));
+        s.check();
+        s.inject("hang_read", 0);
+        for (uint64_t i = 0; i < 60; ++i) MUST(s.wait(int64_t(i), 20000));
+        for (uint64_t i = 0; i < 24; ++i) MUST(s.wait(int64_t(base + i), 20000));
+        free_ended();
+        MUST(ended == 84);
+        for (uint64_t i = 0; i < 12; ++i)
+            MUST(s.length(key_of(base + i)) == int64_t(payload_of(base + i).size()));
+        MUST(get(s, base, base + 12) == 12 && s.stats()["corrupt"] == 0);
+        s.check();
+    }
+}
+
 void faults(const fs::path& p) {
     auto s = std::make_unique<SegmentStore>(options(p));
     put(*s, 0, 10);
     s->inject("hang_read", 1);
-    // Never freed: the hung read owns it from here on.
-    auto* buf = new Bytes(payload_of(1).size());
-    static auto& keep = *new std::vector<Bytes*>;
-    keep.push_back(buf);
+    auto buf = std::make_unique<Bytes>(payload_of(1).size());
     s->get(5, nullptr, {{key_of(1), buf->data(), buf->size()}});
     MUST(!s->wait(5, 50));
     auto t0 = std::chrono::steady_clock::now();
@@ -390,6 +446,7 @@ void faults(const fs::path& p) {
     MUST(std::chrono::steady_clock::now() - t0 < std::chrono::seconds(5));
     auto done = s->poll();
     MUST(done.size() == 1 && done[0].results[0] == kDropped);
+    buf.reset();  // the hung read does not touch it any more
     MUST(SegmentStore(options(p)).writer_dir().ends_with("w1"));  // still locked
     s->inject("hang_read", 0);
     s.reset();
@@ -487,6 +544,7 @@ int main(int argc, char** argv) {
         life(here / "life");
         retain(here / "retain");
         cancel(here / "cancel");
+        abandon(here / "abandon");
         faults(here / "faults");
         hostile(here, argc > 2 ? std::atoi(argv[2]) : 60);
         std::printf("test_store: %s ok\n", e.c_str());
