@@ -244,6 +244,16 @@ def test_a_disk_that_takes_no_writes_still_serves(bench: Bench) -> None:
     assert bench.held(KEYS) == list(range(6)) and bench.load(KEYS).success
 
 
+def test_a_store_of_what_is_held_says_nothing_about_the_disk(bench: Bench) -> None:
+    assert bench.store(KEYS).success
+    bench.tier._store.inject("write_eio", 1)
+    for n in range(8):
+        assert bench.tier.counters.nvme_breaker_trips == 0
+        assert not bench.store([key(20 + n)]).success
+        assert n == 7 or bench.store(KEYS).success
+    assert bench.tier.counters.nvme_breaker_trips == 1
+
+
 def test_a_tier_that_brings_damaged_bytes_is_left_alone(bench: Bench) -> None:
     assert bench.store(KEYS).success
     bench.tier._store.inject("flip_read", 1)

@@ -309,7 +309,7 @@ class KVOffloadTier(SecondaryTierManager):
         breaker = self._reads if load else self._writes
         if n[StoreResult.IO_ERROR] or (n[StoreResult.CORRUPT] and not n[StoreResult.OK]):
             breaker.failure(time.monotonic())
-        elif n[StoreResult.OK]:
+        elif nbytes:  # a store of what is held already has asked nothing of the disk
             breaker.success()
 
 
