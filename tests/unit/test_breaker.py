@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,11 @@ def test_opens_after_failures_in_a_row() -> None:
     for _ in range(3):
         breaker.failure(0.0)
     assert breaker.state(0.0) is BreakerState.OPEN and not breaker.closed(COOL_S / 2)
+
+
+def test_the_adapters_page_has_the_pause() -> None:
+    page = Path(__file__).parents[2] / "docs" / "adapters.md"
+    assert f"each for {COOL_S:g} s at a time" in " ".join(page.read_text().split())
 
 
 def test_half_open_lets_one_probe_decide() -> None:
