@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from kvoffload.errors import ConfigError, StoreError
 from kvoffload.store import Store, open_store
 from kvoffload.tiers.nvme import StripedStore, open_drives
 from kvoffload.tiers.nvme.breaker import MAX_PAUSE_S, PAUSE_S, THRESHOLD, Breaker, State
-from kvoffload.tiers.nvme.drive import STALL_S, Drive
+from kvoffload.tiers.nvme.drive import STALL_S, Drive, on_each
 from kvoffload.tiers.nvme.requests import GET, PUT
 from kvoffload.tiers.nvme.shares import drive_bounds, split_bound
 from kvoffload.types import SlotState, StoreResult
@@ -314,6 +317,51 @@ class TestRestart:
         with pytest.raises(StoreError) as caught:
             open_store([a, b], max_bytes=16 * MIB)
         assert str(a) in str(caught.value) and str(b) in str(caught.value)
+
+
+class TestAtExit:
+    """No threads can be started once the interpreter is ending."""
+
+    def test_a_store_that_is_closed_then(self, tmp_path: Path) -> None:
+        paths = list(map(str, paths_of(tmp_path, 3)))
+        script = (
+            "import atexit, sys\n"
+            "from kvoffload.store import open_store\n"
+            "store = open_store(sys.argv[1:], max_bytes=24 << 20)\n"
+            "atexit.register(store.close)\n"
+            "for i in range(6):\n"
+            "    store.put(bytes([i]) * 16, b'x' * 5000)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, *paths], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        for path in paths:  # written by an orderly close, and not by a kill
+            assert (Path(path) / "w0" / "lifetime").exists()
+        with open_store(paths, max_bytes=24 * MIB) as store:
+            assert all(store.get(bytes([i]) * 16) == b"x" * 5000 for i in range(6))
+
+    def test_the_others_are_closed_where_one_fails(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+        drives = [Drive(str(p), SegmentStore(str(p), 8 * MIB)) for p in paths_of(tmp_path, 3)]
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+        seen: list[SegmentStore] = []
+
+        def close(store: SegmentStore) -> int:
+            seen.append(store)
+            store.close(5000)
+            if len(seen) == 1:
+                raise OSError("this one")
+            return len(seen)
+
+        with pytest.raises(OSError, match="this one"):
+            on_each(drives, close)
+        assert seen == [d.store for d in drives]
+        assert on_each(drives, close) == [4, 5, 6]
 
 
 class TestShares:
