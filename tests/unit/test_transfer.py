@@ -231,6 +231,32 @@ class TestSelection:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "source"]
 
 
+def test_a_killed_export_is_not_in_the_way(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves has another name than the next one's, though in a container the pid is the
+    same; one that fails leaves nothing."""
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def unlink(path: str) -> None:
+        raise OSError("killed before")
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with open_store(source, read_only=True) as store:
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr(os, "unlink", unlink)
+            store.export(out / "f", progress=stop)
+        (left,) = out.iterdir()
+        assert left.name.startswith("f.part-")
+        with pytest.raises(KeyboardInterrupt):
+            store.export(out / "f", progress=stop)
+        assert store.export(out / "f").chunks == store.export(out / "f", overwrite=True).chunks
+    assert set(out.iterdir()) == {left, out / "f"}
+
+
 def set_note(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda h: h["__metadata__"].__setitem__(name, value)
 

@@ -16,6 +16,7 @@ import hmac
 import json
 import os
 import re
+import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ class ChunkWriter:
         self._written: list[FileChunk] = []
         self._end = 0
         self._finished = False
-        self._temporary = f"{path}.part-{os.getpid()}"
+        # Not the pid: a kill leaves the file behind, and in containers the pid comes again.
+        self._temporary = f"{path}.part-{secrets.token_hex(4)}"
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._file = os.fdopen(os.open(self._temporary, flags, 0o600), "wb")
