@@ -168,6 +168,27 @@ class TestPlacement:
         with pytest.raises(ValueError, match="closed"):
             native.get(1, bytes(16), [bytearray(1)])
 
+    def test_a_key_that_two_drives_hold_is_listed_once(self, tmp_path: Path) -> None:
+        """Written again while one drive was away. The newest row counts, whatever the limit."""
+        with opened(paths_of(tmp_path, 2)) as store:
+            for i, drive in ((0, 0), (1, 0), (2, 1), (1, 1), (3, 1), (0, 1)):
+                native = on(store, drive)
+                native.put(100 + i, key_of(i), [payload_of(i)])
+                assert native.wait(100 + i, 5000)
+                native.poll()
+            rows = [(c.key, c.seq) for c in store.ls()]
+            newest = {row[0]: row[5] for row in on(store, 1).ls()}
+            assert rows == [(key_of(i), newest[key_of(i)]) for i in (0, 3, 1, 2)]
+            for limit in range(1, 6):
+                assert [(c.key, c.seq) for c in store.ls(limit)] == rows[:limit]
+            for newest_n, count in ((0, 4), (2, 2)):
+                report = store.export(tmp_path / "f", newest=newest_n, overwrite=True)
+                assert (report.chunks, report.lost) == (count, 0)
+                with opened([tmp_path / f"to{newest_n}"]) as target:
+                    done = target.import_(tmp_path / "f")
+                    assert (done.chunks, done.imported) == (count, count)
+                    assert held(target, range(4)) == sorted((0, 3, 1, 2)[:count])
+
     def test_arguments_that_make_no_sense_are_refused_as_a_whole(self, tmp_path: Path) -> None:
         with opened(paths_of(tmp_path, 2)) as store:
             native = striped(store)

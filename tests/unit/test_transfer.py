@@ -297,6 +297,19 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+def test_a_key_is_written_once(tmp_path: Path) -> None:
+    """Two payloads under one name are a file that nobody can read."""
+    planned = [chunk_file.FileChunk(key_of(i), 0, 0, 0, 0, 3) for i in range(2)]
+    writer = chunk_file.ChunkWriter(str(tmp_path / "f"), planned, overwrite=False)
+    for i in range(2):
+        writer.add(key_of(i), 0, 0, checksum(b"abc", key_of(i)), b"abc")
+    with pytest.raises(ValueError, match=key_of(0).hex()):
+        writer.add(key_of(0), 0, 0, checksum(b"abc", key_of(0)), b"abc")
+    writer.finish()
+    with chunk_file.ChunkReader(str(tmp_path / "f")) as reader:
+        assert [c.key for c in reader.chunks] == [key_of(0), key_of(1)]
+
+
 class TestNoRoom:
     @pytest.mark.parametrize("where", ["add", "finish", "replace"])
     def test_leaves_nothing_behind(

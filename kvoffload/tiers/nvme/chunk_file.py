@@ -99,6 +99,7 @@ class ChunkWriter:
         if not overwrite and os.path.lexists(path):
             raise refuse(path, "already exists (--force replaces it)")
         self._written: list[FileChunk] = []
+        self._keys: set[bytes] = set()
         self._end = 0
         self._finished = False
         # Not the pid: a kill leaves the file behind, and in containers the pid comes again.
@@ -111,7 +112,11 @@ class ChunkWriter:
             raise StoreError(error.errno, f"chunk file {path}: {error.strerror}") from error
 
     def add(self, key: bytes, namespace: int, depth: int, checksum: int, payload: bytes) -> None:
-        """Append one chunk."""
+        """Append one chunk. Raises ValueError on a key that was added before: the header names each
+        once, so that nobody could read the file."""
+        if key in self._keys:
+            raise ValueError(f"chunk file {self.path}: {key.hex()} twice")
+        self._keys.add(key)
         chunk = FileChunk(key, namespace, depth, checksum, self._end, len(payload))
         self._file.write(payload)
         if self._sign is not None:
