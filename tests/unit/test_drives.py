@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvoffload._core import Arena, SegmentStore
+from kvoffload._core import Arena, SegmentStore, StoreDone
 from kvoffload.errors import ConfigError, StoreError
 from kvoffload.store import Store, open_store
 from kvoffload.tiers.nvme import StripedStore, open_drives
@@ -453,6 +453,68 @@ class TestFailingDrive:
         store.contains(key_of(0))
         assert self.settled(store, "closed")
         assert held(store, range(12)) == list(range(12)) and store.drives()[0].up
+
+    def test_damaged_bytes_only_cost_that_drive_only(self, store: Store, clock: Clock) -> None:
+        """Each chunk read so is lost: what a drive loses is bounded by the pauses."""
+        bad = self.on_drive(store, 0, range(12))
+        good = [i for i in range(12) if i not in bad]
+        on(store, 0).inject("flip_read", 1)
+        for n in range(THRESHOLD):
+            assert store.drives()[0].up
+            assert store.get(key_of(bad.pop())) is None
+            assert store.get(key_of(good[n])) == payload_of(good[n])
+        assert (store.drives()[0].reads, store.drives()[0].trips) == ("open", 1)
+        assert held(store, range(12)) == good and store.drives()[1].up
+        pause = PAUSE_S
+        for trips in (2, 3):  # one request each finds out; nobody asks in between
+            clock.now += pause - 1
+            assert not store.contains(key_of(bad[-1]))
+            clock.now += 1
+            assert store.contains(key_of(bad[-1]))
+            assert store.get(key_of(bad.pop())) is None
+            assert (store.drives()[0].reads, store.drives()[0].trips) == ("open", trips)
+            pause *= 2
+        assert store.stats()["corrupt"] == THRESHOLD + 2
+        on(store, 0).inject("flip_read", 0)
+        clock.now += pause
+        assert store.contains(key_of(bad[0])), "some outlived it"
+        assert held(store, range(12)) == sorted(good + bad) and store.drives()[0].up
+
+    def test_a_trial_that_brings_damaged_bytes(self, store: Store, clock: Clock) -> None:
+        bad = self.on_drive(store, 0, range(12))
+        on(store, 0).inject("read_eio", 1)
+        for _ in range(THRESHOLD):
+            store.get(key_of(bad[0]))
+        on(store, 0).inject("read_eio", 0)
+        on(store, 0).inject("flip_read", 1)
+        clock.now += PAUSE_S
+        store.contains(key_of(0))
+        assert self.settled(store, "open") and store.drives()[0].trips == 2
+        clock.now += 2 * PAUSE_S - 1
+        assert not store.contains(key_of(bad[1]))
+        on(store, 0).inject("flip_read", 0)
+        clock.now += 1
+        assert store.contains(key_of(bad[1]))
+        assert held(store, range(12)) == [i for i in range(12) if i != bad[0]]
+
+    def test_a_damaged_chunk_among_others_is_no_failure(self, store: Store) -> None:
+        bad = self.on_drive(store, 0, range(12))
+        ask = b"".join(key_of(i) for i in bad[:2])
+        native = striped(store)
+        drive = native._drives[0]
+        judged = []
+        for results in (b"\0\2", b"\2\0", b"\2\1", b"\1\1", b"\2\2", b"\2\5", b"\2\3"):
+            drive.reads.close()
+            native.get(1, ask, [bytearray(CHUNK), bytearray(CHUNK)])
+            ((inner, part),) = native._parts.items()
+            assert drive.store is not None and drive.store.wait(inner, 5000)
+            drive.store.poll()
+            drive.out[GET].clear()
+            del native._parts[inner]
+            native._returned(StoreDone(inner, GET, results, 0, 0), part, 0.0)
+            assert [d.job for d in native.poll()] == [1]
+            judged.append(drive.reads._failures)
+        assert judged == [0, 0, 1, 0, 1, 1, 1]
 
     def settled(self, store: Store, state: str) -> bool:
         """The trial under way ends in this state."""
