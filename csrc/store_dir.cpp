@@ -272,8 +272,13 @@ void StoreDir::create_manifest(const StoreOptions& opt) {
 }
 
 void StoreDir::size_up(const StoreOptions& opt) {
+    bounded_ = opt.max_bytes || opt.read_only;
     max_bytes_ = opt.max_bytes ? opt.max_bytes : manifest_.max_bytes;
     segment_bytes_ = opt.segment_bytes ? opt.segment_bytes : auto_segment_bytes(max_bytes_);
+    if (uint64_t used; !bounded_ && charged_bytes(used) == 0) {
+        allow(used);
+        if (!opt.segment_bytes) segment_bytes_ = auto_segment_bytes(max_bytes_);
+    }
     if (opt.read_only)  // takes none: any store that there can be will do
         segment_bytes_ = std::max(segment_bytes_, kMinSegmentBytes);
     else if (opt.segment_bytes &&
@@ -286,6 +291,10 @@ void StoreDir::size_up(const StoreOptions& opt) {
     uint64_t need = kSmallFiles + 2 * journal_reserve(one) + one;
     if (segment_bytes_ < kMinSegmentBytes || need > max_bytes_)
         refuse(EINVAL, "max_bytes " + std::to_string(max_bytes_) + " does not hold one segment");
+}
+
+void StoreDir::allow(uint64_t used) {
+    if (!bounded_) max_bytes_ = std::max(max_bytes_, used);
 }
 
 void StoreDir::pick_writer() {

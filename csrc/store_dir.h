@@ -25,7 +25,8 @@ constexpr uint64_t kSmallFiles = 16 * kBlock;
 
 struct StoreOptions {
     std::string path;
-    uint64_t max_bytes = 0;      // 0: what the MANIFEST says; at creation half of the free space
+    // 0: what the MANIFEST says (at creation half of the free space), or what is there already.
+    uint64_t max_bytes = 0;
     uint64_t segment_bytes = 0;  // 0: 256 MiB, less where max_bytes is small
     unsigned threads = 4;
     uint64_t queue_bytes = 256 << 20;
@@ -104,6 +105,10 @@ class StoreDir {
     // Bytes of everything under the path, room for each writer's journals included. An errno where
     // not all of it could be seen: `total` is then too small to be held against the bound.
     int charged_bytes(uint64_t& total) const;
+    // A writer that was given no bound knows only the MANIFEST's, of the store's creation. What is
+    // there beyond it others were told to keep: it becomes the bound. The lock of whoever calls
+    // guards max_bytes().
+    void allow(uint64_t used);
     // Reads a writer's directory. `known` (by segment id): segments whose size, time and generation
     // did not change come back with empty records. Never throws for what files hold.
     WriterScan scan(uint32_t id, Faults& faults,
@@ -127,6 +132,7 @@ class StoreDir {
     int writer_ = -1;
     Manifest manifest_;
     uint64_t max_bytes_ = 0, segment_bytes_ = 0;
+    bool bounded_ = true;  // by the opener, or it takes nothing
 };
 
 std::string segment_name(uint32_t id);

@@ -212,7 +212,7 @@ inline constexpr uint64_t max_payload(uint64_t segment_bytes) {
 struct Manifest {
     Uuid uuid{};
     uint64_t segment_bytes = 0;
-    uint64_t max_bytes = 0;  // as of creation: the default for openers that name none
+    uint64_t max_bytes = 0;  // as of creation: the least for openers that name none
 };
 enum class ManifestError { kNone, kForeign, kNewer, kDamaged };
 std::string manifest_text(const Manifest& m);

@@ -132,7 +132,9 @@ void StoreImpl::seal_recovered(StoreSegment& seg) {
 void StoreImpl::shrink(std::unique_lock<std::mutex>& lk) {
     PathLock path(dir.fd(), 2000);
     if (!path.held()) return;  // the bound is kept when a segment is taken
-    while (dir.charged_bytes(charged) == 0 && charged > dir.max_bytes()) {
+    while (dir.charged_bytes(charged) == 0) {
+        dir.allow(charged);
+        if (charged <= dir.max_bytes()) return;
         StoreSegment* victim = next_victim();
         uint32_t writer, id;
         if (dir.reclaim_dead(victim ? victim->mtime_ns : INT64_MAX, writer, id)) {

@@ -162,6 +162,7 @@ int StoreImpl::make_room(std::unique_lock<std::mutex>& lk) {
         lk.lock();
         if (err) return err;  // there may be more than the bound already
         charged = now;
+        dir.allow(charged);  // others, told of a larger bound, grow
         bool first = std::none_of(segments.begin(), segments.end(),
                                   [](auto& s) { return s->own && s->state != SegState::kGone; });
         uint64_t want =

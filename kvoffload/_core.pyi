@@ -240,7 +240,9 @@ class SegmentStore:
         read_only: bool = False,
         io_engine: str = "auto",
     ) -> None:
-        """Open or create. ``segment_bytes`` 0: 256 MiB, less where ``max_bytes`` is small.
+        """Open or create. ``max_bytes`` 0: as the store was created (at creation half of the free
+        space), or what lies there where that is more. ``segment_bytes`` 0: 256 MiB, less where
+        ``max_bytes`` is small.
         ``io_engine``: "uring", "threads", or "auto": io_uring where this process can have it.
         Raises OSError whose message is one clear line naming the path (wrong owner or mode, foreign or
         newer format, symlink, read-only file system, no space)."""

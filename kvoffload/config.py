@@ -259,7 +259,7 @@ class Config:
         return int(gib * GIB)
 
     def nvme_bytes(self) -> int | None:
-        """Bound of all NVMe paths together: ``nvme_gib``; None: each store's own (as created)."""
+        """Bound of all NVMe paths together: ``nvme_gib``; None: each store's own."""
         return int(self.nvme_gib * GIB) if self.nvme_gib is not None else None
 
     def nvme_write_bytes_per_s(self, nvme_bytes: int) -> float:

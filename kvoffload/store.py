@@ -72,7 +72,8 @@ def open_store(
     """Open or create a store in one path, or one store over several (in any order).
 
     ``max_bytes`` bounds everything under the path, or under all paths together: even shares, less
-    where a drive holds less (None: each as it was created, at creation half of the free space).
+    where a drive holds less. None: each as it was created (at creation half of the free space), or
+    what lies there where that is more; nothing is removed but for what is put later.
     ``threads`` are per path. ``timeout_s``: the longest a put or get waits for the disk. Several
     processes may open one path; each writes its own directory and reads all. ``io_engine``: "uring"
     (StoreError where this process cannot have it), "threads", or "auto": io_uring where it works.

@@ -157,7 +157,10 @@ class DrivesMachine(RuleBasedStateMachine):
         assert stats["corrupt"] == 0 and stats["drives"] == len(self.used)
         assert stats["bytes_max"] == len(self.used) * (8 << 20)
         if not self.faulty and all(d.readable for d in self.drives.values()):
-            assert len(self.store.ls()) == stats["entries"]
+            rows = [row for d in self.drives.values() if d.store for row in d.store.ls()]
+            assert len(rows) == stats["entries"]
+            keys = [chunk.key for chunk in self.store.ls()]
+            assert len(keys) == len(set(keys)) and set(keys) == {row[0] for row in rows}
 
     def teardown(self) -> None:
         if hasattr(self, "store"):

@@ -210,6 +210,59 @@ class TestBound:
         with open_store(path) as store:
             assert store.stats()["bytes_max"] == 8 * MIB
 
+    @pytest.mark.parametrize("drives", [1, 2])
+    def test_no_max_bytes_removes_nothing(self, path: Path, drives: int) -> None:
+        """The MANIFEST has the bound of the creation; others were given more since."""
+        paths = [path / str(i) for i in range(drives)] if drives > 1 else [path]
+        size = {"segment_bytes": 512 << 10, "timeout_s": 20.0}
+        open_store(paths, max_bytes=4 * MIB * drives, **size).close()
+        with open_store(paths, max_bytes=16 * MIB * drives, **size) as store:
+            for i in range(150 * drives):
+                store.put(key_of(i), payload_of(i, 50_000))
+        used = [disk_bytes(p) for p in paths]
+        assert min(used) > 7 * MIB
+        for _ in range(3):  # it does not grow by being opened
+            with open_store(paths) as store:
+                assert all(key_of(i) in store for i in range(150 * drives))
+                levels = store.drives()
+                for level, was in zip(levels, used, strict=True):
+                    assert 7 * MIB < level.bytes_used <= level.bytes_max <= was + MIB
+        assert all(disk_bytes(p) <= was for p, was in zip(paths, used, strict=True))
+        with open_store(paths, **size) as store:  # for what is put later the oldest go
+            most = [level.bytes_max for level in store.drives()]
+            for i in range(1000, 1000 + 40 * drives):
+                assert store.put(key_of(i), payload_of(i, 50_000)) is StoreResult.OK
+            assert [level.bytes_max for level in store.drives()] == most
+            held = sum(key_of(i) in store for i in range(150 * drives))
+            assert 95 * drives < held < 150 * drives
+            store.check()
+        assert all(disk_bytes(p) <= m for p, m in zip(paths, most, strict=True))
+
+    def test_no_max_bytes_beside_one_that_grows(self, path: Path) -> None:
+        """An engine with a larger bound fills the path while a script puts: nothing of dead
+        writers goes for what the engine takes."""
+        bound = {"max_bytes": 24 * MIB}
+        small(path, max_bytes=4 * MIB).close()
+        with small(path, **bound) as engine:
+            with small(path, **bound) as one, small(path, **bound) as dead:
+                assert dead.writer_dir.endswith("w2")
+                one.put(key_of(1), payload_of(1))
+                for i in range(100, 180):
+                    dead.put(key_of(i), payload_of(i, 50_000))
+            with open_store(path, segment_bytes=512 << 10) as script:
+                assert script.writer_dir.endswith("w1")
+                before = script.stats()["bytes_max"]
+                assert all(key_of(i) in script for i in range(100, 180))
+                for i in range(200, 320):
+                    engine.put(key_of(i), payload_of(i, 50_000))
+                for i in range(400, 420):
+                    script.put(key_of(i), payload_of(i, 50_000))
+                assert script.stats()["bytes_max"] > before + 4 * MIB
+                script.check()
+        with open_store(path, read_only=True) as reader:  # three segments of its own, one ahead
+            assert sum(key_of(i) in reader for i in range(100, 180)) >= 80 - 4 * 10
+            assert all(key_of(i) in reader for i in range(200, 320))
+
     def test_many_short_lives_do_not_waste_segments(self, path: Path) -> None:
         for i in range(30):
             with small(path, max_bytes=4 * MIB) as store:
@@ -579,6 +632,29 @@ class TestCli:
         assert out.exit_code == 0 and json.loads(out.stdout)["dropped"] == 1
         out = self.run("verify", str(path))
         assert out.exit_code == 0 and "5 chunks" in out.stdout
+
+    @pytest.mark.parametrize("engine_runs", [False, True])
+    def test_what_writes_removes_nothing(
+        self, path: Path, tmp_path: Path, engine_runs: bool
+    ) -> None:
+        """nvme_gib was raised since the store was created."""
+        small(path, max_bytes=4 * MIB).close()
+        with small(path, max_bytes=16 * MIB) as engine:
+            with small(path, max_bytes=16 * MIB) as other:
+                for store, base in ((engine, 0), (other, 1000)):
+                    for i in range(base, base + 70):
+                        store.put(key_of(i), payload_of(i, 50_000))
+                assert other.flush() and engine.flush()
+            if not engine_runs:
+                engine.close()
+            keys = [key_of(i) for base in (0, 1000) for i in range(base, base + 70)]
+            with open_store(path, read_only=True) as store:
+                assert store.export(tmp_path / "f", keys=keys[:5]).missing == 0
+            for command in (["verify", path, "--repair"], ["import", path, tmp_path / "f"]):
+                out = self.run(*map(str, command))
+                assert out.exit_code == 0, out.output
+                with open_store(path, read_only=True) as store:
+                    assert all(key in store for key in keys), command[0]
 
     def test_errors_are_one_line(self, tmp_path: Path) -> None:
         for command in ("stats", "ls", "verify"):

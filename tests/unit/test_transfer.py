@@ -231,6 +231,32 @@ class TestSelection:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "source"]
 
 
+def test_a_killed_export_is_not_in_the_way(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves has another name than the next one's, though in a container the pid is the
+    same; one that fails leaves nothing."""
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def unlink(path: str) -> None:
+        raise OSError("killed before")
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with open_store(source, read_only=True) as store:
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr(os, "unlink", unlink)
+            store.export(out / "f", progress=stop)
+        (left,) = out.iterdir()
+        assert left.name.startswith("f.part-")
+        with pytest.raises(KeyboardInterrupt):
+            store.export(out / "f", progress=stop)
+        assert store.export(out / "f").chunks == store.export(out / "f", overwrite=True).chunks
+    assert set(out.iterdir()) == {left, out / "f"}
+
+
 def set_note(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda h: h["__metadata__"].__setitem__(name, value)
 
@@ -269,6 +295,19 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
         h["__metadata__"].update({A.upper(): h["__metadata__"].pop(A)}),
     ),
 }
+
+
+def test_a_key_is_written_once(tmp_path: Path) -> None:
+    """Two payloads under one name are a file that nobody can read."""
+    planned = [chunk_file.FileChunk(key_of(i), 0, 0, 0, 0, 3) for i in range(2)]
+    writer = chunk_file.ChunkWriter(str(tmp_path / "f"), planned, overwrite=False)
+    for i in range(2):
+        writer.add(key_of(i), 0, 0, checksum(b"abc", key_of(i)), b"abc")
+    with pytest.raises(ValueError, match=key_of(0).hex()):
+        writer.add(key_of(0), 0, 0, checksum(b"abc", key_of(0)), b"abc")
+    writer.finish()
+    with chunk_file.ChunkReader(str(tmp_path / "f")) as reader:
+        assert [c.key for c in reader.chunks] == [key_of(0), key_of(1)]
 
 
 class TestNoRoom:

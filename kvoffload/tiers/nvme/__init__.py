@@ -45,10 +45,11 @@ def open_segment_store(
     """Open or create the chunk store in ``path``; blocks while it recovers (milliseconds per GiB).
 
     ``max_bytes`` bounds everything under the path, other processes' directories included; None:
-    what the store was created with, at creation half of the free space. ``segment_bytes`` None:
-    256 MiB, less where ``max_bytes`` is small. ``queue_bytes``: of puts that wait for the drive;
-    what is beyond ends as dropped. ``direct`` False: through the page cache.
-    ``io_engine``: "uring" (StoreError where this process cannot have it), "threads", or "auto".
+    what the store was created with (at creation half of the free space), or what lies there where
+    that is more: others may have been given a larger bound since. ``segment_bytes`` None: 256 MiB,
+    less where the bound is small. ``queue_bytes``: of puts that wait for the drive; what is beyond
+    ends as dropped. ``direct`` False: through the page cache. ``io_engine``: "uring" (StoreError
+    where this process cannot have it), "threads", or "auto".
     ``endurance_bytes``: what the drive endures; None: as a writer last said (``lifetime`` file).
     Raises StoreError (one line naming the path) and ValueError for numbers out of range.
     """

@@ -16,6 +16,7 @@ import hmac
 import json
 import os
 import re
+import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -98,9 +99,11 @@ class ChunkWriter:
         if not overwrite and os.path.lexists(path):
             raise refuse(path, "already exists (--force replaces it)")
         self._written: list[FileChunk] = []
+        self._keys: set[bytes] = set()
         self._end = 0
         self._finished = False
-        self._temporary = f"{path}.part-{os.getpid()}"
+        # Not the pid: a kill leaves the file behind, and in containers the pid comes again.
+        self._temporary = f"{path}.part-{secrets.token_hex(4)}"
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._file = os.fdopen(os.open(self._temporary, flags, 0o600), "wb")
@@ -109,7 +112,11 @@ class ChunkWriter:
             raise StoreError(error.errno, f"chunk file {path}: {error.strerror}") from error
 
     def add(self, key: bytes, namespace: int, depth: int, checksum: int, payload: bytes) -> None:
-        """Append one chunk."""
+        """Append one chunk. Raises ValueError on a key that was added before: the header names each
+        once, so that nobody could read the file."""
+        if key in self._keys:
+            raise ValueError(f"chunk file {self.path}: {key.hex()} twice")
+        self._keys.add(key)
         chunk = FileChunk(key, namespace, depth, checksum, self._end, len(payload))
         self._file.write(payload)
         if self._sign is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -139,8 +139,26 @@ def choose(drives: Sequence[Drive], now: float) -> Drive | None:
 def on_each(drives: Sequence[Drive], do: Callable[[SegmentStore], T]) -> list[T]:
     """``do`` with every open store at the same time; a slow drive does not hold up the others.
 
-    For calls that release the GIL. Raises the first exception once all have returned.
+    For calls that release the GIL. Raises the first exception once all have returned. One after the
+    other where the interpreter is ending (``atexit``): it starts no threads then.
     """
     stores = [d.store for d in drives if d.store is not None]
     with ThreadPoolExecutor(max(1, len(stores)), thread_name_prefix="kvo-drive") as pool:
-        return list(pool.map(do, stores))
+        results = [_start(pool, do, store) for store in stores]
+    return [result() for result in results]
+
+
+def _start(
+    pool: ThreadPoolExecutor, do: Callable[[SegmentStore], T], store: SegmentStore
+) -> Callable[[], T]:
+    """Its result, once the pool has ended. Here and now where the pool takes nothing any more."""
+    done: Future[T]
+    try:
+        done = pool.submit(do, store)
+    except RuntimeError:
+        done = Future()
+        try:
+            done.set_result(do(store))
+        except Exception as error:  # the other stores have their turn first
+            done.set_exception(error)
+    return done.result

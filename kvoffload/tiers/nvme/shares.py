@@ -24,9 +24,10 @@ def split_bound(total: int, capacities: Sequence[int]) -> list[int]:
 def drive_bounds(paths: Sequence[str], total: int | None) -> list[int]:
     """``max_bytes`` for the store in each path; 0 where the store's own bound stands.
 
-    ``total`` None: every store as it was created, a new one half of its drive's free space. What a
-    path can hold is the drive's free space plus what lies under the path already; several paths on
-    one drive share its free space. A path that cannot be examined keeps its even share.
+    ``total`` None: every store as it was created, or what lies there where that is more (the store
+    itself sees to that); a new one half of its drive's free space. What a path can hold is the
+    drive's free space plus what lies under the path already; several paths on one drive share its
+    free space. A path that cannot be examined keeps its even share.
     """
     places = [_examine(path) for path in paths]
     same = [sum(p is not None and p[0] == q[0] for p in places) if q else 1 for q in places]

@@ -184,10 +184,16 @@ class StripedStore(StripedJobs):
             return [drive.level() for drive in self._drives]
 
     def ls(self, limit: int = 0) -> list[tuple[bytes, int, int, int, int, int]]:
-        """See SegmentStore. Segment numbers are each drive's own."""
+        """See SegmentStore. Segment numbers are each drive's own.
+
+        A key that two drives hold is there once, as its newest row says.
+        """
         rows = [row for store in self._stores() for row in store.ls(limit)]
         rows.sort(key=lambda row: -row[5])
-        return rows[:limit] if limit else rows
+        newest: dict[bytes, tuple[bytes, int, int, int, int, int]] = {}
+        for row in rows:
+            newest.setdefault(row[0], row)
+        return list(newest.values())[: limit or None]
 
     def verify(
         self, repair: bool = False, progress: Callable[[int, int, int], object] | None = None

@@ -45,6 +45,12 @@ class _Part:
     hung: bool = False  # abandoned for that
 
 
+def _only_damaged(results: npt.NDArray[np.uint8]) -> bool:
+    """Whether bytes came and none were right: one damaged chunk among others says little."""
+    damaged, right = (results == code for code in (StoreResult.CORRUPT, StoreResult.OK))
+    return bool(damaged.any() and not right.any())
+
+
 @dataclass(slots=True)
 class _Job:
     """What the caller submitted."""
@@ -246,6 +252,11 @@ class StripedJobs:
             part.drive.probe_key = pick_keys(job.request.keys, part.at[failed][-1:])
             if any(d.readable for d in self._drives if d is not part.drive):
                 job.results[part.at[failed]] = StoreResult.MISS
+        elif _only_damaged(results):
+            # The store has forgotten it, so that there is nothing to try the drive with: it is used
+            # on trust after each pause, not judged by a chunk of another day that may be good.
+            damaged = part.at[results == StoreResult.CORRUPT]
+            part.drive.probe_key = pick_keys(job.request.keys, damaged[-1:])
         self._settle(job)
 
     def _fits(self, part: _Part) -> npt.NDArray[np.bool_]:
@@ -263,10 +274,9 @@ class StripedJobs:
         now: float,
     ) -> None:
         breaker = part.drive.breaker(part.kind)
-        answered = (results == StoreResult.OK) | (results == StoreResult.CORRUPT)
-        if answered.any():
+        if (results == StoreResult.OK).any():
             breaker.success(inner)
-        elif failed.any():
+        elif failed.any() or _only_damaged(results):
             breaker.failure(inner, now)
         else:
             breaker.undecided(inner)
