@@ -1,7 +1,7 @@
 """Configuration: the keys of ``kv_connector_extra_config``, checked once, typed exactly.
 
-A leaf module (standard library and errors only). A ``Config`` cannot be built with a value that is
-not allowed, so nothing downstream re-checks. All sizes ``*_gib`` are GiB (2**30 bytes).
+A leaf module (standard library, errors and memory only). A ``Config`` cannot be built with a value
+that is not allowed, so nothing downstream re-checks. All sizes ``*_gib`` are GiB (2**30 bytes).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kvoffload.errors import ConfigError
+from kvoffload.memory import HostMemory, host_memory
 
 GIB = 1 << 30
 DAY_S = 86400
@@ -310,53 +311,6 @@ def _read_file(path: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise _fail("config_file", path, "the file must hold one object of keys and values")
     return data
-
-
-@dataclass(frozen=True, slots=True)
-class HostMemory:
-    """Bytes of memory this process may use: the machine's, or less inside a limited cgroup."""
-
-    total: int
-    available: int
-
-
-def host_memory(root: str = "/") -> HostMemory:
-    """Read /proc/meminfo and the cgroup v2 limits; 0 and 0 where neither can be read."""
-    values: dict[str, int] = {}
-    try:
-        for line in Path(root, "proc/meminfo").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            values[name] = int(rest.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        return HostMemory(0, 0)
-    total = values.get("MemTotal", 0)
-    available = values.get("MemAvailable", total)
-    for limit, used in _cgroup_limits(root):
-        total = min(total, limit)
-        available = min(available, max(0, limit - used))
-    return HostMemory(total, available)
-
-
-def _cgroup_limits(root: str) -> list[tuple[int, int]]:
-    """(limit, used without page cache) of our cgroup and its parents that have a limit."""
-    try:
-        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    own = next((line[3:] for line in lines if line.startswith("0::")), "/").strip("/")
-    base = Path(root, "sys/fs/cgroup")
-    found = []
-    for folder in (base / own, *(base / own).parents):
-        try:
-            limit = int((folder / "memory.max").read_text())
-            used = int((folder / "memory.current").read_text())
-            stat = dict(s.split() for s in (folder / "memory.stat").read_text().splitlines())
-            found.append((limit, max(0, used - int(stat.get("inactive_file", 0)))))
-        except (OSError, ValueError):
-            pass  # no limit at this level ("max"), or no cgroup v2 here
-        if folder == base:
-            break
-    return found
 
 
 def default_dram_gib(memory: HostMemory | None = None) -> float:

@@ -19,8 +19,9 @@ from typing import Annotated
 import typer
 
 from kvoffload.cli import probes
-from kvoffload.config import GIB, Config, default_dram_gib, host_memory
+from kvoffload.config import GIB, Config, default_dram_gib
 from kvoffload.errors import ConfigError
+from kvoffload.memory import host_memory
 
 GROUP = "vllm.general_plugins"
 
