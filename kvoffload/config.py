@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,10 @@ _MAX_CHUNK_TOKENS = 8192
 
 
 def _fail(key: str, value: object, allowed: str) -> ConfigError:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python refuses to write out whole numbers of thousands of digits
+        shown = "(a number of thousands of digits)"
     if len(shown) > 80:
         shown = shown[:77] + "..."
     return ConfigError(f"kvoffload: {key}={shown} is not allowed: {allowed}")
@@ -45,9 +47,7 @@ def _gib(key: str, value: Any) -> float:
     allowed = f"give a number of GiB above 0 and at most {_MAX_GIB:.0f}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _fail(key, value, allowed)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _fail(key, value, allowed)
-    if not 0 < value <= _MAX_GIB:
+    if not 0 < value <= _MAX_GIB:  # false of NaN
         raise _fail(key, value, allowed)
     return float(value)
 
@@ -63,7 +63,7 @@ def _terabytes(key: str, value: Any) -> float:
     allowed = "give a number of TB (10**12 bytes) per day above 0"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _fail(key, value, allowed)
-    if not (math.isfinite(value) and 0 < value <= 1e6):
+    if not 0 < value <= 1e6:  # false of NaN; math.isfinite raises for whole numbers above 1e308
         raise _fail(key, value, allowed)
     return float(value)
 
@@ -72,7 +72,7 @@ def _endurance(key: str, value: Any) -> float:
     allowed = "give the drives' endurance, a number of TB (10**12 bytes) written, above 0"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _fail(key, value, allowed)
-    if not (math.isfinite(value) and 0 < value <= 1e9):
+    if not 0 < value <= 1e9:
         raise _fail(key, value, allowed)
     return float(value)
 
@@ -96,18 +96,29 @@ def _one_of(names: tuple[str, ...]) -> Callable[[str, Any], str]:
     return rule
 
 
+def _expanded(path: Any) -> str | None:
+    """A path with ``~`` replaced; None for what cannot be one: no text, empty, not UTF-8."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        return None
+    try:
+        path.encode()  # half a surrogate pair, which JSON can hold
+        expanded = os.path.expanduser(path)
+        expanded.encode()  # the native store takes UTF-8
+    except UnicodeEncodeError:
+        return None
+    return expanded
+
+
 def _directories(key: str, value: Any) -> tuple[str, ...]:
     """One absolute directory or a list of them, normalised; no two the same or one in another."""
-    allowed = "give one absolute directory path or a list of them"
+    allowed = "give one absolute directory path (UTF-8) or a list of them"
     given = list(value) if isinstance(value, list | tuple) else [value]
     if not given or len(given) > MAX_DRIVES:
         raise _fail(key, value, f"{allowed}, at most {MAX_DRIVES}")
     out = []
     for path in given:
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise _fail(key, value, allowed)
-        expanded = os.path.expanduser(path)
-        if not os.path.isabs(expanded):
+        expanded = _expanded(path)
+        if expanded is None or not os.path.isabs(expanded):
             raise _fail(key, value, allowed)
         out.append(os.path.normpath(expanded))
     refuse_overlap(out, given)
@@ -144,18 +155,17 @@ def _share(key: str, value: Any) -> float:
 
 def _file(key: str, value: Any) -> str:
     allowed = "give the absolute path of a file"
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise _fail(key, value, allowed)
-    expanded = os.path.expanduser(value)
-    if not os.path.isabs(expanded) or os.path.isdir(expanded):
+    expanded = _expanded(value)
+    if expanded is None or not os.path.isabs(expanded) or os.path.isdir(expanded):
         raise _fail(key, value, allowed)
     return expanded
 
 
 def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
+    expanded = _expanded(value)
+    if expanded is None:
         raise _fail(key, value, "give the path of a .json or .toml file")
-    return os.path.expanduser(value)
+    return expanded
 
 
 _RULES: dict[str, Callable[[str, Any], Any]] = {

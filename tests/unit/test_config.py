@@ -272,6 +272,24 @@ def test_more_dram_than_the_machine_has() -> None:
         Config(dram_gib=1_000_000).check_host()
 
 
+@pytest.mark.parametrize("key", [k for k in _RULES if k not in ("config_file", "record_path")])
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_whole_numbers_of_any_size_are_one_line(key: str, digits: int, tmp_path: Path) -> None:
+    """Beyond 1e308 they are no float; beyond 4300 digits Python does not write them out."""
+    path = {"nvme_path": str(tmp_path)} if key.startswith("nvme") else {}
+    for value in (10**digits, -(10**digits)):
+        assert key in refuse(**(path | {key: value}))
+
+
+@pytest.mark.parametrize("path", ["/mnt/\ud800", "~\ud800/kv", "/mnt/\udcff"])
+def test_paths_that_are_no_text_are_one_line(path: str) -> None:
+    """JSON can hold what no file can be called; other names the native store cannot be given."""
+    for wanted in (path, ["/mnt/a", path]):
+        assert "nvme_path" in refuse(nvme_path=wanted)
+    assert "record_path" in refuse(record_path=path)
+    assert "config_file" in refuse(config_file=path + ".json")
+
+
 def test_importing_is_light() -> None:
     code = "import kvoffload.config, sys; print([m for m in ('torch','vllm','numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
