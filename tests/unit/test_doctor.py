@@ -271,6 +271,22 @@ def test_config(text: str, status: Status, part: str) -> None:
     assert (config is not None) == (status is Status.OK)
 
 
+MULTI = '{"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": %s}'
+
+
+@pytest.mark.parametrize(
+    "extra", ['{"connectors": 5}', '{"connectors": {"a": 1}}', '{"connectors": [[5]]}', "5", '"x"']
+)
+def test_a_config_of_any_shape(extra: str) -> None:
+    check, config = doctor.check_config(MULTI % extra)
+    assert check.status is Status.FAIL and "not ours" in check.found and config is None
+
+
+def test_a_check_of_the_configuration_that_breaks_is_a_line() -> None:
+    found = by_name(doctor.run_checks((), "[" * 100_000))
+    assert found["config"].status is Status.WARN and "RecursionError" in found["config"].found
+
+
 # -- the command -------------------------------------------------------------------------------------
 
 

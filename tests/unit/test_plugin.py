@@ -119,6 +119,20 @@ def test_children_of_multi_connector_are_ours_too() -> None:
         plugin.prepare(multi(OURS, OURS))
 
 
+@pytest.mark.parametrize("children", [5, "ab", {"a": 1}, [5, None, ["x"]]])
+@pytest.mark.parametrize("name", ["MultiConnector", "OffloadingConnector"])
+def test_settings_of_any_shape_are_not_ours(
+    name: str, children: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of ours is named: whether that is an error is for vLLM to say."""
+    logging.getLogger("vllm").propagate = True
+    extra = {"connectors": children, "secondary_tiers": children}
+    config = engine(extra, kv_connector=name)
+    with caplog.at_level(logging.ERROR, "vllm.kvoffload"):
+        plugin.prepare(config)
+    assert not caplog.records and not list(plugin.our_configs(config.kv_transfer_config))
+
+
 @pytest.mark.parametrize("config", [None, "other", "multi-other"])
 def test_other_connectors_are_left_alone(config: str | None) -> None:
     made = engine(kv_connector="ExampleConnector")

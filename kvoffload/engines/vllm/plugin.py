@@ -151,7 +151,8 @@ def our_settings(child: Any) -> Iterator[Mapping[str, Any]]:
     if child.get("kv_connector") == CONNECTOR:
         yield notes.without(extra)
     elif child.get("kv_connector") == "MultiConnector" and isinstance(extra, Mapping):
-        for inner in extra.get("connectors") or ():
+        children = extra.get("connectors")
+        for inner in children if isinstance(children, list | tuple) else ():
             yield from our_settings(inner)
 
 
