@@ -264,9 +264,10 @@ class Config:
         merged.update(extra)
         return cls(**merged)
 
-    def dram_bytes(self) -> int:
-        """Bytes of the DRAM tier: ``dram_gib``, or the default for this machine right now."""
-        gib = self.dram_gib if self.dram_gib is not None else default_dram_gib()
+    def dram_bytes(self, engines: int = 1) -> int:
+        """Bytes of one engine's DRAM tier: ``dram_gib``, or the default for this machine right now,
+        of which each of its ``engines`` takes a part."""
+        gib = self.dram_gib if self.dram_gib is not None else default_dram_gib() / engines
         return int(gib * GIB)
 
     def nvme_bytes(self) -> int | None:
@@ -279,11 +280,18 @@ class Config:
             return self.nvme_write_tb_per_day * 1e12 / DAY_S
         return nvme_bytes / DAY_S
 
-    def check_host(self) -> None:
-        """Refuse what this machine cannot hold. Raises ConfigError (one line)."""
+    def check_host(self, engines: int = 1) -> None:
+        """Refuse what this machine cannot hold with so many engines. Raises ConfigError (one
+        line)."""
         total = host_memory().total
-        if self.dram_gib is not None and total and self.dram_gib * GIB > total:
+        wanted = (self.dram_gib or 0) * engines
+        if total and wanted * GIB > total:
             limit = f"this machine (or container) has {total / GIB:.1f} GiB of memory"
+            if engines > 1:
+                limit = (
+                    f"each of the {engines} data parallel engines of this machine takes it, "
+                    f"{wanted:.1f} GiB in all, and {limit}"
+                )
             raise _fail("dram_gib", self.dram_gib, limit)
 
 

@@ -107,7 +107,8 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         logger.warning(
             "kvoffload: this is %s, which cannot be served yet: 0 hits, nothing is stored.", refused
         )
-    data_bytes = config.dram_bytes() if refused is None else 4 << 20
+    engines = compat.local_engines(vllm_config)
+    data_bytes = config.dram_bytes(engines) if refused is None else 4 << 20
     slots = slots_needed(layout, data_bytes) if refused is None else 1
     arena = _core.Arena.create(data_bytes, slots, layout.world_size)
     _prefault(arena)

@@ -176,7 +176,9 @@ def prepare(vllm_config: Any) -> None:
             return
         _check_all(vllm_config, transfer, extras)
         alone = getattr(transfer, "kv_connector", None) == CONNECTOR
-        notes.leave(vllm_config, alone=alone, folders=model_folders(vllm_config), where=machine())
+        engines = compat.local_engines(vllm_config)
+        folders = model_folders(vllm_config)
+        notes.leave(vllm_config, alone=alone, folders=folders, where=machine(), engines=engines)
         _set_failure_policy(vllm_config.kv_transfer_config)
     except (ConfigError, UnsupportedError) as exc:
         raise StartupError(str(exc)) from None
@@ -186,7 +188,7 @@ def prepare(vllm_config: Any) -> None:
 
 def _check_all(vllm_config: Any, transfer: Any, extras: list[Mapping[str, Any]]) -> None:
     for extra in extras:
-        Config.from_extra_config(extra).check_host()
+        Config.from_extra_config(extra).check_host(compat.local_engines(vllm_config))
     if len(extras) > 1:
         raise UnsupportedError(
             f"kvoffload: {CONNECTOR} is given {len(extras)} times; two caches of the same blocks "
