@@ -202,6 +202,20 @@ def test_versions_that_were_never_read_are_refused(
     assert f"vLLM {'.'.join(map(str, version))} is not supported" in line and "\n" not in line
 
 
+def test_a_scheduler_in_every_rank_is_refused() -> None:
+    """Under torchrun: as many arenas as ranks, and to none of them all ranks attach."""
+    config = engine({"dram_gib": 0.1})
+    config.parallel_config.distributed_executor_backend = "external_launcher"
+    plugin.prepare(config)  # one rank has one scheduler
+    config.parallel_config.tensor_parallel_size = 2
+    with pytest.raises(plugin.StartupError) as caught:
+        plugin.prepare(config)
+    line = str(caught.value)
+    assert "--distributed-executor-backend external_launcher" in line and "\n" not in line
+    config.parallel_config.distributed_executor_backend = "mp"
+    plugin.prepare(config)
+
+
 def test_data_parallel_over_nodes_is_fine() -> None:
     config = engine()
     config.parallel_config.nnodes = 4

@@ -234,6 +234,14 @@ def _check_parallel(parallel: Any) -> None:
                 f"kvoffload: {option} {size} is not supported: {why}; "
                 f"set it to 1 or start vLLM without {CONNECTOR}"
             )
+    ranks = getattr(parallel, "tensor_parallel_size", 1)
+    launcher = getattr(parallel, "distributed_executor_backend", None)
+    if launcher == "external_launcher" and isinstance(ranks, int) and ranks > 1:
+        raise UnsupportedError(
+            "kvoffload: --distributed-executor-backend external_launcher is not supported with "
+            f"--tensor-parallel-size {ranks}: every rank has a scheduler, and so a cache, of its "
+            f"own; use mp, or start vLLM without {CONNECTOR}"
+        )
     if _nodes_of_one_engine(parallel) > 1:
         raise UnsupportedError(
             "kvoffload: tensor parallel over several nodes is not supported: the DRAM arena is "
