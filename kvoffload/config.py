@@ -1,14 +1,13 @@
 """Configuration: the keys of ``kv_connector_extra_config``, checked once, typed exactly.
 
-A leaf module (standard library and errors only). A ``Config`` cannot be built with a value that is
-not allowed, so nothing downstream re-checks. All sizes ``*_gib`` are GiB (2**30 bytes).
+A leaf module (standard library, errors and memory only). A ``Config`` cannot be built with a value
+that is not allowed, so nothing downstream re-checks. All sizes ``*_gib`` are GiB (2**30 bytes).
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kvoffload.errors import ConfigError
+from kvoffload.memory import HostMemory, host_memory
 
 GIB = 1 << 30
 DAY_S = 86400
@@ -34,7 +34,10 @@ _MAX_CHUNK_TOKENS = 8192
 
 
 def _fail(key: str, value: object, allowed: str) -> ConfigError:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python refuses to write out whole numbers of thousands of digits
+        shown = "(a number of thousands of digits)"
     if len(shown) > 80:
         shown = shown[:77] + "..."
     return ConfigError(f"kvoffload: {key}={shown} is not allowed: {allowed}")
@@ -44,9 +47,7 @@ def _gib(key: str, value: Any) -> float:
     allowed = f"give a number of GiB above 0 and at most {_MAX_GIB:.0f}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _fail(key, value, allowed)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _fail(key, value, allowed)
-    if not 0 < value <= _MAX_GIB:
+    if not 0 < value <= _MAX_GIB:  # false of NaN
         raise _fail(key, value, allowed)
     return float(value)
 
@@ -62,7 +63,7 @@ def _terabytes(key: str, value: Any) -> float:
     allowed = "give a number of TB (10**12 bytes) per day above 0"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _fail(key, value, allowed)
-    if not (math.isfinite(value) and 0 < value <= 1e6):
+    if not 0 < value <= 1e6:  # false of NaN; math.isfinite raises for whole numbers above 1e308
         raise _fail(key, value, allowed)
     return float(value)
 
@@ -71,7 +72,7 @@ def _endurance(key: str, value: Any) -> float:
     allowed = "give the drives' endurance, a number of TB (10**12 bytes) written, above 0"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _fail(key, value, allowed)
-    if not (math.isfinite(value) and 0 < value <= 1e9):
+    if not 0 < value <= 1e9:
         raise _fail(key, value, allowed)
     return float(value)
 
@@ -95,18 +96,29 @@ def _one_of(names: tuple[str, ...]) -> Callable[[str, Any], str]:
     return rule
 
 
+def _expanded(path: Any) -> str | None:
+    """A path with ``~`` replaced; None for what cannot be one: no text, empty, not UTF-8."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        return None
+    try:
+        path.encode()  # half a surrogate pair, which JSON can hold
+        expanded = os.path.expanduser(path)
+        expanded.encode()  # the native store takes UTF-8
+    except UnicodeEncodeError:
+        return None
+    return expanded
+
+
 def _directories(key: str, value: Any) -> tuple[str, ...]:
     """One absolute directory or a list of them, normalised; no two the same or one in another."""
-    allowed = "give one absolute directory path or a list of them"
+    allowed = "give one absolute directory path (UTF-8) or a list of them"
     given = list(value) if isinstance(value, list | tuple) else [value]
     if not given or len(given) > MAX_DRIVES:
         raise _fail(key, value, f"{allowed}, at most {MAX_DRIVES}")
     out = []
     for path in given:
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise _fail(key, value, allowed)
-        expanded = os.path.expanduser(path)
-        if not os.path.isabs(expanded):
+        expanded = _expanded(path)
+        if expanded is None or not os.path.isabs(expanded):
             raise _fail(key, value, allowed)
         out.append(os.path.normpath(expanded))
     refuse_overlap(out, given)
@@ -143,18 +155,17 @@ def _share(key: str, value: Any) -> float:
 
 def _file(key: str, value: Any) -> str:
     allowed = "give the absolute path of a file"
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise _fail(key, value, allowed)
-    expanded = os.path.expanduser(value)
-    if not os.path.isabs(expanded) or os.path.isdir(expanded):
+    expanded = _expanded(value)
+    if expanded is None or not os.path.isabs(expanded) or os.path.isdir(expanded):
         raise _fail(key, value, allowed)
     return expanded
 
 
 def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
+    expanded = _expanded(value)
+    if expanded is None:
         raise _fail(key, value, "give the path of a .json or .toml file")
-    return os.path.expanduser(value)
+    return expanded
 
 
 _RULES: dict[str, Callable[[str, Any], Any]] = {
@@ -253,9 +264,10 @@ class Config:
         merged.update(extra)
         return cls(**merged)
 
-    def dram_bytes(self) -> int:
-        """Bytes of the DRAM tier: ``dram_gib``, or the default for this machine right now."""
-        gib = self.dram_gib if self.dram_gib is not None else default_dram_gib()
+    def dram_bytes(self, engines: int = 1) -> int:
+        """Bytes of one engine's DRAM tier: ``dram_gib``, or the default for this machine right now,
+        of which each of its ``engines`` takes a part."""
+        gib = self.dram_gib if self.dram_gib is not None else default_dram_gib() / engines
         return int(gib * GIB)
 
     def nvme_bytes(self) -> int | None:
@@ -268,11 +280,18 @@ class Config:
             return self.nvme_write_tb_per_day * 1e12 / DAY_S
         return nvme_bytes / DAY_S
 
-    def check_host(self) -> None:
-        """Refuse what this machine cannot hold. Raises ConfigError (one line)."""
+    def check_host(self, engines: int = 1) -> None:
+        """Refuse what this machine cannot hold with so many engines. Raises ConfigError (one
+        line)."""
         total = host_memory().total
-        if self.dram_gib is not None and total and self.dram_gib * GIB > total:
+        wanted = (self.dram_gib or 0) * engines
+        if total and wanted * GIB > total:
             limit = f"this machine (or container) has {total / GIB:.1f} GiB of memory"
+            if engines > 1:
+                limit = (
+                    f"each of the {engines} data parallel engines of this machine takes it, "
+                    f"{wanted:.1f} GiB in all, and {limit}"
+                )
             raise _fail("dram_gib", self.dram_gib, limit)
 
 
@@ -310,53 +329,6 @@ def _read_file(path: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise _fail("config_file", path, "the file must hold one object of keys and values")
     return data
-
-
-@dataclass(frozen=True, slots=True)
-class HostMemory:
-    """Bytes of memory this process may use: the machine's, or less inside a limited cgroup."""
-
-    total: int
-    available: int
-
-
-def host_memory(root: str = "/") -> HostMemory:
-    """Read /proc/meminfo and the cgroup v2 limits; 0 and 0 where neither can be read."""
-    values: dict[str, int] = {}
-    try:
-        for line in Path(root, "proc/meminfo").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            values[name] = int(rest.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        return HostMemory(0, 0)
-    total = values.get("MemTotal", 0)
-    available = values.get("MemAvailable", total)
-    for limit, used in _cgroup_limits(root):
-        total = min(total, limit)
-        available = min(available, max(0, limit - used))
-    return HostMemory(total, available)
-
-
-def _cgroup_limits(root: str) -> list[tuple[int, int]]:
-    """(limit, used without page cache) of our cgroup and its parents that have a limit."""
-    try:
-        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    own = next((line[3:] for line in lines if line.startswith("0::")), "/").strip("/")
-    base = Path(root, "sys/fs/cgroup")
-    found = []
-    for folder in (base / own, *(base / own).parents):
-        try:
-            limit = int((folder / "memory.max").read_text())
-            used = int((folder / "memory.current").read_text())
-            stat = dict(s.split() for s in (folder / "memory.stat").read_text().splitlines())
-            found.append((limit, max(0, used - int(stat.get("inactive_file", 0)))))
-        except (OSError, ValueError):
-            pass  # no limit at this level ("max"), or no cgroup v2 here
-        if folder == base:
-            break
-    return found
 
 
 def default_dram_gib(memory: HostMemory | None = None) -> float:

@@ -106,7 +106,8 @@ def remove_dead(folder: Path) -> None:
 
 
 def live_files(folder: Path) -> list[Path]:
-    """Files of live writers, by name. Removes those of dead ones."""
+    """Files of live writers, by name. Removes those of dead ones. Raises OSError where there is a
+    folder that cannot be read."""
     remove_dead(folder)
     try:
         return sorted(p for p in folder.iterdir() if p.suffix == _SUFFIX and p.name[0] != ".")

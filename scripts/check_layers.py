@@ -5,8 +5,8 @@ Rules (docs/architecture.md has the reasons):
 
 - vllm is imported inside ``engines/`` only; torch inside ``copy/``, ``tiers/dram`` and
   ``engines/`` only; triton and cupy inside ``copy/`` only.
-- types, errors and files import nothing of ours; config and metrics only the first two (and
-  metrics: config).
+- types, errors, files and memory import nothing of ours; config and metrics only the first two
+  (and config: memory).
 - core imports leaves and ``tiers.base`` (protocols) only: no tiers, copies, engine, native core.
 - copy imports leaves, files and the native core; tiers import leaves, copy and the native core.
 - replay imports leaves, core and tiers.
@@ -36,7 +36,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "kvoffload.types": (),
     "kvoffload.errors": (),
     "kvoffload.files": (),
-    "kvoffload.config": ("kvoffload.errors", "kvoffload.types"),
+    "kvoffload.memory": (),
+    "kvoffload.config": ("kvoffload.errors", "kvoffload.memory", "kvoffload.types"),
     "kvoffload.metric_table": ("kvoffload.types",),
     "kvoffload.metrics": ("kvoffload.metric_table", "kvoffload.types"),
     "kvoffload.core": (*LEAVES, "kvoffload.core", "kvoffload.tiers.base"),

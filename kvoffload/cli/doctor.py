@@ -19,8 +19,9 @@ from typing import Annotated
 import typer
 
 from kvoffload.cli import probes
-from kvoffload.config import GIB, Config, default_dram_gib, host_memory
+from kvoffload.config import GIB, Config, default_dram_gib
 from kvoffload.errors import ConfigError
+from kvoffload.memory import host_memory
 
 GROUP = "vllm.general_plugins"
 
@@ -313,12 +314,17 @@ MACHINE_CHECKS: tuple[Callable[[], Check], ...] = (
 def run_checks(nvme_paths: Sequence[str], config_text: str | None) -> list[Check]:
     """All checks, in order. Never raises."""
     checks: list[Check] = []
-    config: Config | None = None
+    parsed: list[Config | None] = [None]
+
+    def configuration() -> list[Check]:
+        line, parsed[0] = check_config(config_text or "")
+        return [line]
+
     for check in MACHINE_CHECKS:
         checks += _guarded(check.__name__, lambda check=check: [check()])  # type: ignore[misc]
     if config_text is not None:
-        line, config = check_config(config_text)
-        checks.append(line)
+        checks += _guarded("check_config", configuration)
+    config = parsed[0]
     paths = tuple(nvme_paths) or (config.nvme_path if config else None) or ()
     gib = config.nvme_gib / len(paths) if config and config.nvme_gib and paths else None
     where = [os.path.abspath(os.path.expanduser(path)) for path in paths]

@@ -59,14 +59,28 @@ def _sound(record: dict[str, Any]) -> bool:
 
 
 def engines(folder: Path) -> list[Engine]:
-    """Live engines that keep reports in ``folder``."""
-    out = []
+    """Live engines that keep reports in ``folder``, as far as these can be read.
+
+    Raises OSError where none can, though there are some.
+    """
+    out, problem = [], None
     for path in live_files(folder):
         try:
             out.append(Engine.read(path))
         except FileNotFoundError:
             continue  # it has just ended
+        except OSError as exc:  # another user's, where several share a home
+            problem = exc
+    if problem is not None and not out:
+        raise problem
     return out
+
+
+def _engines() -> list[Engine]:
+    try:
+        return engines(_folder())
+    except OSError as exc:
+        _fail(f"{exc.filename or _folder()} cannot be read: {exc.strerror}")
 
 
 def bare(request_id: str) -> str:
@@ -102,7 +116,7 @@ def why(
     """
     if follow and as_json:
         _fail("--follow and --json: choose one")
-    found = _choose(engines(_folder()), pid, request_id)
+    found = _choose(_engines(), pid, request_id)
     if follow:
         try:
             _follow(found, request_id, last, misses)
@@ -298,7 +312,7 @@ def _follow(found: Sequence[Engine], wanted: str | None, last: int, misses: bool
                 console.print("  ".join(_row(record)), soft_wrap=True)
         first = False
         _sleep(FOLLOW_S)
-        found = [e for e in engines(_folder()) if e.path in seen]
+        found = [e for e in _engines() if e.path in seen]
     console.print("the engine has ended")
 
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvoffload.config import _RULES, GIB, Config, HostMemory, default_dram_gib, host_memory
+from kvoffload.config import _RULES, GIB, Config, default_dram_gib
 from kvoffload.errors import ConfigError
+from kvoffload.memory import HostMemory, host_memory
 
 
 def refuse(**extra: object) -> str:
@@ -212,6 +213,54 @@ def test_memory_in_a_limited_container(tmp_path: Path) -> None:
     assert host_memory(_fake_root(tmp_path, limits)) == HostMemory(1000, 500)
 
 
+def test_page_cache_of_a_container_can_be_had_back(tmp_path: Path) -> None:
+    """Weight files that were read twice are active page cache; what is dirty must be written first."""
+    limits = {
+        "memory.max": "1000\n",
+        "memory.current": "900\n",
+        "memory.stat": "anon 200\ninactive_file 100\nactive_file 500\nfile_dirty 30\n"
+        "file_writeback 20\n",
+    }
+    assert host_memory(_fake_root(tmp_path, limits)) == HostMemory(1000, 650)
+
+
+V1_LIMIT = {
+    "memory.limit_in_bytes": "2000\n",
+    "memory.usage_in_bytes": "1500\n",
+    "memory.stat": "inactive_file 7\nhierarchical_memory_limit 2000\ntotal_inactive_file 300\n"
+    "total_active_file 400\ntotal_dirty 40\ntotal_writeback 60\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("groups", "folder"),
+    [
+        ("9:memory:/docker/abc\n1:cpu,cpuacct:/docker/abc\n", ""),  # a container sees its own root
+        ("9:memory:/pod/box\n", "pod/box"),
+        ("9:memory:/pod/box\n", "pod"),  # the parent's limit
+        ("9:memory:/pod/box\n0::/user.slice\n", "pod/box"),  # hybrid: v2 without the controller
+        ("3:hugetlb,memory:/pod/box\n", "pod/box"),
+    ],
+)
+def test_memory_in_a_container_of_cgroup_v1(tmp_path: Path, groups: str, folder: str) -> None:
+    root = _fake_root(tmp_path, {})
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    (tmp_path / "sys/fs/cgroup/memory/pod/box").mkdir(parents=True)
+    for name, text in V1_LIMIT.items():
+        (tmp_path / "sys/fs/cgroup/memory" / folder / name).write_text(text)
+    assert host_memory(root) == HostMemory(2000, 2000 - (1500 - 600))
+
+
+def test_no_limit_in_cgroup_v1_is_a_large_number(tmp_path: Path) -> None:
+    root = _fake_root(tmp_path, {})
+    (tmp_path / "proc/self/cgroup").write_text("9:memory:/\n")
+    (tmp_path / "sys/fs/cgroup/memory").mkdir(parents=True)
+    unlimited = V1_LIMIT | {"memory.limit_in_bytes": "9223372036854771712\n"}
+    for name, text in unlimited.items():
+        (tmp_path / "sys/fs/cgroup/memory" / name).write_text(text)
+    assert host_memory(root) == HostMemory(1 << 30, 1 << 29)
+
+
 def test_dram_default_is_capped() -> None:
     assert default_dram_gib(HostMemory(1 << 50, 1 << 50)) == 64.0
     assert default_dram_gib(HostMemory(0, 0)) == 0.0
@@ -221,6 +270,24 @@ def test_more_dram_than_the_machine_has() -> None:
     Config(dram_gib=0.01).check_host()
     with pytest.raises(ConfigError, match="GiB of memory"):
         Config(dram_gib=1_000_000).check_host()
+
+
+@pytest.mark.parametrize("key", [k for k in _RULES if k not in ("config_file", "record_path")])
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_whole_numbers_of_any_size_are_one_line(key: str, digits: int, tmp_path: Path) -> None:
+    """Beyond 1e308 they are no float; beyond 4300 digits Python does not write them out."""
+    path = {"nvme_path": str(tmp_path)} if key.startswith("nvme") else {}
+    for value in (10**digits, -(10**digits)):
+        assert key in refuse(**(path | {key: value}))
+
+
+@pytest.mark.parametrize("path", ["/mnt/\ud800", "~\ud800/kv", "/mnt/\udcff"])
+def test_paths_that_are_no_text_are_one_line(path: str) -> None:
+    """JSON can hold what no file can be called; other names the native store cannot be given."""
+    for wanted in (path, ["/mnt/a", path]):
+        assert "nvme_path" in refuse(nvme_path=wanted)
+    assert "record_path" in refuse(record_path=path)
+    assert "config_file" in refuse(config_file=path + ".json")
 
 
 def test_importing_is_light() -> None:

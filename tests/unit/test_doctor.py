@@ -17,8 +17,8 @@ from kvoffload import _core
 from kvoffload.cli import doctor, probes
 from kvoffload.cli.doctor import Check, Status
 from kvoffload.cli.main import app
-from kvoffload.config import HostMemory
 from kvoffload.engines.vllm import compat
+from kvoffload.memory import HostMemory, host_memory
 
 runner = CliRunner()
 
@@ -105,6 +105,20 @@ def test_a_missing_core_is_a_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "host_memory", lambda: HostMemory(1 << 28, 1 << 28))
     assert doctor.check_ram().status is Status.WARN
+
+
+def test_the_memory_of_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What an engine would take, cgroup v1 included."""
+    group = tmp_path / "sys/fs/cgroup/memory"
+    for folder in (group, tmp_path / "proc/self"):
+        folder.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 999999999 kB\nMemAvailable: 999999999 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("9:memory:/docker/abc\n")
+    (group / "memory.limit_in_bytes").write_text(f"{8 << 30}\n")
+    (group / "memory.usage_in_bytes").write_text(f"{4 << 30}\n")
+    (group / "memory.stat").write_text("")
+    monkeypatch.setattr(doctor, "host_memory", lambda: host_memory(str(tmp_path)))
+    assert doctor.check_ram().found == "4.0 of 8.0 GiB free; dram_gib defaults to 1.0"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +269,22 @@ def test_config(text: str, status: Status, part: str) -> None:
     check, config = doctor.check_config(text)
     assert check.status is status and part in check.found
     assert (config is not None) == (status is Status.OK)
+
+
+MULTI = '{"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": %s}'
+
+
+@pytest.mark.parametrize(
+    "extra", ['{"connectors": 5}', '{"connectors": {"a": 1}}', '{"connectors": [[5]]}', "5", '"x"']
+)
+def test_a_config_of_any_shape(extra: str) -> None:
+    check, config = doctor.check_config(MULTI % extra)
+    assert check.status is Status.FAIL and "not ours" in check.found and config is None
+
+
+def test_a_check_of_the_configuration_that_breaks_is_a_line() -> None:
+    found = by_name(doctor.run_checks((), "[" * 100_000))
+    assert found["config"].status is Status.WARN and "RecursionError" in found["config"].found
 
 
 # -- the command -------------------------------------------------------------------------------------

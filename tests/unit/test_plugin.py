@@ -17,8 +17,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvoffload.config import Config
 from kvoffload.engines.vllm import compat, native_settings, notes, plugin
 from kvoffload.errors import UnsupportedError
+from kvoffload.memory import HostMemory
 from tests.unit.test_namespace import HF
 
 OURS = {"kv_connector": "KVOffloadConnector", "kv_role": "kv_both"}
@@ -122,6 +124,20 @@ def test_children_of_multi_connector_are_ours_too() -> None:
         plugin.prepare(multi(OURS, OURS))
 
 
+@pytest.mark.parametrize("children", [5, "ab", {"a": 1}, [5, None, ["x"]]])
+@pytest.mark.parametrize("name", ["MultiConnector", "OffloadingConnector"])
+def test_settings_of_any_shape_are_not_ours(
+    name: str, children: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of ours is named: whether that is an error is for vLLM to say."""
+    logging.getLogger("vllm").propagate = True
+    extra = {"connectors": children, "secondary_tiers": children}
+    config = engine(extra, kv_connector=name)
+    with caplog.at_level(logging.ERROR, "vllm.kvoffload"):
+        plugin.prepare(config)
+    assert not caplog.records and not list(plugin.our_configs(config.kv_transfer_config))
+
+
 @pytest.mark.parametrize("config", [None, "other", "multi-other"])
 def test_other_connectors_are_left_alone(config: str | None) -> None:
     made = engine(kv_connector="ExampleConnector")
@@ -196,11 +212,78 @@ def test_versions_that_were_never_read_are_refused(
     assert f"vLLM {'.'.join(map(str, version))} is not supported" in line and "\n" not in line
 
 
+def test_a_scheduler_in_every_rank_is_refused() -> None:
+    """Under torchrun: as many arenas as ranks, and to none of them all ranks attach."""
+    config = engine({"dram_gib": 0.1})
+    config.parallel_config.distributed_executor_backend = "external_launcher"
+    plugin.prepare(config)  # one rank has one scheduler
+    config.parallel_config.tensor_parallel_size = 2
+    with pytest.raises(plugin.StartupError) as caught:
+        plugin.prepare(config)
+    line = str(caught.value)
+    assert "--distributed-executor-backend external_launcher" in line and "\n" not in line
+    config.parallel_config.distributed_executor_backend = "mp"
+    plugin.prepare(config)
+
+
 def test_data_parallel_over_nodes_is_fine() -> None:
     config = engine()
     config.parallel_config.nnodes = 4
     config.parallel_config.nnodes_within_dp = 1
     plugin.prepare(config)
+
+
+# -- data parallel on one machine
+
+
+@pytest.mark.parametrize(
+    ("parallel", "engines"),
+    [
+        ({"data_parallel_size": 8, "data_parallel_size_local": 8}, 8),
+        ({"data_parallel_size": 16, "data_parallel_size_local": 8}, 8),
+        ({"data_parallel_size": 8, "data_parallel_size_local": 0}, 1),  # its engines are elsewhere
+        ({"data_parallel_size": 8, "data_parallel_size_local": None}, 1),
+        ({}, 1),
+    ],
+)
+def test_engines_of_one_machine_share_what_is_free(
+    parallel: dict[str, Any], engines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They start together: each would take a quarter of the same free memory."""
+    monkeypatch.setattr("kvoffload.config.host_memory", lambda: HostMemory(1 << 40, 1 << 39))
+    child = engine(kv_connector="MultiConnector")  # a child's settings are without notes
+    made = engine()
+    for config in (made, child):
+        vars(config.parallel_config).update(parallel)
+    plugin.prepare(made)
+    # As an engine process does with a dense model's rank, before it builds its connector.
+    made.parallel_config.data_parallel_size = made.parallel_config.data_parallel_size_local = 1
+    plugin.prepare(made)
+    for config in (made, child):
+        n = compat.local_engines(config)
+        assert n == engines
+        assert Config().dram_bytes(n) == (64 << 30) // engines
+        assert Config(dram_gib=3).dram_bytes(n) == 3 << 30, "what is asked for is per engine"
+
+
+def test_dram_gib_counts_once_per_engine_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvoffload.config.host_memory", lambda: HostMemory(100 << 30, 90 << 30))
+    config = engine({"dram_gib": 50})
+    config.parallel_config.data_parallel_size_local = 2
+    plugin.prepare(config)
+    config.parallel_config.data_parallel_size_local = 4
+    config.kv_transfer_config = transfer({"dram_gib": 50})
+    with pytest.raises(plugin.StartupError) as caught:
+        plugin.prepare(config)
+    assert str(caught.value) == (
+        "kvoffload: dram_gib=50.0 is not allowed: each of the 4 data parallel engines of this "
+        "machine takes it, 200.0 GiB in all, and this machine (or container) has 100.0 GiB of "
+        "memory"
+    )
+    child = multi(OURS | {"kv_connector_extra_config": {"dram_gib": 50}})
+    child.parallel_config.data_parallel_size_local = 4
+    with pytest.raises(plugin.StartupError, match="each of the 4 data parallel engines"):
+        plugin.prepare(child)
 
 
 def test_a_mistake_of_the_check_itself_is_not_the_users(caplog: pytest.LogCaptureFixture) -> None:

@@ -76,6 +76,29 @@ def test_nobody_is_there(running: Engines) -> None:
     assert result.stderr.count("\n") == 1 and not result.stdout
 
 
+def test_a_folder_that_cannot_be_read_is_one_line(running: Engines) -> None:
+    running.folder.parent.mkdir(parents=True)
+    running.folder.write_text("no folder")
+    for args in ((), ("--json",), ("--follow",)):
+        result = run(*args)
+        assert result.exit_code == 2 and not result.stdout, result.exception
+        assert result.stderr.count("\n") == 1 and "cannot be read: Not a directory" in result.stderr
+
+
+@pytest.mark.parametrize("args", [(), ("--follow",), ("--json", "--last", "1")])
+def test_a_file_that_cannot_be_read_is_one_line(running: Engines, args: tuple[str, ...]) -> None:
+    """Another user's, say; one that can be read is shown all the same."""
+    (running.folder / "6.jsonl").mkdir(
+        parents=True
+    )  # root may read every file, but no folder as one
+    result = run(*args)
+    assert result.exit_code == 2 and not result.stdout, result.exception
+    assert result.stderr.count("\n") == 1 and "6.jsonl cannot be read" in result.stderr
+    running.start(7, [EVICTED])
+    if "--follow" not in args:
+        assert run(*args).exit_code == 0 and "cmpl-abc-0" in run(*args).stdout
+
+
 def test_the_last_requests_and_what_to_do(running: Engines) -> None:
     running.start(7, [EVICTED, HIT, OTHER])
     result = run()

@@ -235,6 +235,20 @@ def is_alone(vllm_config: Any) -> bool:
     return notes.read(vllm_config).get("alone") is True
 
 
+def local_engines(vllm_config: Any) -> int:
+    """Data parallel engines that this server starts on this machine, at least 1.
+
+    As the start-up check saw it: in an engine's process a dense model's rank has become a
+    configuration of its own that knows of no other. Without its notes (a child of MultiConnector)
+    what the configuration says here. Servers that are started apart do not know of each other.
+    """
+    found = notes.read(vllm_config).get("engines")
+    if found is None:
+        parallel = getattr(vllm_config, "parallel_config", None)
+        found = getattr(parallel, "data_parallel_size_local", 1)
+    return found if isinstance(found, int) and found > 0 else 1  # 0: all engines are elsewhere
+
+
 @functools.cache
 def _transfer_results() -> Any:
     from vllm.distributed.kv_transfer.kv_connector.v1 import base

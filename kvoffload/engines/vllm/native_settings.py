@@ -9,7 +9,7 @@ builds a connector, so that the tier, built inside that call, can name its chunk
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,12 +74,18 @@ def _tiers_of(child: Any) -> Iterator[Mapping[str, Any]]:
     if not isinstance(extra, Mapping):
         return
     if child.get("kv_connector") == "MultiConnector":
-        for inner in extra.get("connectors") or ():
+        for inner in _listed(extra, "connectors"):
             yield from _tiers_of(inner)
     elif child.get("kv_connector") == NATIVE_CONNECTOR:
-        for entry in extra.get("secondary_tiers") or ():
+        for entry in _listed(extra, "secondary_tiers"):
             if isinstance(entry, Mapping) and entry.get("module_path") == TIER_MODULE:
                 yield entry
+
+
+def _listed(extra: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """What a list in the settings holds; nothing where it is none: vLLM says so."""
+    found = extra.get(key)
+    return found if isinstance(found, list | tuple) else ()
 
 
 def check_native_tiers(vllm_config: Any) -> None:

@@ -158,7 +158,8 @@ def our_settings(child: Any) -> Iterator[Mapping[str, Any]]:
     if child.get("kv_connector") == CONNECTOR:
         yield notes.without(extra)
     elif child.get("kv_connector") == "MultiConnector" and isinstance(extra, Mapping):
-        for inner in extra.get("connectors") or ():
+        children = extra.get("connectors")
+        for inner in children if isinstance(children, list | tuple) else ():
             yield from our_settings(inner)
 
 
@@ -183,9 +184,13 @@ def prepare(vllm_config: Any) -> None:
             _check_all(vllm_config, transfer, extras)
         elif transfer is None or not any(True for _ in native_settings.our_tiers(transfer)):
             return
-        alone = getattr(transfer, "kv_connector", None) == CONNECTOR
-        folders = model_folders(vllm_config)
-        notes.leave(vllm_config, CONNECTOR, alone=alone, folders=folders, where=machine())
+        left = {
+            "alone": getattr(transfer, "kv_connector", None) == CONNECTOR,
+            "folders": model_folders(vllm_config),
+            "where": machine(),
+            "engines": compat.local_engines(vllm_config),
+        }
+        notes.leave(vllm_config, CONNECTOR, **left)
         if extras:
             _set_failure_policy(vllm_config.kv_transfer_config)
     except (ConfigError, UnsupportedError) as exc:
@@ -196,7 +201,7 @@ def prepare(vllm_config: Any) -> None:
 
 def _check_all(vllm_config: Any, transfer: Any, extras: list[Mapping[str, Any]]) -> None:
     for extra in extras:
-        Config.from_extra_config(extra).check_host()
+        Config.from_extra_config(extra).check_host(compat.local_engines(vllm_config))
     if len(extras) > 1:
         raise UnsupportedError(
             f"kvoffload: {CONNECTOR} is given {len(extras)} times; two caches of the same blocks "
@@ -243,6 +248,14 @@ def _check_parallel(parallel: Any) -> None:
                 f"kvoffload: {option} {size} is not supported: {why}; "
                 f"set it to 1 or start vLLM without {CONNECTOR}"
             )
+    ranks = getattr(parallel, "tensor_parallel_size", 1)
+    launcher = getattr(parallel, "distributed_executor_backend", None)
+    if launcher == "external_launcher" and isinstance(ranks, int) and ranks > 1:
+        raise UnsupportedError(
+            "kvoffload: --distributed-executor-backend external_launcher is not supported with "
+            f"--tensor-parallel-size {ranks}: every rank has a scheduler, and so a cache, of its "
+            f"own; use mp, or start vLLM without {CONNECTOR}"
+        )
     if _nodes_of_one_engine(parallel) > 1:
         raise UnsupportedError(
             "kvoffload: tensor parallel over several nodes is not supported: the DRAM arena is "
