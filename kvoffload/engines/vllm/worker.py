@@ -82,6 +82,7 @@ class WorkerHalf:
     def _ensure_engine(self, address: ArenaAddress | None) -> None:
         if self._engine is not None or address is None or self._attach_failed:
             return
+        engine: CopyEngine | None = None
         try:
             if address.layout != self.layout:
                 raise UnsupportedError(
@@ -102,6 +103,8 @@ class WorkerHalf:
                 "kvoffload: rank %d cannot use the DRAM arena %s (%s); this engine runs without "
                 "the cache.", self.rank, address.path, self._attach_failed, exc_info=exc,
             )  # fmt: skip
+            if engine is not None:  # its threads, its pinned memory
+                engine.close()
             return
         self._arena, self._engine = arena, engine
         for _ in range(self._weight_bumps):
