@@ -24,7 +24,7 @@ from kvoffload.engines.vllm.meta import (
     StoreOrder,
     WorkerReport,
 )
-from kvoffload.engines.vllm.running import REASONS, RunningLoad, StepAnswers
+from kvoffload.engines.vllm.running import REASONS, RunningLoad, StepAnswers, settle
 from kvoffload.errors import UnsupportedError
 from kvoffload.types import CacheLayout, GroupKind, LoadFailure, SlotState
 
@@ -33,7 +33,8 @@ logger = logging.getLogger("vllm.kvoffload")
 IDLE_WAIT_MS = 10
 """A step without a forward waits this long for a load, so that it is reported by the same step."""
 FENCE_MS = 50
-"""A store holds its source blocks for milliseconds; after this long it is cancelled instead."""
+"""A store holds its source blocks for milliseconds; what of it has not started this long after the
+compute that fills them is cancelled instead."""
 
 
 class WorkerHalf:
@@ -142,10 +143,8 @@ class WorkerHalf:
                 self._settle(job)
 
     def _settle(self, job: int) -> None:
-        if self._engine is not None and not self._engine.wait(job, FENCE_MS):
-            self._engine.cancel(job)
-            while not self._engine.wait(job, FENCE_MS):
-                logger.error("kvoffload: rank %d waits for a copy that does not end", self.rank)
+        if self._engine is not None:
+            settle(self._engine, job, FENCE_MS, self.rank)
 
     def _drain_stores(self) -> None:
         for jobs in list(self._store_jobs.values()):
