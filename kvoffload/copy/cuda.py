@@ -185,21 +185,37 @@ class CudaCopyEngine:
         if not self._table.close():
             return
         end = time.monotonic() + CLOSE_S
+        self._pinner.stop()
         alive = self._threads.stop(end)
-        if alive or not self._let_go(end):
+        if alive:
+            held = f"copies did not finish in {CLOSE_S:.0f} s: {', '.join(alive)}"
+        else:
+            held = self._let_go(end)
+        if held:
             _ABANDONED.append(self)
             logger.error(
-                "kvoffload: rank %d: the device did not finish its copies in %.0f s (%s); the "
-                "arena stays pinned until the process ends.",
-                self._rank, CLOSE_S, ", ".join(alive) or "pinning or calibration",
+                "kvoffload: rank %d: the device was not let go in order (%s); what is pinned "
+                "stays so until the process ends.", self._rank, held,
             )  # fmt: skip
 
-    def _let_go(self, end: float) -> bool:
-        """Close what copies used, after the last of them. False when something does not stop."""
-        if not self.movers.close(max(end - time.monotonic(), 0)):
-            return False
-        self._seats.close()
-        return self._pinner.close(max(end - time.monotonic(), 0))
+    def _let_go(self, end: float) -> str:
+        """Close what copies used, after the last of them; each, whatever becomes of the others.
+
+        What did not stop or raised, empty if nothing did.
+        """
+        wrong = []
+
+        def attempt(what: str, close: Callable[[], bool | None]) -> None:
+            try:
+                if close() is False:
+                    wrong.append(f"{what} does not end")
+            except Exception as exc:  # a device that is lost refuses everything
+                wrong.append(f"{what}: {type(exc).__name__}: {exc}")
+
+        attempt("calibration", lambda: self.movers.close(max(end - time.monotonic(), 0)))
+        attempt("checksum memory", self._seats.close)
+        attempt("pinning", lambda: self._pinner.close(max(end - time.monotonic(), 0)))
+        return "; ".join(wrong)
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""

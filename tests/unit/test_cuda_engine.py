@@ -804,6 +804,34 @@ def test_close_gives_up_on_a_hung_device(
     r.fake.stop()
 
 
+@pytest.mark.parametrize("which", ["first piece", "seats", "movers"])
+def test_what_cannot_be_unpinned_keeps_nothing_else_pinned(
+    which: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    r = Rig(SMALL, movers="triton", piece_bytes=3 * MIB)
+    r.stored([0], [[0, 1, 2, 3]])
+    pieces = [r.arena.data_ptr + i * 3 * MIB for i in range(3)]
+    (seats,) = r.fake.registered.keys() - set(pieces)
+    refused = {"first piece": pieces[-1], "seats": seats, "movers": 0}[which]
+    unregister = r.fake.host_unregister
+
+    def refuse(address: int) -> None:
+        if address == refused:
+            raise RuntimeError("planted: cudaHostUnregister")
+        unregister(address)
+
+    r.fake.host_unregister = refuse  # type: ignore[method-assign]
+    if which == "movers":
+        r.engine.movers.close = lambda timeout_s: 1 / 0  # type: ignore[assignment,method-assign,return-value]
+    r.engine.close()
+    assert r.fake.registered.keys() == ({refused} if refused else set())
+    (line,) = [m for m in caplog.messages if "let go" in m]
+    assert "ZeroDivisionError" in line if which == "movers" else "planted" in line
+    _ABANDONED.remove(r.engine)
+    r.fake.stop()
+    r.arena.close()
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
