@@ -148,13 +148,21 @@ def judge_copy(result: Json) -> Outcome:
     ours = [c for c in result["cases"] if c["engine"] == "kvoffload"]
     figures = [
         f"{c['layout']}: load {c['h2d_gbps']:.1f} GB/s ({c['vs_limit']['h2d']:.2f} of limit), "
-        f"store {c['d2h_gbps']:.1f} ({c['vs_limit']['d2h']:.2f})"
+        f"store {c['d2h_gbps']:.1f} ({c['vs_limit']['d2h']:.2f})" + _served(c)
         for c in ours
     ]
     if any(c.get("pinned") is False for c in ours):
         return Outcome(FAILED, "the driver did not pin the arena", figures, result)
     note = "" if ours else "kvoffload has no row"
     return Outcome(PASSED if ours else FAILED, note, figures, result)
+
+
+def _served(row: Json) -> str:
+    """Which movers it was; nothing on the CPU, which has one."""
+    if "served" not in row:
+        return ""
+    late = "" if row.get("calibrated", True) else ", not calibrated in time"
+    return f", by {'/'.join(sorted(row['served']))}{late}"
 
 
 def deadline(budget_s: float) -> str:

@@ -3,8 +3,9 @@
 ``limit`` is one copy of the same bytes between pinned memory and the device, each way by itself.
 ``torch_blocks`` is one asynchronous torch copy per page, ``vllm_batch`` vLLM's own batched copy
 (swap_blocks_batch, what its OffloadingConnector uses), both without checksums and with memory that
-is pinned. kvoffload's engine includes hashing on store and verification on load. All are timed from
-the first call to the end of the last copy.
+is pinned. kvoffload's engine includes hashing on store and verification on load; it is timed once
+its calibration has picked the movers, and its row says which of them served. All are timed from the
+first call to the end of the last copy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +26,9 @@ from common import Json, quantile, summary
 from context import Context
 
 PIN_S = 60.0
+CALIBRATE_S = 20.0
+"""The kernels are compiled first. gpu_check.sh has a minute for all cases; what was compiled or
+timed for one is found in a cache by the next."""
 
 
 class Pages:
@@ -142,6 +146,17 @@ class Kvoffload:
         while self._engine.pinned_bytes() < arena.data_bytes and time.monotonic() < end:
             time.sleep(0.01)
         self.pinned = self._engine.pinned_bytes() >= arena.data_bytes
+        self.calibrated = bool(self._engine.movers.wait(CALIBRATE_S))  # until then: plain copies
+        self._before: Counter[str] = Counter()
+
+    def start(self) -> None:
+        """What served before this is not counted."""
+        self._before = Counter(self._engine.movers.served)
+
+    def row(self) -> Json:
+        """How it was set up, and the items that each mover copied since ``start``."""
+        served = dict(Counter(self._engine.movers.served) - self._before)
+        return {"pinned": self.pinned, "calibrated": self.calibrated, "served": served}
 
     def _copies(self, ids: Ids) -> Any:
         c = self._chunks
@@ -218,6 +233,8 @@ def case(context: Context, options: argparse.Namespace, layout: str, fragment: i
             context.progress(f"{name} cannot run: {error}")  # a peer without its kernel
             del sides[name]
     sides = {"limit": Plain(options.blocks * pages.block_bytes)} | sides
+    if "kvoffload" in sides:
+        sides["kvoffload"].start()
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(options.repeats):
         ids = draw()
@@ -227,7 +244,7 @@ def case(context: Context, options: argparse.Namespace, layout: str, fragment: i
     rows = [_row(pages, options.blocks, name, seconds) for name in sides]
     for row in rows:
         if row["engine"] == "kvoffload":
-            row["pinned"] = sides["kvoffload"].pinned
+            row |= sides["kvoffload"].row()
     for side in sides.values():
         side.close()
     return rows

@@ -60,7 +60,11 @@ class CopyEngine(Protocol):
     def submit_load(
         self, job: int, group: int, copies: Copies, shard_offset: int, deadline_ms: int
     ) -> None:
-        """Slots -> blocks with id >= 0: waits for READY, verifies, copies, re-checks."""
+        """Slots -> blocks with id >= 0: waits for READY, verifies, copies, re-checks.
+
+        ``deadline_ms`` counts from when the job begins (``wait_begun``); what has not started by
+        then is dropped.
+        """
 
     def cancel(self, job: int) -> None:
         """Drop what has not started. The job is still reported."""
@@ -70,6 +74,10 @@ class CopyEngine(Protocol):
 
     def wait(self, job: int, timeout_ms: int) -> bool:
         """True when the job is finished or unknown. Releases the GIL."""
+
+    def wait_begun(self, job: int, timeout_ms: int) -> bool:
+        """True when the compute enqueued before the job has ended, or the job is finished or
+        unknown. Releases the GIL while it waits."""
 
     def close(self) -> None:
         """Stop. Nothing is written to a block or slot afterwards."""

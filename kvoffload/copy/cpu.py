@@ -98,6 +98,10 @@ class CpuCopyEngine:
         """See CopyEngine. A pool that does not know the job answers at once."""
         return self._loads.wait(job, timeout_ms) and self._stores.wait(job, timeout_ms)
 
+    def wait_begun(self, job: int, timeout_ms: int) -> bool:
+        """See CopyEngine. The forward is synchronous on CPU: every job has begun."""
+        return True
+
     def inject(self, fail_every: int) -> None:
         """Test hook: every n-th load item fails; 0 turns it off."""
         self._loads.inject(fail_every)

@@ -3,10 +3,11 @@
 The worker's main thread only validates, records one event on the compute stream and hands the job
 to host threads; everything that can block (READY, hashing, the driver, end events) happens there:
 
+    begin thread   waits for the compute event of each job; from then on the job's time counts, and
+                   a load's items are there for the load threads
     store thread   store stream waits for the compute event; copies blocks -> slot; end event
     hash threads   wait for the end event, fill the leaf table, ``rank_done``
-    load threads   wait for READY, verify the leaves; load stream waits for the compute event of the
-                   submit (it zeroes the destination blocks); copies slot -> blocks; end event
+    load threads   wait for READY, verify the leaves; copies slot -> blocks; end event
     finish thread  waits for the end event, re-checks the slot's generation
 
 How an item's bytes move is picked per item (mover_set): plain copies at first and wherever its part
@@ -17,6 +18,12 @@ verified before its copy but by it, the finish thread looks at the count of bad 
 So bytes of a corrupt slot may reach the blocks of a load. That is right for one reason: such an
 item ends as CORRUPT, its attempt is answered as failed, and vLLM recomputes every block of it
 before anything reads them. Whoever answers an attempt before its finish stage breaks this.
+
+A load is submitted right behind the launch of a forward, and what the compute stream holds by then
+may zero its blocks. The host waits for that, not the load stream: a forward may take longer than
+the load is given, its time would be taken for that of the copies, and copies queued on the device
+could not be called back. A store waits on the device: nobody waits for it, and its blocks are the
+sooner free.
 
 Host threads may enqueue because a stream takes work from any thread and each item carries its own
 order: its wait and its copies are enqueued by one thread, and its end event is recorded by that
@@ -38,8 +45,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvoffload.copy.base import LOAD, STORE, Copies, Fragment
-from kvoffload.copy.cuda_job import Job, JobTable, Reason, SlotArena
+from kvoffload.copy.cuda_job import Job, Reason, SlotArena
 from kvoffload.copy.cuda_runtime import PIECE_BYTES, ArenaPinner, CudaRuntime, Runtime
+from kvoffload.copy.cuda_table import JobTable
+from kvoffload.copy.cuda_threads import HostThreads
 from kvoffload.copy.leaf_seats import Seat, SeatPools
 from kvoffload.copy.mover import LeafCheck, Mover
 from kvoffload.copy.mover_set import MoverSet
@@ -101,34 +110,22 @@ class CudaCopyEngine:
         self._error_lock = threading.Lock()
         self.errors = 0
         """Exceptions caught on host threads; each failed an item."""
-        self._up: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._to_begin: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._to_store: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._to_hash: queue.SimpleQueue[tuple[Job, int, _Flight] | None] = queue.SimpleQueue()
         self._to_finish: queue.SimpleQueue[tuple[Job, int, _Flight] | None] = queue.SimpleQueue()
         self._pinner = ArenaPinner(self._runtime, arena.data_ptr, arena.data_bytes, piece_bytes)
-        self._load_workers = [self._spawn("load", self._run_loads) for _ in range(load_threads)]
-        self._store_worker = self._spawn("store", self._run_stores)
-        self._hash_workers = [self._spawn("hash", self._run_hashes) for _ in range(hash_threads)]
-        self._finish_worker = self._spawn("finish", self._run_finishes)
-        failed = [exc for _ in range(load_threads + hash_threads + 2) if (exc := self._up.get())]
-        if failed:
+        self._threads = threads = HostThreads(self._runtime.enter_thread)
+        threads.add("load", self._run_loads, count=load_threads)
+        threads.add("store", self._run_stores, self._to_store)
+        threads.add("hash", self._run_hashes, self._to_hash, count=hash_threads)
+        threads.add("finish", self._run_finishes, self._to_finish)
+        # A forward may still run when the engine is closed; all that waited for it is dropped.
+        threads.add("begin", self._run_begins, self._to_begin, may_linger=True)
+        refused = threads.refusal()
+        if refused is not None:
             self.close()
-            raise failed[0]
-
-    def _spawn(self, name: str, body: Callable[[], None]) -> threading.Thread:
-        def run() -> None:
-            try:
-                self._runtime.enter_thread()
-            except Exception as exc:
-                self._up.put(exc)
-                return
-            self._up.put(None)
-            body()
-
-        # Daemons: a hung device must not keep the process from ending.
-        thread = threading.Thread(target=run, name=f"kvo-cuda-{name}", daemon=True)
-        thread.start()
-        return thread
+            raise refused
 
     # ---------------------------------------------------------------- the worker's calls
 
@@ -144,18 +141,20 @@ class CudaCopyEngine:
         new = self._job(job, STORE, group, copies, shard_offset)
         new.after = self._runtime.mark()
         self._table.enter(new)
+        self._to_begin.put(new)
         self._to_store.put(new)
 
     def submit_load(
         self, job: int, group: int, copies: Copies, shard_offset: int, deadline_ms: int
     ) -> None:
-        """See CopyEngine. ``deadline_ms`` counts from now. Raises ValueError like submit_store."""
+        """See CopyEngine. Raises ValueError like submit_store."""
         if deadline_ms < 0:
             raise ValueError(f"deadline_ms {deadline_ms}")
         new = self._job(job, LOAD, group, copies, shard_offset)
-        new.deadline_ns = time.monotonic_ns() + min(deadline_ms, _MAX_DEADLINE_MS) * 1_000_000
+        new.allowed_ns = min(deadline_ms, _MAX_DEADLINE_MS) * 1_000_000
         new.after = self._runtime.mark()
         self._table.enter(new)
+        self._to_begin.put(new)
 
     def cancel(self, job: int) -> None:
         """See CopyEngine. Items already enqueued on the device finish first."""
@@ -168,6 +167,10 @@ class CudaCopyEngine:
     def wait(self, job: int, timeout_ms: int) -> bool:
         """See CopyEngine."""
         return self._table.wait(job, max(timeout_ms, 0) / 1e3)
+
+    def wait_begun(self, job: int, timeout_ms: int) -> bool:
+        """See CopyEngine."""
+        return self._table.wait_begun(job, max(timeout_ms, 0) / 1e3)
 
     def pending(self) -> int:
         """Jobs not finished."""
@@ -182,32 +185,37 @@ class CudaCopyEngine:
         if not self._table.close():
             return
         end = time.monotonic() + CLOSE_S
-        stages: list[tuple[list[threading.Thread], Any]] = [
-            (self._load_workers, None),
-            ([self._store_worker], self._to_store),
-            (self._hash_workers, self._to_hash),
-            ([self._finish_worker], self._to_finish),
-        ]
-        for threads, inbox in stages:
-            for _ in threads if inbox is not None else ():
-                inbox.put(None)
-            for thread in threads:
-                thread.join(max(end - time.monotonic(), 0))
-        alive = [t.name for threads, _ in stages for t in threads if t.is_alive()]
-        if alive or not self._let_go(end):
+        self._pinner.stop()
+        alive = self._threads.stop(end)
+        if alive:
+            held = f"copies did not finish in {CLOSE_S:.0f} s: {', '.join(alive)}"
+        else:
+            held = self._let_go(end)
+        if held:
             _ABANDONED.append(self)
             logger.error(
-                "kvoffload: rank %d: the device did not finish its copies in %.0f s (%s); the "
-                "arena stays pinned until the process ends.",
-                self._rank, CLOSE_S, ", ".join(alive) or "pinning or calibration",
+                "kvoffload: rank %d: the device was not let go in order (%s); what is pinned "
+                "stays so until the process ends.", self._rank, held,
             )  # fmt: skip
 
-    def _let_go(self, end: float) -> bool:
-        """Close what copies used, after the last of them. False when something does not stop."""
-        if not self.movers.close(max(end - time.monotonic(), 0)):
-            return False
-        self._seats.close()
-        return self._pinner.close(max(end - time.monotonic(), 0))
+    def _let_go(self, end: float) -> str:
+        """Close what copies used, after the last of them; each, whatever becomes of the others.
+
+        What did not stop or raised, empty if nothing did.
+        """
+        wrong = []
+
+        def attempt(what: str, close: Callable[[], bool | None]) -> None:
+            try:
+                if close() is False:
+                    wrong.append(f"{what} does not end")
+            except Exception as exc:  # a device that is lost refuses everything
+                wrong.append(f"{what}: {type(exc).__name__}: {exc}")
+
+        attempt("calibration", lambda: self.movers.close(max(end - time.monotonic(), 0)))
+        attempt("checksum memory", self._seats.close)
+        attempt("pinning", lambda: self._pinner.close(max(end - time.monotonic(), 0)))
+        return "; ".join(wrong)
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
@@ -268,7 +276,8 @@ class CudaCopyEngine:
         store, stream = job.kind == STORE, self._stream(job)
         try:
             try:
-                self._runtime.wait_event(stream, job.after)
+                if store:
+                    self._runtime.wait_event(stream, job.after)
                 self._copy(job, item, flight, stream)
             except Exception as exc:
                 self._note_error(exc)
@@ -308,6 +317,18 @@ class CudaCopyEngine:
 
     def _stream(self, job: Job) -> Any:
         return self._store_stream if job.kind == STORE else self._load_stream
+
+    # ---------------------------------------------------------------- the compute before a job
+
+    def _run_begins(self) -> None:
+        while (job := self._to_begin.get()) is not None:
+            try:
+                self._runtime.synchronize(job.after)
+            except Exception as exc:
+                self._note_error(exc)
+                self._table.refuse(job)
+            else:
+                self._table.begin(job)
 
     # ---------------------------------------------------------------- stores
 

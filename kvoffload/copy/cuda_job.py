@@ -1,13 +1,14 @@
-"""Bookkeeping of the CUDA copy engine: jobs, their items, and who may take which. No CUDA in here.
+"""Bookkeeping of the CUDA copy engine: a job and its items. No CUDA in here.
 
 An item is UNSTARTED, then RUNNING from when a host thread takes it until nothing of it is on the
 device any more, then FINISHED or LOST. A job ends when no item is UNSTARTED or RUNNING.
+
+A job begins when the compute before it has ended (``JobTable.begin``). A load's items are started
+only then, and its deadline and its time count from then: a forward may take longer than any load.
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Protocol
@@ -19,20 +20,16 @@ from kvoffload.copy.base import (
     CANCELLED,
     DEADLINE,
     FAILED,
-    LOAD,
     OK,
     STORE,
     Copies,
     JobDone,
 )
 from kvoffload.copy.runs import BlockGroup
-from kvoffload.errors import ClosedError
 from kvoffload.types import LEAF_BYTES, SlotState
 
 UNSTARTED, RUNNING, FINISHED, LOST = 0, 1, 2, 3
 _WINDOW = 64  # a scan for ready items looks this far beyond the first one not started
-
-_POLL_MS = 1  # an idle load thread sleeps on the first slot that is being filled at most this long
 
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
@@ -83,7 +80,9 @@ class Job:
         self.keys = c.keys
         self.ids = np.ascontiguousarray(c.block_ids, np.int32)
         self.after: Any = None  # event on the compute stream
-        self.deadline_ns = 1 << 62  # time.monotonic_ns
+        self.allowed_ns = 1 << 61  # a load's deadline, from when it begins
+        self.begun_ns = 0  # time.monotonic_ns; 0: the compute before it has not ended
+        self.deadline_ns = 1 << 62  # time.monotonic_ns, once it has begun
         n = len(self.slots)
         self.state = np.full(n, UNSTARTED, np.uint8)
         self.left, self.running = n, 0
@@ -125,6 +124,11 @@ class Job:
         low, high = int(self.ids.min()), int(self.ids.max())
         if low < (0 if self.kind == STORE else -1) or high >= g.num_blocks:
             raise ValueError(f"block ids {low} to {high} of {g.num_blocks}")
+
+    def begin(self, now: int) -> None:
+        """The compute before the job has ended."""
+        self.begun_ns = now
+        self.deadline_ns = now + self.allowed_ns
 
     def start(self, item: int, now: int) -> bool:
         """Take an item. False when it was dropped."""
@@ -183,8 +187,15 @@ class Job:
             int(reason),
             self.nbytes,
             self.wait_ns,
-            self.last_ns - self.first_ns if self.last_ns else 0,
+            self._copy_ns(),
         )
+
+    def _copy_ns(self) -> int:
+        # A store's items are started, to wait on the device, before it begins. 0 where it was over
+        # before the host had seen it begin.
+        if not self.last_ns or not self.begun_ns:
+            return 0
+        return max(self.last_ns - max(self.first_ns, self.begun_ns), 0)
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
@@ -192,161 +203,8 @@ class Job:
         assert self.running == int((self.state == RUNNING).sum()), f"job {self.number}: running"
         assert self.left or self.running, f"job {self.number}: nothing left, not reported"
         assert not (self.dropped and self.left), f"job {self.number}: dropped with items left"
+        assert self.begun_ns or self.kind == STORE or not self.first_ns, (
+            f"job {self.number}: a load was started before it began"
+        )
         lost = set(np.flatnonzero(self.state == LOST).tolist())
         assert lost == self._reasons.keys(), f"job {self.number}: lost without a reason"
-
-
-class JobTable:
-    """All jobs of an engine. Any thread may call any method; one lock, nothing slow under it."""
-
-    def __init__(self, arena: SlotArena) -> None:
-        self._arena = arena
-        self._mu = threading.Lock()
-        self._work = threading.Condition(self._mu)
-        self._ended = threading.Condition(self._mu)
-        self._active: dict[int, Job] = {}
-        self._loads: list[Job] = []  # with items not started, oldest first
-        self._done: list[JobDone] = []
-        self._poller = False  # a thread sleeps on a slot
-        self._closed = False
-
-    def enter(self, job: Job) -> None:
-        """Raises ClosedError, and ValueError on a number that is pending."""
-        with self._mu:
-            if self._closed:
-                raise ClosedError("the copy engine is closed")
-            if job.number in self._active:
-                raise ValueError(f"job {job.number} is pending")
-            self._active[job.number] = job
-            if job.kind == LOAD and job.left:
-                self._loads.append(job)
-                self._work.notify()
-            self._complete(job)
-
-    def cancel(self, number: int) -> None:
-        """Drop the items not started."""
-        with self._mu:
-            job = self._active.get(number)
-            if job is not None:
-                self._stop(job, Reason.CANCELLED)
-
-    def close(self) -> bool:
-        """Cancel everything, let next_load return None. False when it was closed before."""
-        with self._mu:
-            if self._closed:
-                return False
-            self._closed = True
-            for job in list(self._active.values()):
-                self._stop(job, Reason.CANCELLED)
-            self._work.notify_all()
-            return True
-
-    def take_done(self) -> list[JobDone]:
-        """Each ended job exactly once. Late jobs end here even while every host thread is stuck."""
-        with self._mu:
-            self._expire(time.monotonic_ns())
-            done, self._done = self._done, []
-        return done
-
-    def wait(self, number: int, timeout_s: float) -> bool:
-        """True when the job has ended or is unknown."""
-        with self._mu:
-            return self._ended.wait_for(lambda: number not in self._active, timeout_s)
-
-    def pending(self) -> int:
-        """Jobs not ended."""
-        with self._mu:
-            return len(self._active)
-
-    def start(self, job: Job, item: int) -> bool:
-        """Take an item. False when it was dropped."""
-        with self._mu:
-            return job.start(item, time.monotonic_ns())
-
-    def next_load(self) -> tuple[Job, int] | None:
-        """Take the next load item whose slot has left FILLING; blocks. None after close."""
-        while True:
-            with self._mu:
-                task = self._pick()
-                if task is not None:
-                    self._work.notify()  # whoever takes an item wakes the next one
-                    return task
-                if self._closed:
-                    return None
-                if self._poller or not self._loads:
-                    self._work.wait()
-                    continue
-                job, self._poller = self._loads[0], True
-                item = int(np.argmax(job.state == UNSTARTED))
-            try:
-                slot, generation = int(job.slots[item]), int(job.generations[item])
-                self._arena.wait_ready(slot, generation, _POLL_MS)
-            finally:
-                with self._mu:
-                    self._poller = False
-
-    def may_enqueue(self, job: Job) -> Reason:
-        """NONE, or why a running item that is not on the device yet must be dropped."""
-        with self._mu:
-            if time.monotonic_ns() >= job.deadline_ns:
-                self._stop(job, Reason.DEADLINE)
-            return job.dropped
-
-    def end(self, job: Job, item: int, reason: Reason) -> None:
-        """Outcome of a running item of which nothing is on the device any more."""
-        with self._mu:
-            if reason is not Reason.NONE and job.kind == STORE:
-                self._fail_slot(job, item)
-            job.end(item, reason, time.monotonic_ns())
-            if reason is not Reason.NONE and job.kind == LOAD:
-                # What lies beyond a hole in a prefix is of no use, what lies before it is. That
-                # also makes the job's first lost item the one its reason is about.
-                self._stop(job, reason, beyond=item)
-            self._complete(job)
-
-    def check(self) -> None:
-        """Raise AssertionError on a broken invariant."""
-        with self._mu:
-            for number, job in self._active.items():
-                assert job.number == number, f"job {number} is filed wrong"
-                job.check()
-            for job in self._loads:
-                assert job.kind == LOAD and job.left, f"job {job.number}: queued, nothing to start"
-                assert self._active.get(job.number) is job, f"job {job.number}: queued, ended"
-
-    # ---------------------------------------------------------------- _mu is held
-
-    def _pick(self) -> tuple[Job, int] | None:
-        now = time.monotonic_ns()
-        self._expire(now)
-        for job in self._loads:
-            item = job.first_ready(self._arena.states, now)
-            if item >= 0:
-                job.start(item, now)
-                if not job.left:
-                    self._loads.remove(job)
-                return job, item
-        return None
-
-    def _expire(self, now: int) -> None:
-        for job in list(self._loads):
-            if now >= job.deadline_ns:
-                self._stop(job, Reason.DEADLINE)
-
-    def _stop(self, job: Job, reason: Reason, beyond: int = -1) -> None:
-        for item in job.stop(reason, beyond):
-            if job.kind == STORE:
-                self._fail_slot(job, item)
-        if not job.left and job in self._loads:
-            self._loads.remove(job)
-        self._complete(job)
-
-    def _fail_slot(self, job: Job, item: int) -> None:
-        # Nobody else will fill this rank's part: let those who wait for the slot know.
-        self._arena.fail(int(job.slots[item]), int(job.generations[item]))
-
-    def _complete(self, job: Job) -> None:
-        if job.number in self._active and not job.left and not job.running:
-            del self._active[job.number]
-            self._done.append(job.outcome())
-            self._ended.notify_all()

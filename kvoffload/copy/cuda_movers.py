@@ -29,6 +29,8 @@ from kvoffload.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.kvoffload")
 
+_MONITOR = "JIT compilation during inference"  # of what vllm/utils/jit_monitor.py raises
+
 
 class CudaScratch:
     """trials.Scratch on the current device. Raises RuntimeError where memory is refused."""
@@ -89,12 +91,23 @@ def _kernel_mover(scratch: CudaScratch, stopped: Callable[[], bool]) -> Mover | 
                 return None
             mover.warm(scratch.stream, [spec])
     except Exception as exc:  # triton has exceptions of its own
-        logger.error(
-            "kvoffload: the copy kernels do not compile here (%s: %s); they are not used.",
-            type(exc).__name__, exc, exc_info=exc,
-        )  # fmt: skip
+        _say_why_not(exc)
         return None
     return mover
+
+
+def _say_why_not(exc: Exception) -> None:
+    if isinstance(exc, RuntimeError) and _MONITOR in str(exc):
+        # They compile; select.precompile, before the monitor starts, has not or not all of them.
+        logger.error(
+            "kvoffload: vLLM's JIT monitor (--jit-monitor-mode error) lets no copy kernel be "
+            "compiled after its warm-up (%s); they are not used.", exc,
+        )  # fmt: skip
+        return
+    logger.error(
+        "kvoffload: the copy kernels do not compile here (%s: %s); they are not used.",
+        type(exc).__name__, exc, exc_info=exc,
+    )  # fmt: skip
 
 
 def build_movers(

@@ -22,8 +22,9 @@ from kvoffload.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.kvoffload")
 
-PIECE_BYTES = 1 << 30
-"""The arena is pinned in pieces of this many bytes."""
+PIECE_BYTES = 128 << 20
+"""The arena is pinned in pieces of this many bytes. Smaller ones hold the driver's locks, for which
+the model's launches may have to wait, less long at a time. Unmeasured on a GPU, as is the size."""
 
 _MEMCPY_DEFAULT = 4  # direction from the addresses (unified addressing: every 64-bit Linux)
 _HOST_REGISTER_FLAGS = 1 | 2  # portable, mapped: kernels read and write the arena themselves
@@ -186,6 +187,18 @@ class CudaRuntime:
         check_status(self._lib, call, status)
 
 
+def unregister_all(runtime: Runtime, addresses: Sequence[int]) -> None:
+    """Unpin each. Raises what the driver raised first, after all were tried."""
+    first: Exception | None = None
+    for address in addresses:
+        try:
+            runtime.host_unregister(address)
+        except Exception as exc:
+            first = first or exc
+    if first is not None:
+        raise first
+
+
 class ArenaPinner:
     """Pins [address, address+nbytes) piece by piece on a background thread.
 
@@ -234,13 +247,21 @@ class ArenaPinner:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def close(self, timeout_s: float) -> bool:
-        """Unpin everything. False when a registration does not end: then nothing is unpinned."""
+    def stop(self) -> None:
+        """Pin no further piece."""
         self._stop.set()
+
+    def close(self, timeout_s: float) -> bool:
+        """Unpin everything. False when a registration does not end: then nothing is unpinned.
+
+        Raises what the driver raised first, after every piece was tried.
+        """
+        self.stop()
         if not self.wait(timeout_s):
             return False
-        while self._pinned:
-            self._runtime.host_unregister(self._pinned.pop())
+        pieces = self._pinned[::-1]
+        self._pinned.clear()
+        unregister_all(self._runtime, pieces)
         return True
 
     def check(self) -> None:

@@ -73,11 +73,7 @@ class KernelMover:
     def __init__(self, *, programs: int = PROGRAMS, tables: Tables | None = None) -> None:
         if programs < 1:
             raise ValueError(f"programs {programs}")
-        try:
-            from kvoffload.copy import kernels_jit
-        except ImportError as exc:
-            raise UnsupportedError(f"triton cannot be used: {exc}") from exc
-        self._source: Any = kernels_jit
+        self._source: Any = _source()
         self._programs = programs
         self._tables: Tables = tables if tables is not None else DeviceTables()
         self._lock = threading.Lock()
@@ -134,6 +130,31 @@ class KernelMover:
         kernel = getattr(self._source, spec.kernel)
         grid = (min(max(count, 1), self._programs),)
         kernel[grid](table, first, last, **constants(self._source.tl, spec), num_warps=spec.warps)
+
+
+def _source() -> Any:
+    try:
+        from kvoffload.copy import kernels_jit
+    except ImportError as exc:
+        raise UnsupportedError(f"triton cannot be used: {exc}") from exc
+    return kernels_jit
+
+
+def precompile(specs: Sequence[Spec] = SPECS) -> None:
+    """Compile ``specs`` for the current device, so that no mover of this process has to.
+
+    Seconds where triton's cache does not hold them, else milliseconds. Nothing is launched, loaded
+    or allocated on the device: at any time, also while a graph is captured. Raises UnsupportedError
+    where triton cannot be imported, and what triton raises.
+    """
+    import torch
+
+    source = _source()
+    for spec in specs:
+        kernel = getattr(source, spec.kernel)
+        # The data type stands for an aligned tensor of it, as DeviceTables' tables are.
+        fixed = constants(source.tl, spec)
+        kernel.warmup(torch.int64, 0, 0, grid=(1,), num_warps=spec.warps, **fixed)
 
 
 def constants(tl: Any, spec: Spec) -> dict[str, Any]:

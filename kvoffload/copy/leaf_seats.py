@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvoffload.copy.cuda_runtime import Runtime
+from kvoffload.copy.cuda_runtime import Runtime, unregister_all
 
 logger = logging.getLogger("vllm.kvoffload")
 
@@ -74,12 +74,11 @@ class SeatPools:
             pool.free.append(seat)
 
     def close(self) -> None:
-        """Unpin. Idempotent. Seats that are out stay readable."""
+        """Unpin. Idempotent. Seats that are out stay readable. Raises like unregister_all."""
         with self._mu:
-            for pool in self._pools.values():
-                if pool is not None:
-                    self._runtime.host_unregister(pool.address)
+            addresses = [pool.address for pool in self._pools.values() if pool is not None]
             self._pools.clear()
+            unregister_all(self._runtime, addresses)
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""

@@ -431,6 +431,31 @@ def test_a_load_that_never_ends_is_failed_at_its_deadline(groups: Any, ranks: in
     engine.finish()
 
 
+def test_the_deadline_of_a_load_behind_a_forward_counts_from_its_end() -> None:
+    """On CUDA a load is submitted behind the launch of a forward that may take longer than it is given.
+    Not failed before it has begun, however often the scheduler half asks; failed once it is late."""
+    engine = MiniEngine(Options(in_flight=2, blocks=128, load_lag=10**6))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    forward = [True]
+    engine.engines[0].behind_compute = lambda: forward[0]
+    request = engine.add(tokens(40), 2)
+    engine.until_loading(request)
+    for _ in range(30):
+        engine.clock.now += 1.0
+        engine.step()
+    assert request.status is Status.REMOTE and not engine.scheduler.failed_loads
+    forward[0] = False
+    for _ in range(20):
+        engine.clock.now += 0.2
+        engine.step()
+    assert request.status is Status.REMOTE and not engine.scheduler.failed_loads
+    engine.clock.now += 5.0
+    engine.run()
+    assert request.is_finished() and request.loads == 1 and engine.scheduler.failed_loads == 1
+    engine.finish()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("in_flight", [1, 2])
 def test_long_steps_of_others_fail_no_load(in_flight: int, ranks: int) -> None:

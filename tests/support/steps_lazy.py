@@ -21,6 +21,9 @@ class LazyEngine:
     def __init__(self, inner: CpuCopyEngine, lag: Callable[[int], int]) -> None:
         self.inner, self.lag = inner, lag
         self.fail_submit: Callable[[int], bool] = lambda kind: False
+        self.behind_compute: Callable[[], bool] = lambda: (
+            False
+        )  # jobs wait for a forward, as on CUDA
         self._late: dict[int, tuple[int, int, tuple[Any, ...]]] = {}
         self._done: list[Any] = []
         self._sent: set[int] = set()
@@ -87,6 +90,9 @@ class LazyEngine:
             del self._late[job]
             self._start(late[1], job, late[2])
         return self.inner.wait(job, timeout_ms)
+
+    def wait_begun(self, job: int, timeout_ms: int) -> bool:
+        return not self.behind_compute() or (job not in self._late and job not in self._sent)
 
     def flush(self) -> None:
         """Copies end by themselves, whether or not an engine steps: start all, wait for all."""

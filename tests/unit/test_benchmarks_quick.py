@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +142,34 @@ def test_statistics() -> None:
     few = common.percentiles([float(i) for i in range(50)], (50, 99))
     assert "p99" not in few and few["p50_lo"] <= few["p50"] <= few["p50_hi"]
     assert "p99" in common.percentiles([float(i) for i in range(200)], (50, 99))
+
+
+@needs_core
+@pytest.mark.usefixtures("bench_modules")
+def test_cuda_copies_are_timed_once_the_calibration_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before, the movers that it picks do not serve: plain copies would be timed."""
+    pytest.importorskip("torch")
+    module = importlib.import_module("peers.cuda_copies")
+    movers: Any = SimpleNamespace(served=Counter(plain=1), waited=0.0)
+
+    def wait(timeout_s: float) -> bool:
+        movers.waited = timeout_s
+        return True
+
+    movers.wait = wait
+    engine = SimpleNamespace(
+        movers=movers, pinned_bytes=lambda: 1 << 40, add_group=lambda *_: 0, close=lambda: None
+    )
+    monkeypatch.setattr("kvoffload.copy.select.copy_engine", lambda *_: engine)
+    pages = SimpleNamespace(block_bytes=1 << 16, num_blocks=32, fragments=lambda: [])
+    side = module.Kvoffload(pages, 16)
+    assert 0 < movers.waited < 600
+    movers.served.update({"plain": 4})  # the check before the timed copies
+    side.start()
+    movers.served.update({"triton": 3})
+    assert side.row() == {"pinned": True, "calibrated": True, "served": {"triton": 3}}
 
 
 @pytest.mark.usefixtures("bench_modules")

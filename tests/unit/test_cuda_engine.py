@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -33,92 +32,11 @@ from kvoffload.copy.mover_set import MoverSet, Prepared
 from kvoffload.copy.movers import PlainMover
 from kvoffload.errors import ClosedError, UnsupportedError
 from tests.support.cuda import LEAF, FakeRuntime, Layout, chunks, make_arena, make_layout
-from tests.support.cuda_movers import every_mover, mover_set
-
-MIB = 1 << 20
-JOBS = count(1)
-
-
-class Rig:
-    """An arena, a fake device with KV memory, an engine; slot i lies at ``offset(i)``."""
-
-    def __init__(self, layout: Layout, *, rank: int = 0, movers: Any = "", **fake: Any) -> None:
-        """``movers``: the one of all movers to use, or a MoverSet of the fake runtime."""
-        self.layout = layout
-        self.arena = make_arena(8 * MIB, leaf_table=bool(movers))
-        self.fake = FakeRuntime(**fake)
-        if isinstance(movers, str):
-            movers = mover_set(self.fake, movers) if movers else None
-        elif movers is not None:
-            movers = movers(self.fake)
-        self.memory = np.zeros(layout.total, np.uint8)
-        self.arena.view(0, 8 * MIB)[:] = b"\xee" * (8 * MIB)  # what a slot held before
-        self.engine = CudaCopyEngine(
-            self.arena, rank, runtime=self.fake, movers=movers, piece_bytes=self.fake.piece_bytes
-        )
-        if movers is not None:
-            assert self.engine._pinner.wait(5)  # before that all copies are plain
-        base = self.memory.ctypes.data
-        self.group = self.engine.add_group(
-            layout.fragments(base), layout.num_blocks, layout.shard_bytes
-        )
-
-    def offset(self, slot: int) -> int:
-        return slot * self.layout.shard_bytes
-
-    def fill(self, seed: int = 1) -> np.ndarray:
-        self.memory[:] = np.random.default_rng(seed).integers(0, 256, len(self.memory), np.uint8)
-        return self.memory.copy()
-
-    def begin(self, slots: list[int]) -> list[int]:
-        return [self.arena.begin_fill(s, 1) for s in slots]
-
-    def store(self, slots: list[int], generations: list[int], ids: Any) -> int:
-        job = next(JOBS)
-        c = chunks(slots, generations, [self.offset(s) for s in slots], ids)
-        self.engine.submit_store(job, self.group, c, 0)
-        return job
-
-    def load(self, slots: list[int], gens: list[int], ids: Any, deadline_ms: int = 20_000) -> int:
-        job = next(JOBS)
-        c = chunks(slots, gens, [self.offset(s) for s in slots], ids)
-        self.engine.submit_load(job, self.group, c, 0, deadline_ms)
-        return job
-
-    def done(self, job: int) -> Any:
-        assert self.engine.wait(job, 10_000), "job does not end"
-        found = [d for d in self.engine.poll() if d.job == job]
-        assert len(found) == 1
-        self.engine.check()
-        return found[0]
-
-    def stored(self, slots: list[int], ids: Any) -> list[int]:
-        """Slots filled from the memory as it is now."""
-        generations = self.begin(slots)
-        assert self.done(self.store(slots, generations, ids)).status == OK
-        return generations
-
-    def only_served(self, mover: str) -> bool:
-        return set(self.engine.movers.served) == {mover}
-
-    def slot_bytes(self, slot: int) -> bytes:
-        return bytes(self.arena.view(self.offset(slot), self.layout.shard_bytes))
-
-    def leaves(self, slot: int) -> list[int]:
-        return self.arena.leaf_hashes(self.offset(slot), self.layout.shard_bytes).tolist()
-
-    def close(self) -> None:
-        self.engine.close()
-        assert self.fake.violations == []
-        assert self.fake.registered == {}
-        assert self.engine.pending() == 0
-        self.fake.stop()
-        self.arena.close()
-
+from tests.support.cuda_movers import every_mover
+from tests.support.cuda_rig import MIB, SMALL, Rig, soon
 
 MOVERS = ["plain", "batch", "staged", "triton"]
 CHECKING = ["staged", "triton"]
-SMALL = make_layout([3000, 5000, 700], False, 0, 32, 4)
 
 
 @pytest.fixture
@@ -132,13 +50,6 @@ def rig() -> Iterator[Callable[..., Rig]]:
     yield make
     for r in made:
         r.close()
-
-
-def soon(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "does not happen"
-        time.sleep(0.001)
 
 
 # -------------------------------------------------------------------- bytes
@@ -268,8 +179,8 @@ def test_load_waits_for_zeroing(rig: Any) -> None:
     r.memory[:] = 9
     r.fake.compute(lambda: r.memory.fill(0), gate)
     job = r.load([0], generations, [[4, 5, 6, 7]])
-    soon(lambda: r.fake.queued("load", "event") == 1)
     assert not r.engine.wait(job, 30)
+    assert r.fake.queued("load") == r.fake.queued("load", "wait") == 0  # nothing to call back
     assert set(r.memory.tolist()) == {9}
     gate.set()
     r.fake.poke()
@@ -510,7 +421,8 @@ def test_every_mover_waits_for_compute_and_reports_after_its_end(
     generations = r.stored([0], ids) if kind == "load" else r.begin([0])
     r.fake.compute(lambda: r.memory.fill(7), gate)  # the forward, or the zeroing
     job = r.store([0], generations, ids) if kind == "store" else r.load([0], generations, ids)
-    soon(lambda: r.fake.queued(kind, "event") >= 1)
+    if kind == "store":
+        soon(lambda: r.fake.queued(kind, "event") >= 1)
     assert not r.engine.wait(job, 30)
     gate.set()
     r.fake.poke()
@@ -683,7 +595,8 @@ def test_seats_come_back_once_nothing_uses_them(rig: Any) -> None:
 
     def lost(event: Any) -> None:
         synchronize(event)
-        raise RuntimeError("planted: device lost")
+        if event.stream == "load":
+            raise RuntimeError("planted: device lost")
 
     r.fake.synchronize = lost
     assert r.done(r.load([0], generations[:1], [[0, 1, 2, 3]])).reason == Reason.DEVICE
@@ -889,6 +802,34 @@ def test_close_gives_up_on_a_hung_device(
     assert r.engine.wait(job, 5000)
     _ABANDONED.remove(r.engine)
     r.fake.stop()
+
+
+@pytest.mark.parametrize("which", ["first piece", "seats", "movers"])
+def test_what_cannot_be_unpinned_keeps_nothing_else_pinned(
+    which: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    r = Rig(SMALL, movers="triton", piece_bytes=3 * MIB)
+    r.stored([0], [[0, 1, 2, 3]])
+    pieces = [r.arena.data_ptr + i * 3 * MIB for i in range(3)]
+    (seats,) = r.fake.registered.keys() - set(pieces)
+    refused = {"first piece": pieces[-1], "seats": seats, "movers": 0}[which]
+    unregister = r.fake.host_unregister
+
+    def refuse(address: int) -> None:
+        if address == refused:
+            raise RuntimeError("planted: cudaHostUnregister")
+        unregister(address)
+
+    r.fake.host_unregister = refuse  # type: ignore[method-assign]
+    if which == "movers":
+        r.engine.movers.close = lambda timeout_s: 1 / 0  # type: ignore[assignment,method-assign,return-value]
+    r.engine.close()
+    assert r.fake.registered.keys() == ({refused} if refused else set())
+    (line,) = [m for m in caplog.messages if "let go" in m]
+    assert "ZeroDivisionError" in line if which == "movers" else "planted" in line
+    _ABANDONED.remove(r.engine)
+    r.fake.stop()
+    r.arena.close()
 
 
 @pytest.mark.parametrize(

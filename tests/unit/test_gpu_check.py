@@ -200,6 +200,9 @@ def test_overhead_and_copies_are_judged(modules: dict[str, Any]) -> None:
     row["vs_limit"] = {"h2d": 0.8, "d2h": 0.6}
     assert stages.judge_copy({"cases": [row]}).status == "passed"
     assert stages.judge_copy({"cases": [row | {"pinned": False}]}).status == "failed"
+    made = {"pinned": True, "calibrated": False, "served": {"plain": 9, "triton": 2}}
+    (figure,) = stages.judge_copy({"cases": [row | made]}).figures
+    assert figure.endswith(", by plain/triton, not calibrated in time")
     assert stages.judge_copy({"cases": [{"engine": "limit"}]}).status == "failed"
 
 

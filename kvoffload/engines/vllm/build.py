@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -278,9 +279,14 @@ class WorkerSide:
     half: WorkerHalf
     kv_cache_config: Any
     device: list[str]
+    precompile: Callable[[str], None]  # for a device type
 
     def register(self, kv_caches: dict[str, Any]) -> None:
-        """Note the blocks of every served group as byte runs. Guarded: a failure means 0 hits."""
+        """Note the blocks of every served group as byte runs. Guarded: a failure means 0 hits.
+
+        The copy kernels are compiled here: the engine is made in the first step, which names the
+        arena, and by then vLLM takes whatever is compiled for a fault.
+        """
         try:
             self.half.guard.maybe_fault("register_kv_caches")
             groups = self.kv_cache_config.kv_cache_groups
@@ -292,6 +298,7 @@ class WorkerSide:
                 blocks = int(self.kv_cache_config.num_blocks)
                 runs = geometry.group_runs(group, tensors, blocks)
                 self.half.register_group(index, runs, blocks)
+            self.precompile(self.device[0])
         except Exception as exc:
             self.half.guard.record("register_kv_caches", exc)
             self.half.refuse(f"its KV blocks are not known: {exc}")
@@ -307,7 +314,7 @@ class WorkerSide:
 def worker_side(vllm_config: Any, kv_cache_config: Any) -> WorkerSide:
     """The rank's half; it attaches to the arena when the first step names it."""
     from kvoffload import _core
-    from kvoffload.copy.select import copy_engine
+    from kvoffload.copy.select import copy_engine, precompile
 
     plugin.check_supported(vllm_config)
     config = engine_config(vllm_config)
@@ -320,4 +327,4 @@ def worker_side(vllm_config: Any, kv_cache_config: Any) -> WorkerSide:
         attach=_core.Arena.attach,
         make_engine=lambda arena: copy_engine(device[0], arena, rank),
     )
-    return WorkerSide(half, kv_cache_config, device)
+    return WorkerSide(half, kv_cache_config, device, precompile)

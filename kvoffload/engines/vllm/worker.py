@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from kvoffload.copy.base import DEADLINE, LOAD, OK, CopyEngine, Fragment
@@ -25,6 +24,7 @@ from kvoffload.engines.vllm.meta import (
     StoreOrder,
     WorkerReport,
 )
+from kvoffload.engines.vllm.running import REASONS, RunningLoad, StepAnswers, settle
 from kvoffload.errors import UnsupportedError
 from kvoffload.types import CacheLayout, GroupKind, LoadFailure, SlotState
 
@@ -33,43 +33,8 @@ logger = logging.getLogger("vllm.kvoffload")
 IDLE_WAIT_MS = 10
 """A step without a forward waits this long for a load, so that it is reported by the same step."""
 FENCE_MS = 50
-"""A store holds its source blocks for milliseconds; after this long it is cancelled instead."""
-
-_REASONS = {
-    1: LoadFailure.SLOT_LOST,
-    2: LoadFailure.CORRUPT,
-    3: LoadFailure.DEADLINE,
-    4: LoadFailure.CANCELLED,
-    5: LoadFailure.INJECTED,
-}
-
-
-@dataclass(slots=True)
-class RunningLoad:
-    """One attempt: its order and the native jobs still out."""
-
-    order: LoadOrder
-    jobs: dict[int, ChunkCopies] = field(default_factory=dict)
-    started: bool = False
-    until: float = 0.0  # its deadline, once it has started
-    overdue: bool = False  # the scheduler half waits no longer
-    bad_blocks: set[int] = field(default_factory=set)
-    failure: LoadFailure | None = None
-
-    def all_blocks(self) -> set[int]:
-        """Every block the attempt was to fill."""
-        return {
-            block for c in self.order.copies for block in c.block_ids[c.block_ids >= 0].tolist()
-        }
-
-
-@dataclass(slots=True)
-class StepAnswers:
-    """What this rank answers in one step."""
-
-    finished: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
-    invalid_blocks: set[int] = field(default_factory=set)
+"""A store holds its source blocks for milliseconds; what of it has not started this long after the
+compute that fills them is cancelled instead."""
 
 
 class WorkerHalf:
@@ -125,6 +90,7 @@ class WorkerHalf:
     def _ensure_engine(self, address: ArenaAddress | None) -> None:
         if self._engine is not None or address is None or self._attach_failed:
             return
+        engine: CopyEngine | None = None
         try:
             if address.layout != self.layout:
                 raise UnsupportedError(
@@ -141,6 +107,8 @@ class WorkerHalf:
         except Exception as exc:
             why = f"the DRAM arena {address.path} cannot be used: {type(exc).__name__}: {exc}"
             self.refuse(why, exc)
+            if engine is not None:  # its threads, its pinned memory
+                engine.close()
             return
         self._arena, self._engine = arena, engine
         for _ in range(self._weight_bumps):
@@ -185,10 +153,8 @@ class WorkerHalf:
                 self._settle(job)
 
     def _settle(self, job: int) -> None:
-        if self._engine is not None and not self._engine.wait(job, FENCE_MS):
-            self._engine.cancel(job)
-            while not self._engine.wait(job, FENCE_MS):
-                logger.error("kvoffload: rank %d waits for a copy that does not end", self.rank)
+        if self._engine is not None:
+            settle(self._engine, job, FENCE_MS, self.rank)
 
     def _drain_stores(self) -> None:
         for jobs in list(self._store_jobs.values()):
@@ -238,7 +204,6 @@ class WorkerHalf:
 
     def _start(self, load: RunningLoad) -> None:
         load.started = True
-        load.until = self._clock() + load.order.deadline_ms / 1000.0
         engine = self._engine
         if engine is None:
             self._fail_load(load, LoadFailure.WORKER_LOST)
@@ -287,13 +252,18 @@ class WorkerHalf:
 
     def _fail_overdue(self) -> None:
         """The scheduler half counts from before a forward, which may take longer than a load is
-        given: one that has ended well meanwhile is not failed, and none before its own deadline."""
+        given: one that has ended well meanwhile is not failed, and none before its own deadline,
+        which counts from the end of the compute that the engine lets it wait for."""
+        if self._engine is None:
+            return
+        now = self._clock()
+        for load in self._running.values():
+            load.note_begun(self._engine, now)
         if not any(load.overdue for load in self._running.values()):
             return
         self._collect()
-        now = self._clock()
         for load in self._running.values():
-            if load.overdue and load.jobs and now >= load.until:
+            if load.overdue and load.jobs and load.is_past(now):
                 self._fail_load(load, LoadFailure.DEADLINE)
 
     def _fail_load(self, load: RunningLoad, reason: LoadFailure) -> None:
@@ -391,7 +361,7 @@ class WorkerHalf:
             return
 
     def _note_failure(self, load: RunningLoad, copies: ChunkCopies, done: Any) -> None:
-        reason = _REASONS.get(done.reason, LoadFailure.EXCEPTION)
+        reason = REASONS.get(done.reason, LoadFailure.EXCEPTION)
         if done.status == DEADLINE:
             reason = LoadFailure.DEADLINE
         load.failure = load.failure or reason
