@@ -9,9 +9,15 @@ import pytest
 
 from kvoffload.copy.base import Fragment
 from kvoffload.engines.vllm import worker as worker_module
-from kvoffload.engines.vllm.meta import ArenaAddress, ChunkCopies, StepOrders, StoreOrder
+from kvoffload.engines.vllm.meta import (
+    ArenaAddress,
+    ChunkCopies,
+    LoadOrder,
+    StepOrders,
+    StoreOrder,
+)
 from kvoffload.engines.vllm.running import LONG_ROUNDS, ROUND_MS
-from kvoffload.engines.vllm.worker import WorkerHalf
+from kvoffload.engines.vllm.worker import IDLE_WAIT_MS, SHARED_WAIT_MS, WorkerHalf
 from kvoffload.types import CacheLayout, GroupKind, GroupLayout
 
 LAYOUT = CacheLayout((GroupLayout(0, GroupKind.FULL, 16, 2, 4096, 1),), 16, 16, 1)
@@ -38,6 +44,12 @@ class Engine:
 
     def submit_store(self, *args: Any) -> None:
         """It takes its time."""
+
+    def submit_load(self, *args: Any) -> None:
+        """So does this."""
+
+    def poll(self) -> list[Any]:
+        return []
 
     def wait(self, job: int, timeout_ms: int) -> bool:
         return self._until(self.ends_ms, timeout_ms)
@@ -96,6 +108,23 @@ def test_an_engine_that_cannot_be_used_is_closed(how: str) -> None:
     bind(worker)
     worker.shutdown()
     assert engine.closed == 1
+
+
+@pytest.mark.parametrize("wait_ms", [IDLE_WAIT_MS, SHARED_WAIT_MS])
+def test_a_step_without_a_forward_waits_for_a_load(wait_ms: int) -> None:
+    """Not for long where the other ranks of a group wait for this one's step."""
+    engine, arena = Engine(0, 10_000), Arena()
+    worker = WorkerHalf(
+        LAYOUT, 0, attach=lambda *_: arena, make_engine=lambda _: engine, idle_wait_ms=wait_ms
+    )
+    worker.register_group(0, FRAGMENTS, 4)
+    bind(worker)
+    one = [np.array([0], t) for t in (np.uint32, np.uint64, np.uint64)]
+    copies = ChunkCopies(0, *one, bytes(16), np.array([[0, 1]], np.int32))
+    worker.bind(StepOrders(loads=[LoadOrder(1, "r", 60_000, [copies])], idle=True))
+    worker.start_load_kv()
+    worker.transfer_results()
+    assert engine.now_ms == wait_ms and not worker.guard.errors
 
 
 # -------------------------------------------------------------------- the fence

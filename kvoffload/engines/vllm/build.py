@@ -20,7 +20,7 @@ from kvoffload.engines.vllm.room import room_for
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.stats import KVOffloadStats
 from kvoffload.engines.vllm.telemetry import report_drives
-from kvoffload.engines.vllm.worker import WorkerHalf
+from kvoffload.engines.vllm.worker import IDLE_WAIT_MS, SHARED_WAIT_MS, WorkerHalf
 from kvoffload.replay.record import StreamRecorder
 from kvoffload.types import CacheLayout
 
@@ -320,11 +320,14 @@ def worker_side(vllm_config: Any, kv_cache_config: Any) -> WorkerSide:
     config = engine_config(vllm_config)
     layout = engine_layout(vllm_config, kv_cache_config, config)
     rank = compat.tensor_parallel_rank()
+    parallel = vllm_config.parallel_config
     device = ["cpu"]
     half = WorkerHalf(
         layout,
         rank,
         attach=_core.Arena.attach,
         make_engine=lambda arena: copy_engine(device[0], arena, rank),
+        # Of a dense model's rank vLLM makes an engine of its own, with a size of 1.
+        idle_wait_ms=SHARED_WAIT_MS if parallel.data_parallel_size > 1 else IDLE_WAIT_MS,
     )
     return WorkerSide(half, kv_cache_config, device, precompile)

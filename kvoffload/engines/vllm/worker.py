@@ -32,6 +32,9 @@ logger = logging.getLogger("vllm.kvoffload")
 
 IDLE_WAIT_MS = 10
 """A step without a forward waits this long for a load, so that it is reported by the same step."""
+SHARED_WAIT_MS = 1
+"""Where other engines wait for this one's step (data parallel over experts): as long as vLLM itself
+sleeps after such a step."""
 FENCE_MS = 50
 """A store holds its source blocks for milliseconds; what of it has not started this long after the
 compute that fills them is cancelled instead."""
@@ -50,6 +53,7 @@ class WorkerHalf:
         *,
         attach: Callable[[str, int], Any],
         make_engine: Callable[[Any], CopyEngine],
+        idle_wait_ms: int = IDLE_WAIT_MS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.guard = HookGuard("worker")
@@ -57,6 +61,7 @@ class WorkerHalf:
         self.rank = rank
         self._attach = attach
         self._make_engine = make_engine
+        self._idle_wait_ms = idle_wait_ms
         self._clock = clock
         self._single_group = len(layout.groups) == 1
         self._fragments: dict[int, tuple[Sequence[Fragment], int]] = {}
@@ -321,7 +326,7 @@ class WorkerHalf:
                 self._collect()  # to wait for one that has not ended
             first = next((j for load in self._running.values() for j in load.jobs), None)
             if first is not None:
-                self._engine.wait(first, IDLE_WAIT_MS)
+                self._engine.wait(first, self._idle_wait_ms)
         self._collect()
         return self._answer()
 
