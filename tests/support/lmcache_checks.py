@@ -30,6 +30,8 @@ from lmcache.v1.platform import consume_fd
 
 from kvoffload.engines import lmcache_names
 from kvoffload.engines.lmcache import KVOffloadL2Adapter
+from kvoffload.tiers.nvme import drive
+from kvoffload.tiers.nvme.requests import GET
 
 SHAPE = (2, 64, 96)
 MODEL = "some/model"
@@ -272,6 +274,38 @@ def test_unknown_weights_delay_first_lookups_only(
     finally:
         hold.set()
         made.close()
+
+
+def test_first_lookups_wait_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmcache_names, "FIRST_WAIT_S", 0.5)
+    hold = threading.Event()
+    monkeypatch.setattr(lmcache_names, "_model_files", lambda model: hold.wait(20) and [])
+    made = build(tmp_path, namespace=None)
+    try:
+        began = time.monotonic()
+        tasks = [made.submit_lookup_and_lock_task(KEYS, GROUP) for _ in range(8)]
+        fd = made.get_lookup_and_lock_event_fd()
+        for task in tasks:
+            answer(fd, lambda task=task: made.query_lookup_and_lock_result(task))
+        assert 0.4 < time.monotonic() - began < 2.0
+    finally:
+        hold.set()
+        made.close()
+
+
+def test_a_load_that_hangs_ends(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LMCache has no deadline, and eight loads that hang stop all of its lookups."""
+    assert store(adapter, KEYS, OBJECTS).is_successful()
+    monkeypatch.setitem(drive.STALL_S, GET, 0.2)
+    native = adapter._store._drives[0].store
+    native.inject("hang_read", 1)
+    fresh = [obj(None) for _ in KEYS]
+    before = [bytes(o.byte_array) for o in fresh]
+    assert load(adapter, KEYS, fresh) == []
+    assert held(adapter, KEYS) == [], "until a read of our own was fine"
+    native.inject("hang_read", 0)
+    time.sleep(0.2)
+    assert [bytes(o.byte_array) for o in fresh] == before, "L1 may have given them to others"
 
 
 def test_a_hub_name_needs_a_namespace(tmp_path: Path) -> None:
