@@ -48,7 +48,7 @@ from kvoffload.copy.base import LOAD, STORE, Copies, Fragment
 from kvoffload.copy.cuda_job import Job, Reason, SlotArena
 from kvoffload.copy.cuda_runtime import PIECE_BYTES, ArenaPinner, CudaRuntime, Runtime
 from kvoffload.copy.cuda_table import JobTable
-from kvoffload.copy.cuda_threads import HostThreads
+from kvoffload.copy.cuda_threads import HostThreads, close_all
 from kvoffload.copy.leaf_seats import Seat, SeatPools
 from kvoffload.copy.mover import LeafCheck, Mover
 from kvoffload.copy.mover_set import MoverSet
@@ -199,23 +199,14 @@ class CudaCopyEngine:
             )  # fmt: skip
 
     def _let_go(self, end: float) -> str:
-        """Close what copies used, after the last of them; each, whatever becomes of the others.
-
-        What did not stop or raised, empty if nothing did.
-        """
-        wrong = []
-
-        def attempt(what: str, close: Callable[[], bool | None]) -> None:
-            try:
-                if close() is False:
-                    wrong.append(f"{what} does not end")
-            except Exception as exc:  # a device that is lost refuses everything
-                wrong.append(f"{what}: {type(exc).__name__}: {exc}")
-
-        attempt("calibration", lambda: self.movers.close(max(end - time.monotonic(), 0)))
-        attempt("checksum memory", self._seats.close)
-        attempt("pinning", lambda: self._pinner.close(max(end - time.monotonic(), 0)))
-        return "; ".join(wrong)
+        """Close what copies used, after the last of them. What did not stop or raised, if any."""
+        return close_all(
+            {
+                "calibration": lambda: self.movers.close(max(end - time.monotonic(), 0)),
+                "checksum memory": self._seats.close,
+                "pinning": lambda: self._pinner.close(max(end - time.monotonic(), 0)),
+            }
+        )
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""

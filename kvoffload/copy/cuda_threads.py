@@ -1,11 +1,11 @@
-"""Host threads of the CUDA copy engine: started together, stopped stage by stage."""
+"""Start and end of the CUDA copy engine: host threads, stage by stage, and what else to close."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,3 +82,18 @@ class HostThreads:
             if not stage.may_linger:
                 alive += [t.name for t in stage.threads if t.is_alive()]
         return alive
+
+
+def close_all(parts: Mapping[str, Callable[[], bool | None]]) -> str:
+    """Close each, in order, whatever becomes of the others.
+
+    A line about those that answered False (they do not end) or raised, empty if none did.
+    """
+    wrong = []
+    for name, close in parts.items():
+        try:
+            if close() is False:
+                wrong.append(f"{name} does not end")
+        except Exception as exc:  # a device that is lost refuses everything
+            wrong.append(f"{name}: {type(exc).__name__}: {exc}")
+    return "; ".join(wrong)

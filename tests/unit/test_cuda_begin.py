@@ -19,6 +19,7 @@ pytest.importorskip("kvoffload._core")
 from kvoffload import _core
 from kvoffload.copy.base import CANCELLED, DEADLINE, FAILED, OK
 from kvoffload.copy.cuda_job import Reason
+from kvoffload.engines.vllm.running import settle
 from tests.support.cuda_rig import SMALL, Rig, soon
 
 IDS = [[0, 1, 2, 3]]
@@ -178,3 +179,20 @@ def test_an_event_that_cannot_be_waited_for_fails_its_job_only(rig: Any, kind: s
         r.done(job)
         assert r.arena.state(1) in (_core.READY, _core.FAILED)
     assert r.done(r.load([0], generations[:1], TO)).status == OK
+
+
+def test_a_store_at_the_fence_loses_nothing_to_the_forward_it_waits_for(rig: Any) -> None:
+    """Item 0 fills what the driver takes until the forward has ended; the others cannot be enqueued."""
+    driver = threading.Event()
+    r = rig(driver=driver)
+    forward, generations = Forward(r), r.begin([0, 1, 2])
+    job = r.store([0, 1, 2], generations, np.arange(12).reshape(3, 4))
+
+    def end() -> None:
+        forward.end()
+        driver.set()
+
+    threading.Timer(2 * FORWARD_S, end).start()
+    settle(r.engine, job, int(FORWARD_S * 1000), 0)
+    assert r.done(job).status == OK
+    assert [r.arena.state(s) for s in range(3)] == [_core.READY] * 3
