@@ -45,6 +45,7 @@ from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
 from kvoffload.core.storer import Storer
 from kvoffload.core.weigh import Weigher
 from kvoffload.core.why import GONE_BY_FAILURE, OFF, Gone, KeyMemory, Trace, fate, trace
+from kvoffload.errors import ConfigError
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import (
     CacheLayout,
@@ -57,7 +58,15 @@ from kvoffload.types import (
     Tier,
 )
 
-__all__ = ["Hit", "Lease", "LeaseItem", "Manager", "StoreItem", "slots_needed"]
+__all__ = [
+    "Hit",
+    "Lease",
+    "LeaseItem",
+    "Manager",
+    "StoreItem",
+    "holds_one_each",
+    "slots_needed",
+]
 
 _SETTLED_KEPT = 65536
 
@@ -67,6 +76,17 @@ def slots_needed(layout: CacheLayout, data_bytes: int) -> int:
     check_layout(layout)
     sizes = slot_classes(layout)
     return SlotAllocator(data_bytes, sizes).max_slots if sizes else 1
+
+
+def holds_one_each(layout: CacheLayout, data_bytes: int) -> bool:
+    """Whether an arena of ``data_bytes`` has room for one chunk of every served group at once."""
+    sizes = slot_classes(layout)
+    try:
+        slots = SlotAllocator(data_bytes, sizes)
+    except ConfigError:
+        return not sizes
+    served = (g for g in layout.groups if g.kind is not GroupKind.NONE)
+    return all(slots.alloc(sizes.index(g.slot_bytes)) is not None for g in served)
 
 
 class Manager:

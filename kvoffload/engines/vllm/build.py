@@ -11,10 +11,11 @@ from typing import Any
 
 from kvoffload.config import GIB, Config
 from kvoffload.core.lookup import primary
-from kvoffload.core.manager import Manager, slots_needed
+from kvoffload.core.manager import Manager
 from kvoffload.engines.vllm import compat, geometry, notes, plugin
 from kvoffload.engines.vllm.background import Background
 from kvoffload.engines.vllm.namespace import NamespaceSource
+from kvoffload.engines.vllm.room import room_for
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.stats import KVOffloadStats
 from kvoffload.engines.vllm.telemetry import report_drives
@@ -101,19 +102,17 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
     plugin.check_supported(vllm_config)  # again: the plugin may not have been loaded
     config = engine_config(vllm_config)
     vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
-    layout = engine_layout(vllm_config, kv_cache_config, config)
-    refused = geometry.why_not_served(kv_cache_config, vllm_config)
-    if refused is not None:
-        logger.warning(
-            "kvoffload: this is %s, which cannot be served yet: 0 hits, nothing is stored.", refused
-        )
-    engines = compat.local_engines(vllm_config)
-    data_bytes = config.dram_bytes(engines) if refused is None else 4 << 20
-    slots = slots_needed(layout, data_bytes) if refused is None else 1
-    arena = _core.Arena.create(data_bytes, slots, layout.world_size)
+    room = room_for(
+        engine_layout(vllm_config, kv_cache_config, config),
+        config,
+        compat.local_engines(vllm_config),
+        geometry.why_not_served(kv_cache_config, vllm_config),
+    )
+    layout = room.layout
+    arena = _core.Arena.create(room.data_bytes, room.slots, layout.world_size)
     _prefault(arena)
     namespaces = NamespaceSource(vllm_config, kv_cache_config)
-    store = _open_store(config) if refused is None else None
+    store = _open_store(config) if room.serve else None
     manager = Manager(
         layout,
         arena,
@@ -130,13 +129,13 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         manager,
         arena,
         namespaces,
-        serve=refused is None,
+        serve=room.serve,
         eagle=compat.drops_last_block(vllm_config),
         follow=bool(vllm_config.cache_config.enable_prefix_caching),
         fail_by_blocks=compat.is_reduced(compat.vllm_version()),
-        formats=_comparable(config, kv_cache_config, layout) if refused is None else {},
+        formats=_comparable(config, kv_cache_config, layout) if room.serve else {},
         model=_model_name(vllm_config),
-        recorder=_recorder(config, layout) if refused is None else None,
+        recorder=_recorder(config, layout) if room.serve else None,
         alone=compat.is_alone(vllm_config),
     )
     half.metrics.failure("drive_open", len(_unopened(store)))

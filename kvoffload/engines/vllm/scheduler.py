@@ -66,7 +66,8 @@ class Namespaces(Protocol):
 
 
 class SchedulerHalf:
-    """One per engine. ``serve`` False: the engine's KV cannot be served; every lookup is a miss.
+    """One per engine. ``serve`` False: its KV cannot be served; every lookup is a miss, and no rank
+    attaches.
 
     ``follow``: HBM's prefix cache is on, so that a request may wait for another one's load.
     ``formats``: pages that the shadow check can compare, by KV group; without any it is off.
@@ -216,7 +217,7 @@ class SchedulerHalf:
         if self._hbm_stale() and num_computed > 0:
             state.tainted = True  # its HBM hit may hold KV of the old weights
         if not ready or self._loads.is_banned(state.request_id):
-            why = "workers are attaching" if self._serve else "this model cannot be served"
+            why = "workers are attaching" if self._serve else "nothing is served: see the log"
             return self.why.skipped(state, num_computed, MissCause.NOT_READY, why)
         if self._skips_cache(request) or state.tainted:
             cause = MissCause.RESET if state.tainted else MissCause.NOT_ASKED
@@ -374,7 +375,7 @@ class SchedulerHalf:
         return self._shadow is not None and self._shadow.compare()
 
     def _address(self) -> ArenaAddress | None:
-        if self._attach.done():
+        if not self._serve or self._attach.done():
             return None
         return ArenaAddress(self.arena.path, self.arena.inode, self.layout)
 
