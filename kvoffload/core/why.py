@@ -174,7 +174,7 @@ class Asked:
     loaded: Mapping[Tier, int] | None = None
     barred: MissCause | None = None  # settled by something else than where chunks are
     note: str = ""
-    request: Any = None  # the engine's, until explained
+    request: Any = None  # the engine's, until explained, or until too many wait for that
     space: Any = None  # the namespace it asked under
     closed: bool = False
 

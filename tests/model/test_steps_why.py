@@ -12,6 +12,7 @@ import pytest
 from kvoffload.config import Config
 from kvoffload.core import fit, planner
 from kvoffload.core.why import Report
+from kvoffload.engines.vllm import why as why_module
 from kvoffload.engines.vllm.why import WhyMiss
 from kvoffload.types import Decision, MissCause
 from tests.support.steps import MiniEngine, Options, tokens
@@ -187,6 +188,30 @@ def test_salt() -> None:
     assert plain.cause is MissCause.SALT
     engine.forget_hbm()
     assert asked(engine, tokens(40), salt=b"tenant a").cause is None
+    engine.finish()
+
+
+def test_requests_that_nobody_explains_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files hang: reports wait, and say what they do not know; the engine's requests do not."""
+    monkeypatch.setattr(why_module, "MAX_WHOLE", 4)
+    engine = MiniEngine()
+    asked(engine, tokens(40), salt=b"tenant a")
+    for n in range(10):
+        engine.forget_hbm()
+        engine.ask(tokens(40), salt=b"tenant %d" % n)
+    half = engine.scheduler_half
+    waiting = list(half.why._closed)
+    assert len(waiting) == 10 and sum(a.request is not None for a in waiting) == 4
+    half.why.work(engine.clock())
+    early, late = half.why.log.last()[1:7], half.why.log.last()[7:]
+    assert {r.cause for r in early} == {MissCause.NEVER_STORED}
+    assert all("not compared" in str(r.details["note"]) for r in early)
+    assert [(r.cause, r.details) for r in late] == [(MissCause.SALT, {"fields": ["salt"]})] * 4
+    failures = half.metrics.take()["c"]
+    assert failures["kvoffload_failures_total|why_behind"] == 6
+    engine.ask(tokens(40, 1))
+    half.why.work(engine.clock())
+    assert "kvoffload_failures_total|why_behind" not in half.metrics.take()["c"]
     engine.finish()
 
 

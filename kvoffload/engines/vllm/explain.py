@@ -134,11 +134,14 @@ class Explainer:
 
     def _explain(self, asked: Asked) -> Report:
         cause, details = cause_of(asked)
-        space = asked.space
+        space, request = asked.space, asked.request  # the latter may be let go of at any time
         if isinstance(space, Space):
             self._remember(space)
             unknown = cause is MissCause.NEVER_STORED and asked.chunk == 0
-            cause, details = self._elsewhere(asked, space, unknown) or (cause, details)
+            if request is not None:
+                cause, details = self._elsewhere(request, space, unknown) or (cause, details)
+            elif unknown:
+                details = {"note": "not compared with other requests: too many waited for it"}
         return Report.of(asked, cause, details)
 
     def _remember(self, space: Space) -> None:
@@ -156,10 +159,10 @@ class Explainer:
                     logger.warning("kvoffload: %s cannot be kept: %s", FILE, exc)
 
     def _elsewhere(
-        self, asked: Asked, space: Space, wanted: bool
+        self, request: Any, space: Space, wanted: bool
     ) -> tuple[MissCause, Details] | None:
         """Where the prompt's first chunk is known instead, if ``wanted``; enters the request."""
-        request, size = asked.request, self._size
+        size = self._size
         tokens = getattr(request, "prompt_token_ids", None)
         adapter = self._names.adapter(request)
         if not tokens or len(tokens) < size or adapter is None:
@@ -169,7 +172,7 @@ class Explainer:
             others = self._kin.meet(tokens[:size], mine)
             if wanted and others and mine not in others:
                 return self._differs(mine, mine.nearest(others), space)
-        return self._on_nvme(asked, space, adapter) if wanted else None
+        return self._on_nvme(request, space, adapter) if wanted else None
 
     def _differs(self, mine: Variant, other: Variant, space: Space) -> tuple[MissCause, Details]:
         names = [n for n in ("salt", "adapter") if getattr(mine, n) != getattr(other, n)]
@@ -183,11 +186,11 @@ class Explainer:
         return cause, {"fields": names}
 
     def _on_nvme(
-        self, asked: Asked, space: Space, adapter: bytes
+        self, request: Any, space: Space, adapter: bytes
     ) -> tuple[MissCause, Details] | None:
         if self._known is None or self._probes <= 0:
             return None
-        found = self._known.keys_elsewhere(space, asked.request.block_hashes, adapter)
+        found = self._known.keys_elsewhere(space, request.block_hashes, adapter)
         self._probes -= len(found)
         held = self._manager.on_nvme([key for _, key in found]) if found else ()
         for (other, _), there in zip(found, held, strict=True):

@@ -27,6 +27,10 @@ from kvoffload.engines.vllm.spaces import Space
 from kvoffload.metrics import Recorder
 from kvoffload.types import CacheLayout, ChunkKey, LoadFailure, MissCause, Tier
 
+MAX_WHOLE = 256
+"""Requests of the engine that are kept, whole, until they are explained: with prompts of 100,000
+tokens some 3 MiB each. Of what waits beyond that the notes are kept, not the tokens."""
+
 
 def _guarded(body: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(body)
@@ -67,6 +71,8 @@ class WhyMiss:
         self._space_id = -1
         self._numbers = 0
         self._closed: deque[Asked] = deque(maxlen=max(1, keep))
+        self._whole: deque[Asked] = deque()  # the latest of them, scheduler thread only
+        self._metrics = metrics
 
     @property
     def log(self) -> WhyLog:
@@ -190,6 +196,12 @@ class WhyMiss:
     def _close(self, asked: Asked) -> None:
         asked.closed = True
         self._closed.append(asked)
+        self._whole.append(asked)
+        if len(self._whole) > MAX_WHOLE:
+            late = self._whole.popleft()
+            if late.request is not None:  # not explained yet: files hang, or it is a burst
+                late.request = None
+                self._metrics.failure("why_behind")
 
     def _space(self) -> Space | None:
         """The namespace in use; a new object with each new one."""
