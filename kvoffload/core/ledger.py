@@ -21,6 +21,9 @@ OTHER = "other"
 INVALID = "invalid"
 """Tenant of requests whose tenant is no text of 1 to 256 characters (core/hints.py)."""
 MAX_TENANTS = 64
+MAX_SALTS = 64
+"""Tenants that are told by their salts: of their own, for there may be one per user."""
+SALT = "salt-"
 MAX_MODELS = 32
 MAX_NAME = 64
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._:@/+-")
@@ -43,7 +46,7 @@ def tenant_of(named: str | None, salt: str | None) -> str:
         return plain_name(named) or INVALID
     if salt:
         digest = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), key=_SALT_KEY)
-        return "salt-" + digest.hexdigest()[:12]
+        return SALT + digest.hexdigest()[:12]
     return DEFAULT
 
 
@@ -120,8 +123,8 @@ class _Open:
 
 
 class Ledger:
-    """Accounts by (model, tenant). One thread. Bounded: at most MAX_MODELS x (MAX_TENANTS + 1)
-    accounts; a tenant beyond the bound is booked under OTHER, and so is a model.
+    """Accounts by (model, tenant). One thread. Bounded: at most (MAX_MODELS + 1) x (MAX_TENANTS +
+    MAX_SALTS + 1); a tenant beyond its bound is booked under OTHER, and so is a model.
 
     A request is ``begin``-ed, then ``loaded`` or ``failed`` any number of times, then ``end``-ed;
     calls about a request that is not open are ignored, so that an answer may come late. ``ranks``:
@@ -133,16 +136,18 @@ class Ledger:
         self._open: dict[str, _Open] = {}
         self._models: set[str] = set()
         self._tenants: set[str] = set()
+        self._salts: set[str] = set()
         self._changed: dict[tuple[str, str], Account] = {}
 
     def begin(self, request_id: str, model: str, tenant: str) -> None:
         """A request arrived; idempotent."""
         if request_id not in self._open:
-            who = (
-                _bounded(plain_name(model) or DEFAULT, self._models, MAX_MODELS),
-                _bounded(tenant, self._tenants, MAX_TENANTS),
-            )
-            self._open[request_id] = _Open(who)
+            if tenant.startswith(SALT):
+                tenant = _bounded(tenant, self._salts, MAX_SALTS)
+            else:
+                tenant = _bounded(tenant, self._tenants, MAX_TENANTS)
+            model = _bounded(plain_name(model) or DEFAULT, self._models, MAX_MODELS)
+            self._open[request_id] = _Open((model, tenant))
 
     def asked(self, request_id: str, prompt_tokens: int, hbm_tokens: int) -> None:
         """Its first lookup: prompt tokens, and how many of these HBM held. Later ones: ignored."""
@@ -243,6 +248,7 @@ class Ledger:
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant."""
         assert len(self._models) <= MAX_MODELS and len(self._tenants) <= MAX_TENANTS, "unbounded"
+        assert len(self._salts) <= MAX_SALTS, "salts are not bounded"
         for it in self._open.values():
             assert 0 <= it.hbm <= it.asked and 0 <= it.loaded <= it.asked - it.hbm, "tokens"
 

@@ -10,6 +10,7 @@ from kvoffload.core.ledger import (
     DEFAULT,
     INVALID,
     MAX_MODELS,
+    MAX_SALTS,
     MAX_TENANTS,
     OTHER,
     Account,
@@ -135,6 +136,24 @@ def test_names_beyond_the_bound_become_other() -> None:
     assert len({t for _, t in taken}) == MAX_TENANTS + 1
     assert taken[(OTHER, OTHER)].requests == 2 * MAX_TENANTS
     assert sum(a.requests for a in taken.values()) == 3 * MAX_TENANTS
+
+
+def test_salts_leave_room_for_named_tenants() -> None:
+    """A salt per user, and tenants who name themselves later."""
+    ledger = Ledger()
+    salts = [tenant_of(None, f"user {n}") for n in range(3 * MAX_SALTS)]
+    named = [f"team {n}" for n in range(MAX_TENANTS)]
+    for name in salts + named + salts[:2] + named[:2] + ["one more"]:
+        rid = name + " request"
+        ledger.begin(rid, "m", name)
+        ledger.asked(rid, 10, 0)
+        ledger.end(rid)
+        ledger.check()
+    booked = {tenant: account.requests for (_, tenant), account in ledger.take().items()}
+    assert all(booked[name] == (2 if n < 2 else 1) for n, name in enumerate(named))
+    assert all(booked[name] == (2 if n < 2 else 1) for n, name in enumerate(salts[:MAX_SALTS]))
+    assert booked[OTHER] == 2 * MAX_SALTS + 1
+    assert len(booked) == MAX_SALTS + MAX_TENANTS + 1
 
 
 events = st.tuples(
