@@ -15,8 +15,7 @@ from typing import NamedTuple
 from kvoffload.types import ChunkKey
 
 MAX_ROWS = 32768
-"""Some 10 MiB when full (20 with long names of sessions). A request without a session that reuses
-something takes a row."""
+"""Some 10 MiB when full. A request without a session that reuses something takes a row."""
 
 
 class _Row(NamedTuple):

@@ -254,6 +254,46 @@ def test_an_ended_session_leaves_nvme(tmp_path: Path) -> None:
     engine.finish()
 
 
+TENANTS = [
+    ({"tenant": "a"}, {"tenant": "b"}),
+    ({"tenant": "a"}, {}),
+    ({}, {"tenant": "default"}),  # what the ledger calls those without a name
+    ({"tenant": "a_b"}, {"tenant": "a b"}),  # one name in the ledger
+    ({"tenant": "a"}, {"tenant": "a' 1"}),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), TENANTS, ids=str)
+@pytest.mark.parametrize("named", [False, True], ids=["vLLM's id", "hint"])
+def test_sessions_of_two_tenants_are_two(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any], named: bool
+) -> None:
+    """Who else calls a session "1" ends neither that nor what it retains."""
+    engine = MiniEngine(replace(SMALL, nvme=str(tmp_path)))
+    hint = {"session": "1"} if named else {}
+    vllms = None if named else "1"
+    engine.ask(tokens(40), session=vllms, hints=one | hint | {"retain_s": 600})
+    retained = engine.manager.keep.nbytes[Kept.RETAINED]
+    ends = tokens(40) + tokens(17, 1)
+    engine.ask(ends, session=vllms, hints=other | hint | {"end_session": True})
+    engine._rest()
+    assert engine.manager.keep.nbytes[Kept.RETAINED] == retained > 0
+    assert engine.store.stats()["entries"] == 5, "the other's own chunks are gone"
+    engine.manager.reset()
+    assert loaded(engine, tokens(40)) == 39  # the last token is computed in any case
+    engine.finish()
+
+
+def test_a_tenants_session_ends_as_one_without(tmp_path: Path) -> None:
+    engine = MiniEngine(replace(SMALL, nvme=str(tmp_path)))
+    hints: dict[str, Any] = {"tenant": "a", "retain_s": 600}
+    engine.ask(tokens(40), session="1", hints=hints)
+    engine.ask(tokens(40) + tokens(17, 1), session="1", hints=hints | {"end_session": True})
+    engine._rest()
+    assert engine.store.stats()["entries"] == 0
+    engine.finish()
+
+
 @pytest.mark.parametrize("how", ["hit", "computed again", "one shot"])
 @pytest.mark.parametrize("session", [None, "b"])
 def test_what_others_built_on_stays_on_nvme(tmp_path: Path, how: str, session: str | None) -> None:
@@ -361,9 +401,10 @@ def test_sessions_are_bounded() -> None:
     for i in range(MAX_SESSIONS):
         hints._sessions[f"old {i}"] = (0, b"", 0.0)  # type: ignore[assignment]
     engine.ask(tokens(40), session="new")
+    (new,) = (name for name in hints._sessions if not name.startswith("old"))
     engine.ask(tokens(40, 1), session="x" * 10_000)
-    assert len(hints._sessions) == MAX_SESSIONS and "new" in hints._sessions
-    assert "x" * 10_000 not in hints._sessions
+    assert len(hints._sessions) == MAX_SESSIONS and next(reversed(hints._sessions)) == new
+    assert all(len(name) <= 32 for name in hints._sessions), "as long as a client likes"
     engine.finish()
 
 

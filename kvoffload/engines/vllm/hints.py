@@ -8,6 +8,7 @@ older vLLM has fewer. Scheduler thread only.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from kvoffload.core.forks import Forks
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.hints import MAX_NAME, NO_HINTS, Hints, Problem, parse_hints
+from kvoffload.core.ledger import tenant_of
 from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Manager
 from kvoffload.engines.vllm.requests import RequestState
@@ -185,11 +187,22 @@ class RequestHints:
 
 
 def _session(state: RequestState) -> str | None:
+    """The request's session, within its tenant: two of them may call theirs the same."""
     session = state.hints.session or getattr(state.request, "session_id", None)
-    return session if isinstance(session, str) and 0 < len(session) <= MAX_NAME else None
+    if not isinstance(session, str) or not 0 < len(session) <= MAX_NAME:
+        return None
+    return _scoped(state, session)
 
 
 def _user(state: RequestState) -> str:
     """In whose name the request uses and keeps chunks: its session's, or its own."""
     session = _session(state)
-    return f"session {session}" if session is not None else f"request {state.request_id}"
+    return f"session {session}" if session else f"request {_scoped(state, state.request_id)}"
+
+
+def _scoped(state: RequestState, name: str) -> str:
+    """``name`` among the tenant's own; 32 characters: thousands are kept."""
+    named = state.hints.tenant
+    salted = tenant_of(None, getattr(state.request, "cache_salt", None)) if named is None else ""
+    whose = repr((named, salted, name)).encode()
+    return hashlib.blake2b(whose, digest_size=16).hexdigest()
