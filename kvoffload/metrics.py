@@ -23,6 +23,9 @@ from kvoffload.types import LoadFailure, MissCause, Tier
 
 Payload = dict[str, dict[str, Any]]
 
+AGAIN_S = 60.0
+"""Gauges are shipped this often whether they changed or not: whoever exports them may be new."""
+
 
 def series_key(name: str, labels: Iterable[str] = ()) -> str:
     """The payload key of a series."""
@@ -74,6 +77,7 @@ class Recorder:
         self._now = empty_payload()
         self._totals: dict[str, float] = {}
         self._levels: dict[str, float] = {}
+        self._shipped_all: float | None = None  # when
         self._events: dict[str, float] = {}  # totals as last seen; one thread reports them
 
     # -- primitives
@@ -88,12 +92,24 @@ class Recorder:
                 self._now["c"][series] = self._now["c"].get(series, 0) + amount
 
     def set(self, name: str, value: float, *labels: str) -> None:
-        """Set a gauge; only a changed value is shipped."""
+        """Set a gauge; only a changed value is shipped, and all of them now and then."""
         series = self._series(name, Kind.GAUGE, labels)
         with self._lock:
             if self._levels.get(series) != value:
                 self._levels[series] = value
                 self._now["g"][series] = value
+
+    def ship_again(self, now: float) -> None:
+        """Ship every gauge, if that is AGAIN_S ago (the caller's seconds). O(gauges) then.
+
+        vLLM makes new exporters when an elastic engine grows, and theirs begin at 0.
+        """
+        if self._shipped_all is None:
+            self._shipped_all = now
+        elif now - self._shipped_all >= AGAIN_S:
+            self._shipped_all = now
+            with self._lock:
+                self._now["g"].update(self._levels)
 
     def observe(self, name: str, value: float) -> None:
         """Add one observation to a histogram."""

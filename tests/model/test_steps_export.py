@@ -35,6 +35,22 @@ def test_a_running_engine_exports_once_a_second(engine: MiniEngine) -> None:
     engine.run()
 
 
+def test_a_running_engine_ships_its_levels_again(engine: MiniEngine) -> None:
+    """For exporters that vLLM made since: what has not changed would read 0 for ever."""
+    half = engine.scheduler_half
+    engine.ask(tokens(40))
+    engine.exported()
+    engine.add(tokens(40), 120)
+    shipped = []
+    for _ in range(110):
+        assert engine.step()
+        engine.clock.now += 1.0
+        payload = half.take_stats()
+        shipped.append(payload is not None and "kvoffload_dram_total_bytes" in payload["g"])
+    assert shipped.count(True) == 2, shipped
+    engine.run()
+
+
 def test_the_last_token_goes_first_and_everything_is_exported(engine: MiniEngine) -> None:
     """Asked each step, as vLLM does: nothing while the request runs, its counts with its last token,
     all the rest once the engine rests."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvoffload.metric_table import METRICS, Kind
 from kvoffload.metrics import (
+    AGAIN_S,
     Recorder,
     empty_payload,
     is_empty,
@@ -82,6 +83,23 @@ def test_gauges_ship_only_changes() -> None:
     assert rec.take()["g"]["kvoffload_dram_total_bytes"] == 2
     rec.dram(5, 2, 0, 1)
     assert rec.take()["g"] == {"kvoffload_dram_used_bytes": 5}
+
+
+def test_all_gauges_are_shipped_again_now_and_then() -> None:
+    """vLLM makes new exporters where an engine is added: their gauges start at 0."""
+    rec = Recorder()
+    rec.set("kvoffload_nvme_endurance_bytes", 7)  # set once in an engine's life
+    rec.dram(1, 2, 0, 1)
+    rec.ship_again(100.0)
+    everything = rec.take()["g"]
+    rec.dram(3, 2, 0, 1)
+    rec.ship_again(100.0 + AGAIN_S - 1)
+    assert rec.take()["g"] == {"kvoffload_dram_used_bytes": 3}
+    rec.ship_again(100.0 + AGAIN_S)
+    assert rec.take()["g"] == everything | {"kvoffload_dram_used_bytes": 3}
+    rec.ship_again(101.0 + AGAIN_S)
+    assert is_empty(rec.take())
+    rec.check()
 
 
 def test_running_totals_become_increases() -> None:

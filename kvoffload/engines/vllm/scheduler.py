@@ -480,6 +480,7 @@ class SchedulerHalf:
         if export is Export.ALL:
             report_levels(self.manager, self.metrics)
             self._accounts.report(now)
+            self.metrics.ship_again(now)
         payload = self.metrics.take()
         return None if is_empty(payload) else payload
 
