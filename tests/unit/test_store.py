@@ -566,8 +566,10 @@ class TestWriters:
             with small(path, max_bytes=bound) as b:
                 assert b.put(key_of(100), b"x") is StoreResult.NO_SPACE
                 assert b.stats()["no_space"] == 1
+                got = {i: b.get(key_of(i)) for i in range(40)}
+                # Now: its writer may just have taken the oldest segment for its next one.
                 held = [i for i in range(40) if key_of(i) in a]
-                assert [b.get(key_of(i)) for i in held] == [payload_of(i, 100_000) for i in held]
+                assert [got[i] for i in held] == [payload_of(i, 100_000) for i in held]
             assert disk_bytes(path) <= bound
 
     def test_room_is_taken_from_the_dead(self, path: Path) -> None:
