@@ -21,6 +21,7 @@ MAX_TIMEOUT_S = 86400.0
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _OURS = ("max_tokens", "max_completion_tokens", "n", "stream", "kv_transfer_params")
 _sleep = time.sleep
+_WAKE_S = 0.5
 
 
 class WarmError(Exception):
@@ -244,12 +245,19 @@ class Warmer:
             threading.Thread(target=work, name="warm", daemon=True).start()
         try:
             for _ in prompts:
-                done = out.get()
+                done = _next(out)
                 if isinstance(done, Exception):
                     raise done
                 yield done
         finally:
             stop.set()
+
+
+def _next(out: SimpleQueue[Done | Exception]) -> Done | Exception:
+    while True:
+        # A Ctrl-C just before the thread begins to wait does not wake it: it wakes by itself.
+        with suppress(Empty):
+            return out.get(timeout=_WAKE_S)
 
 
 def _done(prompt: Prompt, answer: Mapping[str, Any], seconds: float, tries: int) -> Done:

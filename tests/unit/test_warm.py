@@ -355,8 +355,11 @@ def test_ctrl_c_says_how_far_it_came(seen: Seen, url: str, tmp_path: Path, monke
     assert done.exit_code == 130 and "1 of 3" in done.stderr
 
 
-def test_ctrl_c_waits_for_no_answer(seen: Seen, url: str, tmp_path: Path) -> None:
-    """A server that hangs, and retries: the process ends at once all the same."""
+@pytest.mark.parametrize("wakes", [True, False])
+def test_ctrl_c_waits_for_no_answer(seen: Seen, url: str, tmp_path: Path, wakes: bool) -> None:
+    """A server that hangs, and retries: the process ends at once all the same, also where the
+    signal does not wake the main thread (it came just before that began to wait; here another
+    thread takes it)."""
     stop, asked = threading.Event(), threading.Event()
 
     def complete(body: dict[str, Any]) -> Answer:
@@ -368,6 +371,10 @@ def test_ctrl_c_waits_for_no_answer(seen: Seen, url: str, tmp_path: Path) -> Non
     (tmp_path / "p").write_text("a\nb\nc")
     # A runner in the background of a shell has SIGINT ignored, and its children inherit that.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    if not wakes:
+        code += "import threading, time\n"
+        code += "threading.Thread(target=time.sleep, args=(90,), daemon=True).start()\n"
+        code += "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n"
     code += "from kvoffload.cli.main import app; app()"
     args = ["warm", str(tmp_path / "p"), "--url", url, "--concurrency", "2"]
     child = subprocess.Popen(
