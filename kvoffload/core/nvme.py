@@ -155,7 +155,9 @@ class NvmeTier:
         return self._watch.read(entries, now)
 
     def stored(self, entry: Entry, now: float) -> None:
-        """A chunk that no tier held got a slot."""
+        """A chunk that no tier held, or none that is in use, got a slot."""
+        if self.reads.suspect:
+            self.delete([entry.key])  # or it would count as written
         self.idle.active(now)
         if self.admission is not None:
             self.admission.stored(entry)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvoffload.core.breaker import Breaker
+from kvoffload.core.breaker import Breaker, BreakerState
 from kvoffload.core.index import ChunkId, Entry
 from kvoffload.core.pool import Pool
 from kvoffload.core.stats import Counters, Guard
@@ -98,6 +98,9 @@ class Reads:
         self.on_unreadable: Callable[[ChunkKey], None] = lambda key: None  # delete it
         self.holds: Callable[[ChunkKey], bool] = lambda key: False  # says the store
         self._failed = FailedReads()
+        self.suspect = False
+        """Damaged chunks turned the tier off, and none was right since: what is computed anew is
+        worth more than what the tier holds of it."""
 
     def submit(self, entries: Sequence[Entry], now: float) -> bool:
         """Read FILLING entries, one job per group. False when a group was refused: its entries are
@@ -136,6 +139,7 @@ class Reads:
                 self._counters.nvme_read_bytes += entry.nbytes
                 self._failed.read(entry.key)
                 self._breaker.success()
+                self.suspect = False
             elif result == StoreResult.CORRUPT:
                 self._counters.nvme_corrupt += 1
                 self._pool.note(entry, Gone.BAD_BYTES)
@@ -143,6 +147,7 @@ class Reads:
                 # A damaged chunk is deleted and over; where one follows another the tier itself
                 # is broken, each load of it is paid in vain, and it must not lose all it holds.
                 self._breaker.failure(now)
+                self.suspect = self._breaker.state(now) is not BreakerState.CLOSED
             elif result == StoreResult.MISS:
                 self._counters.nvme_miss += 1
                 self._pool.note(entry, Gone.WRITTEN)

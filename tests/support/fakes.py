@@ -266,6 +266,7 @@ class FakeStore(Faulty):
             self.lose(next((k for k in self.held if not self.keeps_for_others(k)), oldest))
         self.held[key] = arena.bytes_at[offset]
         self.unreadable.discard(key)
+        self.corrupt.discard(key)
         return StoreResult.OK
 
     def _get_one(

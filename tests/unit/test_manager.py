@@ -909,6 +909,34 @@ def test_a_tier_that_brings_damaged_bytes_is_left_alone() -> None:
     rig.manager.check()
 
 
+def test_what_is_computed_anew_replaces_what_may_be_damaged() -> None:
+    """Or NVMe would say that it has it, and each prompt had to meet its damaged chunks first."""
+    rig = make(slots=64)
+    for text in ("abcdefgh", "ij", "kl"):
+        rig.to_nvme(text)
+    rig.store.corrupt = set(rig.store.held)
+    lease = rig.load("abcdefgh")
+    assert lease is not None
+    rig.store.step()
+    rig.manager.tick(False)
+    rig.manager.release(lease.id)
+    assert rig.manager.counters.nvme_breaker_trips == 1
+    for text in ("abcdefgh", "ij"):
+        rig.put(text)
+    run_until_idle(lambda: rig.manager.tick(False), rig.store)
+    rig.manager.reset()  # DRAM forgets them
+    assert set(rig.store.corrupt) == set(rig.chain("kl").keys(0))
+    rig.clock.advance(COOL_S)
+    rig.manager.plan(rig.chain("ij"), 0, 2 * TOK)
+    run_until_idle(lambda: rig.manager.tick(False), rig.store)
+    assert rig.hit("abcdefgh") == 8 * TOK and rig.hit("ij") == 2 * TOK
+    written = rig.manager.counters.nvme_written
+    rig.put("kl")  # all is well again: what NVMe holds is not written twice
+    run_until_idle(lambda: rig.manager.tick(False), rig.store)
+    assert rig.manager.counters.nvme_written == written
+    rig.manager.check()
+
+
 def test_damaged_chunks_among_others_turn_nothing_off() -> None:
     rig = make(slots=64)
     rig.to_nvme("xyz")

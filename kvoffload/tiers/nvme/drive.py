@@ -52,6 +52,7 @@ class Drive:
     out: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
     moved: dict[int, tuple[int, float]] = field(default_factory=dict)
     probe_key: bytes = b""  # the last key that could not be read
+    suspect: bool = False  # damaged chunks turned reads off, and none was right since
     weight: float = 1.0
     credit: float = 0.0
 
@@ -65,8 +66,10 @@ class Drive:
         return self.store is not None and self.reads.closed
 
     def writable(self, now: float) -> bool:
-        """Whether it may be given a put; that put is a trial where the breaker is not closed."""
-        return self.readable and (self.writes.closed or self.writes.trial_due(now))
+        """Whether it may be given a put; that put is a trial where the breaker is not closed. One
+        with damaged chunks may: what is put takes their place."""
+        usable = self.readable or self.suspect
+        return usable and (self.writes.closed or self.writes.trial_due(now))
 
     def breaker(self, kind: int) -> Breaker:
         """The breaker of PUT or GET."""

@@ -160,6 +160,8 @@ class StripedJobs:
         kind = job.request.kind
         inner = next(self._ids)
         try:
+            if kind == PUT and drive.suspect:  # or what it holds of them would count as written
+                drive.store.delete(pick_keys(job.request.keys, at))
             job.request.send(drive.store, inner, at)
         except Exception:
             if first:
@@ -257,6 +259,7 @@ class StripedJobs:
             # on trust after each pause, not judged by a chunk of another day that may be good.
             damaged = part.at[results == StoreResult.CORRUPT]
             part.drive.probe_key = pick_keys(job.request.keys, damaged[-1:])
+            part.drive.suspect = not part.drive.reads.closed
         self._settle(job)
 
     def _fits(self, part: _Part) -> npt.NDArray[np.bool_]:
@@ -276,6 +279,7 @@ class StripedJobs:
         breaker = part.drive.breaker(part.kind)
         if (results == StoreResult.OK).any():
             breaker.success(inner)
+            part.drive.suspect &= part.kind == PUT
         elif failed.any() or _only_damaged(results):
             breaker.failure(inner, now)
         else:
