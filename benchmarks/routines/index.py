@@ -52,7 +52,8 @@ class Kvoffload:
     def __init__(self, chunks: int) -> None:
         from kvoffload import _core
         from kvoffload.core.hashchain import Chain
-        from kvoffload.core.manager import Manager, slots_needed
+        from kvoffload.core.manager import Manager
+        from kvoffload.core.sizes import slots_needed
         from kvoffload.types import CacheLayout, GroupKind, GroupLayout
 
         group = GroupLayout(0, GroupKind.FULL, 16, 1, SLOT, 1)

@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 
 from kvoffload.core.admission import admission, budget
-from kvoffload.core.alloc import SlotAllocator
 from kvoffload.core.audit import Parts, check, levels, occupancy
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Entry
@@ -37,7 +36,7 @@ from kvoffload.core.loader import Loader
 from kvoffload.core.lookup import Hit
 from kvoffload.core.nvme import NvmeTier
 from kvoffload.core.planner import Plan, load_mode
-from kvoffload.core.pool import Pool, slot_classes
+from kvoffload.core.pool import Pool
 from kvoffload.core.prefill import PrefillWork
 from kvoffload.core.rates import Rates
 from kvoffload.core.shadow import Shadow
@@ -45,7 +44,6 @@ from kvoffload.core.stats import Counters, Guard, Levels, Occupancy
 from kvoffload.core.storer import Storer
 from kvoffload.core.weigh import Weigher
 from kvoffload.core.why import GONE_BY_FAILURE, OFF, Gone, KeyMemory, Trace, fate, trace
-from kvoffload.errors import ConfigError
 from kvoffload.tiers.base import ArenaLike, ChunkStoreLike
 from kvoffload.types import (
     CacheLayout,
@@ -58,35 +56,9 @@ from kvoffload.types import (
     Tier,
 )
 
-__all__ = [
-    "Hit",
-    "Lease",
-    "LeaseItem",
-    "Manager",
-    "StoreItem",
-    "holds_one_each",
-    "slots_needed",
-]
+__all__ = ["Hit", "Lease", "LeaseItem", "Manager", "StoreItem"]
 
 _SETTLED_KEPT = 65536
-
-
-def slots_needed(layout: CacheLayout, data_bytes: int) -> int:
-    """``max_slots`` for an arena of ``data_bytes``. Raises ConfigError when that is too small."""
-    check_layout(layout)
-    sizes = slot_classes(layout)
-    return SlotAllocator(data_bytes, sizes).max_slots if sizes else 1
-
-
-def holds_one_each(layout: CacheLayout, data_bytes: int) -> bool:
-    """Whether an arena of ``data_bytes`` has room for one chunk of every served group at once."""
-    sizes = slot_classes(layout)
-    try:
-        slots = SlotAllocator(data_bytes, sizes)
-    except ConfigError:
-        return not sizes
-    served = (g for g in layout.groups if g.kind is not GroupKind.NONE)
-    return all(slots.alloc(sizes.index(g.slot_bytes)) is not None for g in served)
 
 
 class Manager:

@@ -12,6 +12,7 @@ from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import ChunkId, Entry, Index
 from kvoffload.core.layout import writer_mask
 from kvoffload.core.policy import make_policy
+from kvoffload.core.sizes import slot_classes
 from kvoffload.core.stats import Counters, Guard
 from kvoffload.core.why import FAILED_FILL, Gone
 from kvoffload.errors import ConfigError
@@ -32,12 +33,6 @@ _FILLING, _READY, _FAILED = SlotState.FILLING, SlotState.READY, SlotState.FAILED
 STORE_TIMEOUT_S = 60.0
 """A store still FILLING after this long counts as failed; also how long a slot that one of several
 writing ranks failed is kept from reuse, since another rank may still be writing to it."""
-
-
-def slot_classes(layout: CacheLayout) -> tuple[int, ...]:
-    """Distinct slot sizes of the served groups, in bytes, ascending."""
-    served = (g for g in layout.groups if g.kind is not GroupKind.NONE)
-    return tuple(sorted({g.slot_bytes for g in served}))
 
 
 def idle_slot(data_bytes: int) -> int:

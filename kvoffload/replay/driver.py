@@ -20,8 +20,9 @@ from kvoffload.core.admission import MODES
 from kvoffload.core.alloc import ARENA_GRAIN, SlotAllocator
 from kvoffload.core.fit import lease_what_fits
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.manager import Manager, slots_needed
+from kvoffload.core.manager import Manager
 from kvoffload.core.planner import load_seconds
+from kvoffload.core.sizes import slots_needed
 from kvoffload.core.stats import Counters
 from kvoffload.errors import ConfigError
 from kvoffload.replay.arena import InstantArena

@@ -19,9 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Kept
 from kvoffload.core.layout import boundary_tokens
-from kvoffload.core.manager import Lease, Manager, StoreItem, slots_needed
+from kvoffload.core.manager import Lease, Manager, StoreItem
 from kvoffload.core.policy import POLICIES
 from kvoffload.core.pool import STORE_TIMEOUT_S
+from kvoffload.core.sizes import slots_needed
 from kvoffload.types import (
     CacheLayout,
     ChunkKey,

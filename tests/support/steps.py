@@ -27,8 +27,9 @@ from kvoffload.copy.base import LOAD, STORE
 from kvoffload.copy.cpu import CpuCopyEngine
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.lookup import primary
-from kvoffload.core.manager import Lease, Manager, slots_needed
+from kvoffload.core.manager import Lease, Manager
 from kvoffload.core.pages import PageFormat, ValueType
+from kvoffload.core.sizes import slots_needed
 from kvoffload.engines.vllm import worker as worker_module
 from kvoffload.engines.vllm.scheduler import SchedulerHalf
 from kvoffload.engines.vllm.worker import WorkerHalf

@@ -13,8 +13,9 @@ from kvoffload.core.hashchain import Chain
 from kvoffload.core.idle import IDLE_S
 from kvoffload.core.index import Entry, Index
 from kvoffload.core.kinds import FADE, KINDS, Kinds, Origin
-from kvoffload.core.manager import Manager, slots_needed
+from kvoffload.core.manager import Manager
 from kvoffload.core.policy import make_policy
+from kvoffload.core.sizes import slots_needed
 from kvoffload.core.stats import Counters
 from kvoffload.core.writebehind import MAX_ATTEMPTS
 from kvoffload.errors import ConfigError

@@ -11,10 +11,11 @@ from kvoffload.core import weigh
 from kvoffload.core.breaker import COOL_S
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.lookup import Search, span
-from kvoffload.core.manager import Lease, Manager, slots_needed
+from kvoffload.core.manager import Lease, Manager
 from kvoffload.core.planner import DEADLINE_FLOOR_S, DEADLINE_LEAST_S
 from kvoffload.core.pool import STORE_TIMEOUT_S
 from kvoffload.core.prefill import PrefillWork
+from kvoffload.core.sizes import slots_needed
 from kvoffload.core.watch import MAX_STALLS, STALL_S
 from kvoffload.core.writebehind import INFLIGHT_BUSY_BYTES, INFLIGHT_FLOOR_BYTES
 from kvoffload.errors import ConfigError

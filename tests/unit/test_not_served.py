@@ -9,7 +9,8 @@ import pytest
 
 from kvoffload import _core
 from kvoffload.core.hashchain import Chain
-from kvoffload.core.manager import Manager, slots_needed
+from kvoffload.core.manager import Manager
+from kvoffload.core.sizes import slots_needed
 from kvoffload.engines.vllm import geometry
 from kvoffload.types import CacheLayout, GroupKind
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvoffload.config import Config
-from kvoffload.core.manager import holds_one_each, slots_needed
+from kvoffload.core.sizes import holds_one_each, slots_needed
 from kvoffload.engines.vllm import build
 from kvoffload.engines.vllm import room as room_module
 from kvoffload.engines.vllm.room import IDLE_BYTES, room_for

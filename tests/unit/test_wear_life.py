@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from kvoffload._core import Arena
 from kvoffload.cli.store import app
 from kvoffload.config import Config
-from kvoffload.core.manager import Manager, slots_needed
+from kvoffload.core.manager import Manager
+from kvoffload.core.sizes import slots_needed
 from kvoffload.core.wear import LifeWear, Wear
 from kvoffload.engines.vllm.telemetry import report_levels
 from kvoffload.errors import StoreError

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 
 from kvoffload.config import ARENA_LEAST, Config
-from kvoffload.core.manager import holds_one_each, slots_needed
+from kvoffload.core.sizes import holds_one_each, slots_needed
 from kvoffload.types import CacheLayout, GroupKind
 
 logger = logging.getLogger("vllm.kvoffload")

@@ -113,17 +113,6 @@ class StripedJobs:
             parts = list(found.parts.items()) if found is not None else []
             return sum(p.drive.store.cancel(inner) for inner, p in parts if p.drive.store)
 
-    def abandon(self, job: int) -> bool:
-        """See SegmentStore."""
-        with self._lock:
-            found = self._jobs.get(job)
-            if found is None or found.done:
-                return False
-            for inner, part in found.parts.items():
-                if part.drive.store is not None:
-                    part.drive.store.abandon(inner)
-            return True
-
     def _owners(self, keys: bytes) -> npt.NDArray[np.int64]:
         """Per key the number of the drive that holds it and can be read, -1 for none."""
         owner = np.full(count_keys(keys), -1, np.int64)
@@ -279,7 +268,8 @@ class StripedJobs:
         breaker = part.drive.breaker(part.kind)
         if (results == StoreResult.OK).any():
             breaker.success(inner)
-            part.drive.suspect &= part.kind == PUT
+            if part.kind == GET:
+                part.drive.suspect = False
         elif failed.any() or _only_damaged(results):
             breaker.failure(inner, now)
         else:
