@@ -11,6 +11,12 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CompileError, LinkError
 
+# What csrc/checksum.cpp needs of xxhash (0.8 or newer: XXH3).
+XXHASH_PROBE = """
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+extern "C" XXH64_hash_t kvo_probe(const void *at) { return XXH3_64bits_withSeed(at, 1, 2); }
+"""
 # What csrc/store_ring.cpp needs of liburing (2.3 or newer).
 URING_PROBE = """
 #include <liburing.h>
@@ -30,6 +36,12 @@ class BuildCore(build_ext):
     """Links liburing where it is there; without it, or with KVOFFLOAD_NO_URING=1, no io_uring."""
 
     def build_extensions(self) -> None:
+        # A compiler that compiles nothing at all says so itself, below.
+        if not self.compiles(XXHASH_PROBE) and self.compiles("int kvo_probe();"):
+            raise SystemExit(
+                "kvoffload: no xxhash.h (0.8 or newer) for the C++ compiler: install it (Debian: "
+                "apt-get install libxxhash-dev), or set CPLUS_INCLUDE_PATH to a folder that has it"
+            )
         link = None if os.environ.get("KVOFFLOAD_NO_URING") == "1" else self.uring_link()
         for extension in self.extensions:
             if link is None:
@@ -39,6 +51,17 @@ class BuildCore(build_ext):
         if link is None:
             print("kvoffload: building without io_uring (no liburing 2.3 or newer, or not wanted)")
         super().build_extensions()
+
+    def compiles(self, text: str) -> bool:
+        """Whether the compiler takes this source."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text(text)
+            try:
+                self.compiler.compile([str(source)], output_dir="/", extra_postargs=["-w"])
+            except CompileError:
+                return False
+        return True
 
     def uring_link(self) -> list[str] | None:
         """Linker flags with which a shared object that uses liburing links, or None."""

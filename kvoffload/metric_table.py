@@ -62,12 +62,15 @@ METRICS: dict[str, Metric] = {
         _counter("kvoffload_offered_tokens_total", "Tokens held and worth loading."),
         _counter(
             "kvoffload_hit_requests_total",
-            "Requests that load from a tier (a request may count in several).",
+            "Loads from a tier that succeeded (one load may count in several).",
             "tier",
             series=_TIERS,
         ),
         _counter(
-            "kvoffload_hit_tokens_total", "Tokens being loaded, by tier.", "tier", series=_TIERS
+            "kvoffload_hit_tokens_total",
+            "Tokens whose load succeeded, by the tier they came from.",
+            "tier",
+            series=_TIERS,
         ),
         _counter(
             "kvoffload_miss_requests_total",
@@ -97,7 +100,8 @@ METRICS: dict[str, Metric] = {
         ),
         _counter(
             "kvoffload_failures_total",
-            "Failures by kind: unusable or wrong (verify) chunks, hooks that raised, failed tiers.",
+            "Failures by kind: unusable or wrong (verify) chunks (once a load, however many ranks "
+            "meet them), hooks that raised, failed tiers.",
             "kind",
             series=_FAILURES,
         ),
@@ -123,7 +127,10 @@ METRICS: dict[str, Metric] = {
             "HBM blocks (first KV group) that such requests share instead of filling others.",
         ),
         _counter("kvoffload_saved_seconds_total", "Prefill seconds saved by loads, net."),
-        _counter("kvoffload_cost_seconds_total", "Seconds by which loads were the slower way."),
+        _counter(
+            "kvoffload_cost_seconds_total",
+            "Seconds by which loads were the slower way, and that requests waited for failed ones.",
+        ),
         _counter("kvoffload_resets_total", "Times everything stored was hidden by a new epoch."),
         _counter("kvoffload_hints_total", "Hints of requests that were good.", "kind"),
         _counter("kvoffload_hints_refused_total", "Hints that were ignored.", "reason"),
@@ -144,7 +151,11 @@ METRICS: dict[str, Metric] = {
         _gauge("kvoffload_dram_used_bytes", "Bytes of the arena that hold chunks."),
         _gauge("kvoffload_dram_total_bytes", "Bytes of the arena."),
         _gauge("kvoffload_dram_pinned_bytes", "Bytes of the arena held by leases."),
-        _gauge("kvoffload_nvme_used_bytes", "Bytes of payload on NVMe."),
+        _gauge(
+            "kvoffload_nvme_used_bytes",
+            "Disk space taken under nvme_path, by all engines that share it: whole segments, also "
+            "where nothing is in them yet.",
+        ),
         _gauge("kvoffload_nvme_max_bytes", "Bound of the NVMe path."),
         _counter("kvoffload_nvme_payload_bytes_total", "Chunk bytes accepted by NVMe."),
         _counter(

@@ -172,7 +172,7 @@ class Recorder:
         self.inc("kvoffload_miss_cause_total", 1, cause.value)
 
     def hit(self, tokens_by_tier: Mapping[Tier, int]) -> None:
-        """A load was ordered: tokens by the tier they come from."""
+        """A load succeeded: tokens by the tier they came from."""
         for tier, tokens in tokens_by_tier.items():
             if tokens:
                 self.inc("kvoffload_hit_requests_total", 1, Tier(tier).value)
@@ -193,7 +193,7 @@ class Recorder:
         self.inc("kvoffload_shared_blocks_total", shared_blocks)
 
     def saved(self, seconds: float) -> None:
-        """Prefill time that a load saved beyond its own; negative: what it cost."""
+        """Prefill time that a load saved beyond its own; negative: what it cost, or failing did."""
         if seconds >= 0:
             self.inc("kvoffload_saved_seconds_total", seconds)
         else:

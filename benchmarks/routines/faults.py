@@ -6,8 +6,8 @@ DRAM smaller still, so that reuse comes from NVMe. In each window the fault begi
 ``concurrency`` clients with requests in flight, and ends with the window; then requests go on until
 the tier is seen to work again. Faults take turns within a round, the order of the two engines
 changes from window to window, and each arm's requests are pooled over the rounds. Rounds are spread
-over several lives of both engines: one life of the same engine differs from the next by a few
-percent for as long as it lasts.
+over several lives of both engines: one life of the same engine differs from the next for
+as long as it lasts.
 
 Requests arrive at random times (exponential gaps), the same for both engines, so often that the
 recomputing engine is busy for ``utilization`` of the time; they are timed from their arrival. In a
@@ -197,6 +197,9 @@ class Run:
             engine.resume()
             engine.ask({"op": "reset"})
             if engine is none:
+                # As beside the status and the counters: after its stop, neither is timed cold.
+                time.sleep(SETTLE_S)
+                self.step(none)
                 results[none] = self.load(none, prompts, due=due)
             else:
                 before, counted = self.status(), self.metrics(own)
@@ -219,10 +222,14 @@ class Run:
 
     def metrics(self, own: Live) -> Json:
         """kvoffload's counters; they travel with engine steps, so one is taken first."""
-        self.load(own, {"metrics": [3] * BLOCK})
+        self.step(own)
         counted = own.ask({"op": "metrics", "prefix": "kvoffload"})
         path, name = str(self.place.model), self.place.model.name  # results are published
         return {series.replace(path, name): value for series, value in counted.items()}
+
+    def step(self, engine: Live) -> None:
+        """One short request, not timed."""
+        self.load(engine, {"metrics": [3] * BLOCK})
 
     def recover(self, name: str, own: Live) -> float | None:
         """End the fault and send requests until the tier is used again: seconds to the answer of

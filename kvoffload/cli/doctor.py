@@ -5,6 +5,7 @@ Works without vLLM and torch; each check is guarded and one that breaks is a WAR
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -114,7 +115,7 @@ def check_plugin() -> Check:
         return fail(
             "plugin",
             f"no entry point in {GROUP}",
-            "install kvoffload into vLLM's environment: pip install kvoffload",
+            "install kvoffload into vLLM's environment: pip install . from the checkout",
         )
     if allowed is not None and not {p.name for p in found} & set(allowed.split(",")):
         return fail(
@@ -199,13 +200,27 @@ def check_cuda() -> Check:
 
 
 def check_nvme(path_text: str, nvme_gib: float | None) -> Iterable[Check]:
-    """Everything the chunk store needs of its directory."""
-    path = Path(path_text)
+    """Everything the chunk store needs of its directory; FAIL where that cannot be looked at."""
+    shown = path_text.encode("utf-8", "backslashreplace").decode()
+    if shown != path_text:
+        yield fail("nvme path", f"{shown} is not UTF-8 text", "give another directory")
+        return
+    try:
+        yield from _nvme(Path(path_text), nvme_gib)
+    except OSError as exc:
+        fix = f"give a directory that user {os.geteuid()} can reach and write to"
+        yield fail("nvme path", f"{path_text}: {exc.strerror or exc}", fix)
+
+
+def _nvme(path: Path, nvme_gib: float | None) -> Iterable[Check]:
+    """Raises OSError where the kernel does not answer."""
     base = path
-    while not base.exists() and base != base.parent:
+    while not _exists(base) and base != base.parent:
         base = base.parent
     if path.is_symlink():
-        yield fail("nvme path", f"{path} is a symbolic link", f"give {path.resolve()} instead")
+        yield fail(
+            "nvme path", f"{path} is a symbolic link", f"give {os.path.realpath(path)} instead"
+        )
         return
     if not base.is_dir():
         yield fail("nvme path", f"{base} is not a directory", "give a directory")
@@ -224,6 +239,17 @@ def check_nvme(path_text: str, nvme_gib: float | None) -> Iterable[Check]:
         yield warn("nvme file system", kind, fix)
     else:
         yield ok("nvme file system", kind)
+
+
+def _exists(path: Path) -> bool:
+    """False: something is missing on the way. What else is wrong with the path is an OSError."""
+    try:
+        path.stat()
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
+    return True
 
 
 def _owner(path: Path) -> Check:
@@ -328,7 +354,8 @@ def run_checks(nvme_paths: Sequence[str], config_text: str | None) -> list[Check
     paths = tuple(nvme_paths) or (config.nvme_path if config else None) or ()
     gib = config.nvme_gib / len(paths) if config and config.nvme_gib and paths else None
     where = [os.path.abspath(os.path.expanduser(path)) for path in paths]
-    checks += _guarded("check_nvme", lambda: [c for p in where for c in check_nvme(p, gib)])
+    for path in where:
+        checks += _guarded("check_nvme", lambda p=path: list(check_nvme(p, gib)))  # type: ignore[misc]
     return checks
 
 

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import mmap
 import os
+import re
 import resource
 import tempfile
 from pathlib import Path
@@ -87,10 +88,18 @@ def file_system(path: Path, mountinfo: str = "/proc/self/mountinfo") -> str:
     """Type of the file system that holds ``path``."""
     best, kind = "", "unknown"
     target = str(path.resolve())
-    for line in Path(mountinfo).read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        mount = left.split()[4].encode().decode("unicode_escape")  # spaces are \040
+    # As bytes: names need not be text, and only the kernel's own line breaks end a line.
+    for raw in Path(mountinfo).read_bytes().split(b"\n"):
+        left, _, right = os.fsdecode(raw).partition(" - ")
+        if not right:
+            continue
+        mount = _unescaped(left.split(" ")[4])
         inside = mount == "/" or target == mount or target.startswith(mount + "/")
         if inside and len(mount) >= len(best):
             best, kind = mount, right.split()[0]
     return kind
+
+
+def _unescaped(name: str) -> str:
+    """A name as the kernel writes it: blanks and backslashes are \\ and three octal digits."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), name)

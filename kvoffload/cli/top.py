@@ -95,6 +95,8 @@ def _fetch(url: str, timeout_s: float) -> tuple[float, str]:
         raise ScrapeError(f"{url}: HTTP {error.code} {_phrase(error.code)}".rstrip()) from error
     except URLError as error:
         raise ScrapeError(f"{url}: {_reason(error.reason)}") from error
+    except UnicodeError as error:  # a label of the host is empty or too long, the path no ASCII
+        raise ScrapeError(f"{url}: not an address that can be asked") from error
     except (OSError, HTTPException) as error:
         raise ScrapeError(f"{url}: {_reason(error)}") from error
     if len(body) > MAX_BYTES:

@@ -121,7 +121,7 @@ def _rate_total(part: Flow | None, whole: Flow | None) -> float | None:
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:
-    """At most 1: a load may be ordered a window after its lookup, and again after a preemption."""
+    """At most 1: a load may end a window after its lookup, and come again after a preemption."""
     return None if part is None or not whole else min(1.0, part / whole)
 
 

@@ -57,7 +57,7 @@ def warm(
     """Send every prompt of FILE once, for one token, so that its KV is there when it is asked for.
 
     Pins last until the server ends, its cache is reset, or --unpin. Exit status 0: all done; 1: a
-    prompt failed or was not pinned; 2: nothing was sent.
+    prompt failed, or was not (or not known to be) pinned; 2: nothing was sent.
     """
     from kvoffload.cli.warm_client import Server, Warmer, WarmError, read_prompts
 
@@ -68,7 +68,7 @@ def warm(
         warmer = Warmer(server, server.model(model), {"prefetch": True, **hints}, retries)
     except WarmError as error:
         _fail(error)
-    refused_before = _refused(server)
+    before = _pins_not_made(server)
     began = time.monotonic()
     done: list[Done] = []
     try:
@@ -80,15 +80,15 @@ def warm(
         typer.echo(f"stopped: {len(done)} of {len(prompts)} prompts were sent", err=True)
         raise typer.Exit(130) from None
     took = time.monotonic() - began
-    after = _refused(server)
-    refused = None if after is None or refused_before is None else int(after - refused_before)
-    summary = _summary(file, warmer.server.url, warmer.model, hints, prompts, done, took, refused)
+    counts = _grown(before, _pins_not_made(server))
+    summary = _summary(file, warmer.server.url, warmer.model, hints, prompts, done, took, counts)
     if as_json:
         json.dump(summary, sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
         _print(file, summary)
-    if summary["failed"] or (refused and "pin" in hints):
+    pinned = not hints.get("pin") or summary["pins_refused"] == 0
+    if summary["failed"] or not pinned:
         raise typer.Exit(1)
 
 
@@ -106,15 +106,31 @@ def _hints(pin: bool, unpin: bool, retain: float | None) -> dict[str, Any]:
     return hints
 
 
-def _refused(server: Server) -> float | None:
-    """Pins that the server has refused so far; None where it does not say."""
+_NOT_MADE = ("pin_refused", "pin_too_short")
+
+
+def _pins_not_made(server: Server) -> dict[str, float] | None:
+    """Pins that the server has not made so far, by reason; None where it does not say."""
     from kvoffload.cli.top import ScrapeError, scrape
 
     try:
         rows = scrape(f"{server.url}/metrics").values.get("kvoffload_hints_refused_total", {})
     except ScrapeError:
         return None
-    return sum(v for labels, v in rows.items() if ("reason", "pin_refused") in labels)
+    return {
+        reason: sum(v for labels, v in rows.items() if ("reason", reason) in labels)
+        for reason in _NOT_MADE
+    }
+
+
+def _grown(
+    before: dict[str, float] | None, after: dict[str, float] | None
+) -> dict[str, int] | None:
+    """What came to it; None where that is not known, or the server was restarted in between."""
+    if before is None or after is None:
+        return None
+    grown = {reason: int(after[reason] - before[reason]) for reason in _NOT_MADE}
+    return grown if min(grown.values()) >= 0 else None
 
 
 def _summary(
@@ -125,7 +141,7 @@ def _summary(
     prompts: Sequence[Prompt],
     done: Sequence[Done],
     took: float,
-    refused: int | None,
+    not_made: dict[str, int] | None,
 ) -> dict[str, Any]:
     good = [d for d in done if d.error is None]
     told = [d.cached for d in good if d.cached is not None]
@@ -140,7 +156,8 @@ def _summary(
         "retried": sum(d.tries > 1 for d in done),
         "prompt_tokens": sum(d.tokens for d in good),
         "cached_tokens": sum(told) if told else None,
-        "pins_refused": refused,
+        "pins_refused": None if not_made is None else not_made["pin_refused"],
+        "pins_too_short": None if not_made is None else not_made["pin_too_short"],
         "seconds": round(took, 3),
         "slowest_s": round(max((d.seconds for d in good), default=0.0), 3),
         "errors": [
@@ -161,10 +178,7 @@ def _print(file: Path, summary: dict[str, Any]) -> None:
     table.add_row("prompt tokens", count(summary["prompt_tokens"]))
     if summary["cached_tokens"] is not None:
         table.add_row("of them cached before", count(summary["cached_tokens"]))
-    pinned = {None: "no", True: "yes", False: "ended"}[summary["hints"].get("pin")]
-    if summary["hints"].get("pin") and summary["pins_refused"]:
-        pinned = f"{summary['pins_refused']} refused: the bound of pins is reached"
-    table.add_row("pinned", pinned)
+    table.add_row("pinned", _pinned(summary))
     table.add_row("time", seconds(summary["seconds"]))
     table.add_row("slowest prompt", seconds(summary["slowest_s"]))
     Console().print(table)
@@ -173,6 +187,21 @@ def _print(file: Path, summary: dict[str, Any]) -> None:
     more = len(summary["errors"]) - SHOWN_ERRORS
     if more > 0:
         typer.echo(f"and {more} more (--json has all)", err=True)
+
+
+def _pinned(summary: dict[str, Any]) -> str:
+    pin = summary["hints"].get("pin")
+    if not pin:
+        return "no" if pin is None else "ended"
+    refused, short = summary["pins_refused"], summary["pins_too_short"]
+    if refused is None:
+        return "not known: no kvoffload metrics there, or it was restarted"
+    words = []
+    if refused:
+        words.append(f"{refused} refused: the server's log says why (docs/hints.md)")
+    if short:
+        words.append(f"{short} too short: less than one chunk, nothing to pin")
+    return "; ".join(words) or "yes"
 
 
 @contextmanager

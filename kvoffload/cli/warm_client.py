@@ -144,13 +144,17 @@ class Server:
         request = Request(self.url + path, data=data, headers=headers)
         try:
             with build_opener(ProxyHandler({})).open(request, timeout=self.timeout_s) as answer:
-                got = json.loads(answer.read(MAX_ANSWER))
+                raw = answer.read(MAX_ANSWER)
         except HTTPError:
             raise
         except URLError as error:
             raise WarmError(self._why(error.reason)) from error
         except (OSError, HTTPException) as error:
             raise WarmError(self._why(error)) from error
+        except UnicodeError as error:  # as in cli/top.py
+            raise WarmError(f"{self.url}: not an address that can be asked") from error
+        try:
+            got = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise WarmError(f"{self.url}{path}: the answer is not JSON") from error
         return got if isinstance(got, dict) else {}

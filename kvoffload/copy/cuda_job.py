@@ -10,6 +10,7 @@ only then, and its deadline and its time count from then: a forward may take lon
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -69,6 +70,16 @@ class Reason(IntEnum):
 _STATUS = {Reason.NONE: OK, Reason.CANCELLED: CANCELLED, Reason.DEADLINE: DEADLINE}
 
 
+@dataclass(slots=True, eq=False)
+class Window:
+    """The items of a job that may be started next, and their slots."""
+
+    items: npt.NDArray[np.intp]
+    slots: U32
+    generations: U64
+    seen: bool = False  # looked at once: which of them were FILLING is noted
+
+
 class Job:
     """Items of one submit, in order. The JobTable's lock guards what changes after the submit."""
 
@@ -92,6 +103,7 @@ class Job:
         self.nbytes = 0
         self.wait_ns = self.first_ns = self.last_ns = 0
         self._since = np.zeros(n, np.int64)  # when an item was first seen FILLING
+        self._window: Window | None = None  # None: one was started or dropped since
 
     def key(self, item: int) -> bytes:
         """The item's chunk key."""
@@ -135,6 +147,7 @@ class Job:
         if self.state[item] != UNSTARTED:
             return False
         self.state[item] = RUNNING
+        self._window = None
         self.left -= 1
         self.running += 1
         self.first_ns = self.first_ns or now
@@ -142,15 +155,29 @@ class Job:
             self.wait_ns = max(self.wait_ns, now - int(self._since[item]))
         return True
 
+    def window(self) -> Window:
+        """The items not started near the front. The same object until one is started or dropped."""
+        if self._window is None:
+            first = int(np.argmax(self.state == UNSTARTED))
+            items = first + np.flatnonzero(self.state[first : first + _WINDOW] == UNSTARTED)
+            self._window = Window(items, self.slots[items], self.generations[items])
+        return self._window
+
     def first_ready(self, states: States, now: int) -> int:
         """First item not started whose slot is not FILLING, -1 if none (near the front)."""
-        first = int(np.argmax(self.state == UNSTARTED))
-        items = first + np.flatnonzero(self.state[first : first + _WINDOW] == UNSTARTED)
-        filling = states(self.slots[items], self.generations[items]) == int(SlotState.FILLING)
-        seen = items[filling]
+        window = self.window()
+        filling = states(window.slots, window.generations) == int(SlotState.FILLING)
+        if not window.seen:
+            self.saw(window, filling, now)
+        at = int(np.argmin(filling))
+        return -1 if filling[at] else int(window.items[at])
+
+    def saw(self, window: Window, filling: npt.NDArray[np.bool_], now: int) -> None:
+        """Note since when the items of ``window`` wait, seen for the first time: a slot of one
+        generation does not become FILLING later."""
+        window.seen = True
+        seen = window.items[filling]
         self._since[seen[self._since[seen] == 0]] = now
-        ready = items[~filling]
-        return int(ready[0]) if len(ready) else -1
 
     def stop(self, reason: Reason, beyond: int = -1) -> list[int]:
         """Drop the items after ``beyond`` that are not started, and return them."""
@@ -160,6 +187,7 @@ class Job:
             beyond + 1 + np.flatnonzero(self.state[beyond + 1 :] == UNSTARTED)
         ).tolist()
         self.state[items] = LOST
+        self._window = None
         self._reasons |= dict.fromkeys(items, reason)
         self.left -= len(items)
         return items

@@ -9,9 +9,11 @@ import numpy as np
 
 from kvoffload.copy.base import LOAD, STORE, JobDone
 from kvoffload.copy.cuda_job import UNSTARTED, Job, Reason, SlotArena
+from kvoffload.copy.cuda_scan import LoadScan
 from kvoffload.errors import ClosedError
 
 _POLL_MS = 1  # an idle load thread sleeps on the first slot that is being filled at most this long
+_NEAR = 4  # loads looked at one by one before all are: the oldest are likely to be ready
 
 
 class JobTable:
@@ -24,6 +26,8 @@ class JobTable:
         self._moved = threading.Condition(self._mu)  # a job began or ended
         self._active: dict[int, Job] = {}
         self._loads: list[Job] = []  # begun, with items not started, oldest first
+        self._scan = LoadScan()
+        self._calm = False  # nothing was ready when that was last looked at
         self._loaded_ns = 0  # when the last item of a load ended well
         self._done: list[JobDone] = []
         self._poller = False  # a thread sleeps on a slot
@@ -169,14 +173,19 @@ class JobTable:
     def _pick(self) -> tuple[Job, int] | None:
         now = time.monotonic_ns()
         self._expire(now)
-        for job in self._loads:
+        for job in () if self._calm else self._loads[:_NEAR]:
             item = job.first_ready(self._arena.states, now)
             if item >= 0:
-                job.start(item, now)
-                if not job.left:
-                    self._loads.remove(job)
-                return job, item
-        return None
+                return self._take(job, item, now)
+        found = self._scan.first_ready(self._loads, self._arena.states, now)
+        self._calm = found is None
+        return self._take(*found, now) if found is not None else None
+
+    def _take(self, job: Job, item: int, now: int) -> tuple[Job, int]:
+        job.start(item, now)
+        if not job.left:
+            self._loads.remove(job)
+        return job, item
 
     def _expire(self, now: int) -> None:
         for job in list(self._loads):

@@ -74,9 +74,9 @@ class SlotAllocator:
         self._free: list[list[int]] = [[] for _ in range(self.n_extents)]  # indexes in the extent
         self._spare = list(range(self.n_extents - 1, -1, -1))
         # Extents of a class with a free slot, lowest first: high extents drain and can be given
-        # back.
+        # back. Stale rows, of extents that are full or of another class by now, are skipped.
         self._open: list[list[int]] = [[] for _ in sizes]
-        self._queued: set[int] = set()
+        self._queued: set[tuple[int, int]] = set()  # (class, extent) of all rows
         self._used: set[int] = set()
         self._free_in_class = [0] * len(sizes)
         # With one class nothing is ever lent to another: a plain list of free slots will do.
@@ -110,7 +110,7 @@ class SlotAllocator:
             if self._class_of[extent] == cls and self._free[extent]:
                 return extent
             heapq.heappop(heap)
-            self._queued.discard(extent)
+            self._queued.discard((cls, extent))
         if not self._spare:
             return None
         extent = self._spare.pop()
@@ -121,8 +121,8 @@ class SlotAllocator:
         return extent
 
     def _enqueue(self, cls: int, extent: int) -> None:
-        if extent not in self._queued:
-            self._queued.add(extent)
+        if (cls, extent) not in self._queued:
+            self._queued.add((cls, extent))
             heapq.heappush(self._open[cls], extent)
 
     def free(self, slot: int) -> None:
@@ -150,10 +150,6 @@ class SlotAllocator:
         self._class_of[extent] = -1
         self._free[extent] = []
         self._spare.append(extent)
-        if extent in self._queued:  # the heap entry must not outlive the class
-            self._open[cls].remove(extent)
-            heapq.heapify(self._open[cls])
-            self._queued.discard(extent)
 
     def _offset(self, cls: int, extent: int, index: int) -> int:
         return extent * self.extent_bytes + index * self.slot_bytes[cls]
@@ -198,6 +194,8 @@ class SlotAllocator:
             return
         spare = set(self._spare)
         assert len(spare) == len(self._spare), "an extent is free twice"
+        rows = [(cls, extent) for cls, heap in enumerate(self._open) for extent in heap]
+        assert len(set(rows)) == len(rows) and set(rows) == self._queued, "extents offered"
         free_in_class = [0] * len(self.slot_bytes)
         used = 0
         for extent, cls in enumerate(self._class_of):
@@ -207,7 +205,7 @@ class SlotAllocator:
             assert extent not in spare, f"extent {extent} is free and of class {cls}"
             free = self._free[extent]
             assert len(set(free)) == len(free) < self.per_extent[cls], f"extent {extent} free list"
-            assert not free or extent in self._open[cls], f"extent {extent} is not offered"
+            assert not free or (cls, extent) in self._queued, f"extent {extent} is not offered"
             free_in_class[cls] += len(free)
             used += self.per_extent[cls] - len(free)
             for index in range(self.per_extent[cls]):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from kvoffload.core.lease import Leases, Prefetches
 from kvoffload.core.nvme import NvmeTier
 from kvoffload.core.pool import Pool
+from kvoffload.core.prefetch import Prefetcher
 from kvoffload.core.rates import Rates
 from kvoffload.core.shadow import Shadow
 from kvoffload.core.stats import Levels, Occupancy
@@ -22,6 +23,7 @@ class Parts(NamedTuple):
     nvme: NvmeTier | None
     leases: Leases
     prefetches: Prefetches
+    prefetcher: Prefetcher
     shadow: Shadow
     data_bytes: int
 
@@ -48,7 +50,7 @@ def occupancy(parts: Parts, nvme_bytes: int) -> Occupancy:
         nvme_entries=int(stats.get("entries", 0)),
         nvme_bytes=int(stats.get("bytes_used", 0)),
         nvme_max=int(stats.get("bytes_max", nvme_bytes)),
-        nvme_inflight_read_bytes=nvme.reads.inflight_bytes() if nvme is not None else 0,
+        nvme_inflight_read_bytes=nvme.reads.inflight_bytes if nvme is not None else 0,
         nvme_inflight_write_bytes=nvme.writes.inflight_bytes if nvme is not None else 0,
     )
 
@@ -66,7 +68,7 @@ def levels(parts: Parts, rates: Rates, now: float) -> Levels:
         nvme_entries=int(stats.get("entries", 0)),
         nvme_bytes=int(stats.get("bytes_used", 0)),
         nvme_max=int(stats.get("bytes_max", 0)),
-        reading_bytes=nvme.reads.inflight_bytes() if nvme else 0,
+        reading_bytes=nvme.reads.inflight_bytes if nvme else 0,
         writing_bytes=nvme.writes.inflight_bytes if nvme else 0,
         read_breaker=nvme.breaker.state(now).level if nvme else 0.0,
         write_breaker=nvme.write_breaker.state(now).level if nvme else 0.0,
@@ -83,6 +85,7 @@ def check(parts: Parts) -> None:
     pool, nvme = parts.pool, parts.nvme
     pool.check()
     parts.prefetches.check()
+    parts.prefetcher.check()
     parts.shadow.check()
     pins: dict[int, int] = {}
     for entries in parts.leases:
@@ -90,6 +93,7 @@ def check(parts: Parts) -> None:
             pins[id(e)] = pins.get(id(e), 0) + 1
     io: dict[int, int] = {}
     if nvme is not None:
+        nvme.reads.check()
         nvme.writes.check()
         nvme.breaker.check()
         nvme.write_breaker.check()

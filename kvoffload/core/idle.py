@@ -38,6 +38,9 @@ class IdleWrites:
         self._bucket = bucket
         self._active = float("-inf")  # when something was last stored or loaded
         self._hot: Hottest | None = None  # begun when the engine became idle
+        self.enabled = True
+        """False: what is held now will mean nothing to the next process, so only what DRAM has no
+        room for is written."""
 
     def active(self, now: float) -> None:
         """Something was stored or loaded."""
@@ -51,7 +54,7 @@ class IdleWrites:
         ``busy`` while the engine runs steps (that move no KV). While the breaker is not closed one
         chunk at a time, to find out whether writes work again.
         """
-        if not self._breaker.closed(now):
+        if not self.enabled or not self._breaker.closed(now):
             return  # what waits for a tier that fails is given up (WriteBehind.look_ahead)
         if self._breaker.state(now) is not BreakerState.CLOSED:
             limit_bytes = 1

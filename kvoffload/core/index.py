@@ -7,7 +7,7 @@ policies told; it never touches the arena.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -122,7 +122,10 @@ class Index:
         self.pinned_bytes = 0
         self._retired: set[ChunkKey] = set()  # keys of the entries marked so
         # Keyed by the parent's key, resident or not: a parent that comes back finds its children.
-        self._children: dict[ChunkKey, set[ChunkKey]] = {}
+        # Nearly every parent has one child, and a set for it was 60 % of what a chunk costs each
+        # full garbage collection, which stops the engine.
+        self._children: dict[ChunkKey, ChunkKey] = {}  # the only one; stale where there are several
+        self._several: dict[ChunkKey, set[ChunkKey]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -147,7 +150,14 @@ class Index:
 
     def children(self, key: ChunkKey) -> frozenset[ChunkKey]:
         """Resident children of ``key``."""
-        return frozenset(self._children.get(key, ()))
+        return frozenset(self.below(key))
+
+    def below(self, key: ChunkKey) -> Collection[ChunkKey]:
+        """As ``children``, and no copy: not to be kept or changed."""
+        only = self._children.get(key)
+        if only is None:
+            return ()
+        return self._several.get(key) or (only,)
 
     def add(self, entry: Entry) -> None:
         """Make ``entry`` resident. Raises ValueError when its key or slot already is."""
@@ -163,11 +173,11 @@ class Index:
         else:
             policy.insert(entry.key, entry.parent)
         if entry.parent is not None:
-            siblings = self._children.get(entry.parent)
-            if siblings is not None:
-                siblings.add(entry.key)
+            sibling = self._children.get(entry.parent)
+            if sibling is not None:
+                self._several.setdefault(entry.parent, {sibling}).add(entry.key)
             else:
-                self._children[entry.parent] = {entry.key}
+                self._children[entry.parent] = entry.key
                 parent = self._entries.get(entry.parent)
                 if parent is not None and not parent.dropped:
                     self._policies[parent.cls].withhold(parent.key)
@@ -182,9 +192,13 @@ class Index:
         self._retired.discard(entry.key)
         self._policies[entry.cls].remove(entry.key)
         if entry.parent is not None:
-            siblings = self._children[entry.parent]
-            siblings.discard(entry.key)
-            if not siblings:
+            several = self._several.get(entry.parent)
+            if several is not None:
+                several.remove(entry.key)
+                if len(several) == 1:
+                    self._children[entry.parent] = several.pop()
+                    del self._several[entry.parent]
+            else:
                 del self._children[entry.parent]
                 parent = self._entries.get(entry.parent)
                 if parent is not None:
@@ -276,7 +290,7 @@ class Index:
             path.append(at)
             at = self._entries.get(at.parent) if at.parent is not None else None
         path.reverse()
-        while len(below := self._children.get(path[-1].key, ())) == 1:
+        while len(below := self.below(path[-1].key)) == 1:
             path.append(self._entries[next(iter(below))])
             seen.add(path[-1].key)
         return path
@@ -286,27 +300,27 @@ class Index:
         key = self._policies[cls].victim()
         return None if key is None else self._entries[key]
 
-    def coming(self, cls: int, most: int, going: Iterable[Entry]) -> list[Entry]:
+    def coming(self, cls: int, most: int, going: Mapping[ChunkKey, ChunkKey]) -> list[Entry]:
         """The next ``most`` victims of ``cls`` as far as the policy knows now, in order.
 
-        ``going`` will have gone by then: chunks that may not be evicted yet.
+        ``going`` will have gone by then: chunks that may not be evicted yet, with their parents.
+        Those whose parent is among them may be left out. O(most + len(going)).
         """
         policy = self._policies[cls]
         out: list[Entry] = []
-        gone: set[ChunkKey] = set()
+        gone = set(going)
         held: list[ChunkKey] = []  # out of the policy's sight while we look behind them
         bare: list[tuple[int, ChunkKey]] = []  # parents whose children are all gone: a heap
 
-        def go(entry: Entry) -> None:
-            gone.add(entry.key)
-            parent = self._entries.get(entry.parent) if entry.parent is not None else None
+        def bared(key: ChunkKey) -> None:
+            parent = self._entries.get(key)
             if parent is None or not parent.evictable_alone() or parent.cls != cls:
                 return
-            if self._children.get(parent.key, gone) <= gone:
-                heapq.heappush(bare, (policy.heat(parent.key), parent.key))
+            if gone.issuperset(self.below(key)):
+                heapq.heappush(bare, (policy.heat(key), key))
 
-        for entry in going:
-            go(entry)
+        for parent in set(going.values()):  # once each: many chats may follow one system prompt
+            bared(parent)
         while len(out) < most:
             key = policy.victim()
             if bare and (key is None or bare[0][0] <= policy.heat(key)):
@@ -316,8 +330,11 @@ class Index:
             else:
                 policy.withhold(key)
                 held.append(key)
-            out.append(self._entries[key])
-            go(out[-1])
+            entry = self._entries[key]
+            out.append(entry)
+            gone.add(key)
+            if entry.parent is not None:
+                bared(entry.parent)
         for key in held:
             policy.offer(key)
         return out
@@ -333,7 +350,7 @@ class Index:
             if not entry.evictable_alone():
                 return None
             seen[entry.key] = entry
-            stack += [self._entries[k] for k in self._children.get(entry.key, ())]
+            stack += [self._entries[k] for k in self.below(entry.key)]
         return sorted(seen.values(), key=lambda e: -e.chunk)
 
     def heat(self, entry: Entry) -> int:
@@ -360,6 +377,8 @@ class Index:
                 children.setdefault(entry.parent, set()).add(key)
         assert self._retired <= self._entries.keys(), "a retired chunk that left"
         assert len(self._by_slot) == len(self._entries), "two entries in one slot"
-        assert children == self._children, "child links"
+        assert children.keys() == self._children.keys(), "parents"
+        assert all(children[key] == self.children(key) for key in children), "child links"
+        assert all(len(keys) > 1 for keys in self._several.values()), "a set for one child"
         for cls, policy in enumerate(self._policies):
             policy.check(offered[cls], resident[cls])

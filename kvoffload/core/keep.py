@@ -29,6 +29,7 @@ from kvoffload.core.stats import Counters
 from kvoffload.tiers.base import PIN_LEVEL
 from kvoffload.types import CacheLayout, ChunkKey, GroupKind, SlotState
 
+_MAX_GRAIN_S = 256.0  # rare enough: 12 ms for a chain of 6,000 chunks
 _TRIES = 64
 """Candidates looked at when room must come from what is retained."""
 
@@ -81,14 +82,14 @@ class Keeper:
         """The chunks of [start, end) that are held were used: keep them, and what they need, so
         long, by priority ``level``. ``owner``: whose ``release`` ends it.
 
-        It ends with a full second of the clock. So what a request adds within a second does not
-        outlive what is before it, which need not be gone through again: O(chunks of [start, end)),
-        and once a second O(chunks of [0, end)).
+        It ends on a grain of the clock (``_end``), up to a sixteenth later than asked for. So what
+        a request adds within a grain does not outlive what is before it, which need not be gone
+        through again: O(chunks of [start, end)), and once a grain O(chunks of [0, end)).
         """
         with self._lock:
             now = self._clock()
             self.expire(now)  # what has ended must not be merged with what begins
-            hold = Hold(level, float(math.ceil(now + seconds)), owner)
+            hold = Hold(level, _end(now, seconds), owner)
             get = self._pool.index.get
             for g in self._layout.groups:
                 served = g.kind is not GroupKind.NONE
@@ -350,6 +351,15 @@ class Keeper:
         assert all(index.get(key) is not None for key in self._holds), "a hold without a chunk"
         self._holds.check()
         self._pins.check()
+
+
+def _end(now: float, seconds: float) -> float:
+    """When what is retained for ``seconds`` from now on ends: not before, and at a multiple of a
+    grain, a sixteenth of them at most. Grains are powers of two, so that what was asked for longer
+    does not end earlier."""
+    part = min(max(seconds / 16, 1.0), _MAX_GRAIN_S)
+    grain = 2.0 ** math.floor(math.log2(part))
+    return math.ceil((now + seconds) / grain) * grain
 
 
 def _wish(entry: Entry, hold: Hold, now: float) -> None:

@@ -18,8 +18,8 @@ from kvoffload.types import CacheLayout, ChunkKey, GroupKind, SlotState, Tier
 
 Place = tuple[int, int]
 """(group, chunk)."""
-_PLACE = attrgetter("group", "chunk")
-_PROBER = ""  # no request: owner of a chunk that is only read to see whether that works
+PLACE = attrgetter("group", "chunk")
+"""Sorts entries so."""
 
 
 class Near(NamedTuple):
@@ -93,11 +93,11 @@ class Loader:
             return 0
         get = self._pool.index.get
         mine = 0
-        for group, chunk in self._wanted(chain, start, end) or ():
+        for group, chunk in self.wanted(chain, start, end) or ():
             entry = get(chain.key(group, chunk))
             if entry is not None and entry.io and entry.state is SlotState.FILLING:
                 mine += entry.nbytes
-        queued = sum([e.nbytes for part in self._nvme.reads.wanted() for e in part])
+        queued = sum([job.nbytes for job in self._nvme.reads.wanted()])
         return max(0, queued - mine)
 
     def standstill_s(self) -> float:
@@ -122,14 +122,16 @@ class Loader:
                 out.append(nvme if entry.source is nvme and usable else None)
         return out
 
-    def _wanted(self, chain: Chain, start: int, end: int) -> list[Place] | None:
+    def wanted(self, chain: Chain, start: int, end: int) -> list[Place] | None:
+        """The chunks that a load of [start, end) needs, ascending; None: there are none, or not all
+        have a key."""
         spans = [(g.group, span(g, start, end)) for g in self._layout.groups]
         if any(chunks.stop > chain.n_chunks(group) for group, chunks in spans):
             return None
         return [(group, i) for group, chunks in spans for i in chunks] or None
 
-    def _gather(
-        self, chain: Chain, wanted: Sequence[Place], now: float
+    def gather(
+        self, chain: Chain, wanted: Sequence[Place]
     ) -> tuple[list[Entry], list[Place]] | None:
         """Pin what is resident; also returns what has to come from NVMe. None: a store fills it."""
         get, pin = self._pool.index.get, self._pool.index.pin_all
@@ -156,7 +158,7 @@ class Loader:
         """See Manager.acquire."""
         entries = self._hold_ready(chain, start, end)
         if entries is None:
-            wanted = self._wanted(chain, start, end)
+            wanted = self.wanted(chain, start, end)
             if wanted is None:
                 self._counters.lease_lost += 1
                 return None
@@ -184,7 +186,7 @@ class Loader:
     def hold(self, chain: Chain, wanted: Sequence[Place], now: float) -> list[Entry] | None:
         """Pin all of these chunks, reading up what is on NVMe; None, and nothing pinned, when one
         has gone or there is no room. In the order of their places."""
-        got = self._gather(chain, wanted, now)
+        got = self.gather(chain, wanted)
         if got is None:
             self._counters.lease_lost += 1
             return None
@@ -195,7 +197,7 @@ class Loader:
         if fresh is None:
             self.unpin(pinned, now)
             return None
-        return sorted(pinned + fresh, key=_PLACE)
+        return sorted(pinned + fresh, key=PLACE)
 
     def _read_up(self, chain: Chain, missing: Sequence[Place], now: float) -> list[Entry] | None:
         """Pinned slots with their reads under way, for all or for none."""
@@ -241,12 +243,12 @@ class Loader:
             if e.group == main.group:
                 below += min(end, (e.chunk + 1) * size) - max(start, e.chunk * size)
         tokens = {Tier.NVME: below, Tier.DRAM: end - start - below}
-        self._touch(entries)
+        self.used(entries)
         c.leases += 1
         return self.leases.open(owner, entries, tiers, {t: n for t, n in tokens.items() if n})
 
-    def _touch(self, entries: Sequence[Entry]) -> None:
-        """``entries`` in the order of their places."""
+    def used(self, entries: Sequence[Entry]) -> None:
+        """Chunks of one prompt, in the order of their places, were used: they go last."""
         for g in self._layout.groups:
             mine = entries if self._only else [e for e in entries if e.group == g.group]
             if mine:
@@ -264,54 +266,3 @@ class Loader:
     def release(self, lease_id: int, now: float) -> None:
         """See Manager.release."""
         self.unpin(self.leases.close(lease_id), now)
-
-    def prefetch(
-        self,
-        owner: str,
-        chain: Chain,
-        start: int,
-        end: int,
-        now: float,
-        most_bytes: int | None = None,
-    ) -> int:
-        """Set a servable [start, end) moving, or ``most_bytes`` of it; see Manager.prefetch."""
-        left = self._prefetches.room() if most_bytes is None else most_bytes
-        left = min(left, self._prefetches.room())
-        wanted = self._wanted(chain, start, end)
-        got = self._gather(chain, wanted, now) if wanted is not None else None
-        if got is None or self._nvme is None:
-            self.unpin(got[0] if got is not None else [], now)
-            return 0
-        pinned, missing = got
-        if self._nvme.probe_due(now):
-            missing = missing[:1]
-        fresh: list[Entry] = []
-        for group, chunk in missing:
-            left -= self._layout.groups[group].slot_bytes
-            if left < 0:
-                break
-            entry = self._pool.take(chain, group, chunk, Tier.NVME, now)
-            if entry is None:
-                break
-            self._prefetches.add(owner, entry)
-            fresh.append(entry)
-        self._touch(sorted(pinned + fresh, key=_PLACE))
-        self.unpin(pinned, now)
-        if fresh:
-            self._nvme.read_up(fresh, now)
-        moving = sum(not e.dropped for e in fresh)
-        self._counters.prefetched += moving
-        return moving
-
-    def probe(self, chain: Chain, start: int, end: int, now: float) -> bool:
-        """Where the tier below may work again: try it with one chunk of a servable [start, end).
-
-        False where there is nothing to try. Else the tier is not in use until that chunk is up, so
-        that no request waits for a tier that may hang as before.
-        """
-        if self._nvme is None or not self._nvme.probe_due(now):
-            return False
-        tried = self.prefetch(_PROBER, chain, start, end, now)
-        self._prefetches.cancel(_PROBER)
-        self._counters.nvme_probes += tried
-        return tried > 0

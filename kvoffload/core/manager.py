@@ -37,6 +37,7 @@ from kvoffload.core.lookup import Hit
 from kvoffload.core.nvme import NvmeTier
 from kvoffload.core.planner import Plan, load_mode
 from kvoffload.core.pool import Pool
+from kvoffload.core.prefetch import Prefetcher
 from kvoffload.core.prefill import PrefillWork
 from kvoffload.core.rates import Rates
 from kvoffload.core.shadow import Shadow
@@ -121,8 +122,16 @@ class Manager:
         )
         self._loader = Loader(layout, self._pool, self._nvme, self._prefetches, self.counters)
         self._storer = Storer(layout, self._pool, self._nvme, self._memory, self.counters)
+        self._prefetcher = Prefetcher(
+            layout, self._pool, self._nvme, self._prefetches, self.counters, self._loader
+        )
         self._weigher = Weigher(
-            self._loader, self._prefetches, self.rates, self.counters, load_mode(load)
+            self._loader,
+            self._prefetcher,
+            self._prefetches,
+            self.rates,
+            self.counters,
+            load_mode(load),
         )
         self.shadow = Shadow(
             layout, self._pool, self._loader, self.counters, arena.data_bytes, self._lock, clock
@@ -208,6 +217,7 @@ class Manager:
             if self._closed or not self._serving:
                 return None
             now = self._clock() if now_s is None else now_s
+            self._prefetcher.came(owner)
             return self._loader.acquire(owner, chain, start, end, now)
 
     def release(self, lease_id: int) -> None:
@@ -221,19 +231,27 @@ class Manager:
         """Start moving what a later load of [start, limit] needs from NVMe to DRAM, as far as it
         pays, or all of it when ``wished`` for by a hint.
 
-        Returns the chunks that this call set moving for ``owner``. At most a quarter of the arena
-        holds prefetched chunks that nobody has acquired. Not pinned: see ``cancel_prefetch``.
+        The first 512 chunks move at once, from the root on, the others in later ticks, 512 in each,
+        in the order of the calls. That ends when ``owner`` acquires what it needs (unless
+        ``wished``), with ``cancel_prefetch``, and where a chunk has gone or there is no room.
+        ``chain`` is not used after the call. Returns the chunks that this call set moving for
+        ``owner``. At most a quarter of the arena holds prefetched chunks that nobody has acquired.
+        Not pinned: see ``cancel_prefetch``.
         """
         with self._lock:
             if self._closed or not self._serving:
                 return 0
             now = self._clock()
             end = self._weigher.worth_prefetching(chain, start, limit, now, wished)
-            return self._loader.prefetch(owner, chain, start, end, now) if end > start else 0
+            if end <= start:
+                return 0
+            return self._prefetcher.prefetch(owner, chain, start, end, now, wished=wished)
 
     def cancel_prefetch(self, owner: str) -> int:
-        """``owner`` will not come: its unused chunks free its budget and age like any other."""
+        """``owner`` will not come: what is not moving yet stays on NVMe, its unused chunks free its
+        budget and age like any other. Returns the latter."""
         with self._lock:
+            self._prefetcher.give_up(owner)
             gone = self._prefetches.cancel(owner)
             self.counters.prefetch_cancelled += gone
             return gone
@@ -341,12 +359,14 @@ class Manager:
 
     # -- progress
 
-    def _collect(self, now: float) -> None:
+    def _collect(self, now: float, all_reads: bool = False) -> None:
         self.keep.expire(now)
         # Jobs first, then the slot table: a returned job's slots are then seen in their final
         # state.
         done = self._nvme.poll() if self._nvme is not None else ()
-        for entry in self._pool.settle(now):
+        returned = self._nvme.returned(done) if self._nvme is not None else ()
+        all_reads = all_reads or (self._nvme is not None and self._nvme.seems_still(now))
+        for entry in self._pool.settle(now, returned, all_reads):
             if entry.twin:
                 continue
             if entry.source is Tier.DRAM:
@@ -362,16 +382,19 @@ class Manager:
             self._nvme.watch(now)
 
     def poll(self) -> None:
-        """Take in finished stores, reads and writes."""
+        """Take in all finished stores, reads and writes. O(reads under way): after a failure."""
         with self._lock:
-            self._collect(self._clock())
+            self._collect(self._clock(), all_reads=True)
 
     def tick(self, busy: bool) -> None:
-        """``poll``, then write-behind; ``busy`` while the engine runs steps."""
+        """Take in what has finished (of the reads at least those whose jobs have returned and the
+        longest under way), go on with prefetches, then write-behind; ``busy`` while the engine runs
+        steps."""
         with self._lock:
             now = self._clock()
             self._collect(now)
             if self._nvme is not None and not self._closed:
+                self._prefetcher.go_on(now)
                 self._nvme.write_behind(now, busy)
 
     def observe_load(self, tier: Tier, nbytes: int, seconds: float) -> None:
@@ -408,8 +431,15 @@ class Manager:
             self._settled.clear()
             self.shadow.clear(now)
             self.keep.reset()
-            for entry in sorted(self._pool.index, key=lambda e: -e.chunk):
-                self._pool.drop(entry, now, Gone.RESET)
+            self._prefetcher.clear()
+            self._pool.drop_all(now, Gone.RESET)
+
+    def end_idle_writes(self) -> None:
+        """Keys end with this process from now on: nothing is written for the next one any more, in
+        idle time or by ``drain``, only what DRAM has no room for."""
+        with self._lock:
+            if self._nvme is not None:
+                self._nvme.idle.enabled = False
 
     def drop_nvme(self) -> None:
         """Keys turned out to be this process's own: neither read nor write the chunk store."""
@@ -480,6 +510,7 @@ class Manager:
             self._nvme,
             self._loader.leases,
             self._prefetches,
+            self._prefetcher,
             self.shadow,
             self._data_bytes,
         )

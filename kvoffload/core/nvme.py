@@ -69,7 +69,7 @@ class NvmeTier:
         self._hour = HourOf()
         pool.on_evict = self.writes.evicted
         pool.spare = lambda entry, now: self.enabled and self.writes.spare(entry, now)
-        pool.unspare = self.writes.unspare
+        pool.unspare = self.writes.give_way
 
     def held(self, keys: Sequence[ChunkKey], now: float) -> Sequence[int]:
         """Per key whether the store holds it; all false while the breaker is open."""
@@ -146,6 +146,15 @@ class NvmeTier:
         except Exception as error:
             self._guard.failed("store.poll", error)
             return ()
+
+    def returned(self, done: Sequence[StoreDoneLike]) -> list[Entry]:
+        """The chunks of those jobs that are reads."""
+        reads = self.reads.inflight
+        return [e for job in done if job.job in reads for e in reads[job.job].entries]
+
+    def seems_still(self, now: float) -> bool:
+        """Whether all reads under way are to be looked at now; see ``Watch.seems_still``."""
+        return self._watch.seems_still(now)
 
     def read_up(self, entries: Sequence[Entry], now: float) -> bool:
         """Start reading FILLING entries; see ``Reads.submit``."""
@@ -228,13 +237,13 @@ class NvmeTier:
 
     def begin_push_out(self) -> None:
         """Before ``push_out``: what is hottest is looked up once."""
-        if self.enabled:
+        if self.enabled and self.idle.enabled:
             self.idle.begin_drain()
 
     def push_out(self, now: float) -> int | None:
         """Start writes, hottest first, whatever is being read; returns a job to wait for, None when
         all is out."""
-        if self.enabled:
+        if self.enabled and self.idle.enabled:
             self.idle.drain(now, INFLIGHT_BYTES)
             self.writes.submit(now, INFLIGHT_BYTES)
         else:
@@ -279,10 +288,10 @@ class NvmeTier:
 
     def io_entries(self, reads_only: bool = False) -> list[Entry]:
         """Entries of all jobs in flight, once per job."""
-        jobs = list(self.reads.inflight.values())
+        entries = list(self.reads.entries())
         if not reads_only:
-            jobs += self.writes.inflight.values()
-        return [e for part in jobs for e in part]
+            entries += [e for part in self.writes.inflight.values() for e in part]
+        return entries
 
 
 def _number(owner: str | None) -> int:

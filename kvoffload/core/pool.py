@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
-import numpy as np
-
 from kvoffload.core.alloc import ARENA_GRAIN, SlotAllocator
+from kvoffload.core.filling import Filling
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import ChunkId, Entry, Index
 from kvoffload.core.layout import writer_mask
@@ -91,7 +90,7 @@ class Pool:
         self._masks = tuple(
             writer_masks or (writer_mask(g, layout.world_size) for g in layout.groups)
         )
-        self._filling: dict[int, Entry] = {}  # every slot last seen FILLING, dropped ones included
+        self._filling = Filling(arena, guard)
         self._held: list[Entry] = []  # dropped entries that wait for their hold_until
 
     def class_of(self, group: int) -> int:
@@ -167,7 +166,7 @@ class Pool:
         self.changes += 1
         self.held_bytes += entry.nbytes
         self.held_slots += 1
-        self._filling[slot] = entry
+        self._filling.add(entry)
         try:
             self.on_add(entry)
         except Exception:  # nobody learns of the slot: without this nobody would ever give it back
@@ -223,15 +222,26 @@ class Pool:
         self.changes += 1
         entry.dirty = False
         self.index.remove(entry)
+        if entry.source is not Tier.DRAM:
+            self._filling.discard(entry)  # nobody waits for it: its job's return is soon enough
         if entry.busy(now):
             self.limbo[entry.ref.slot] = entry
             self._counters.quarantined += 1
         else:
             self._free(entry)
 
+    def drop_all(self, now: float, gone: Gone) -> None:
+        """``drop`` of all that is resident: O(that), a few us each.
+
+        About from the roots on, as it came: from the leaves on each parent would become a leaf, to
+        be offered for eviction, before it goes itself.
+        """
+        for entry in list(self.index):
+            self.drop(entry, now, gone)
+
     def undo(self, entry: Entry, now: float) -> None:
         """Drop a FILLING entry that was never handed to anyone who could write to its slot."""
-        self._filling.pop(entry.ref.slot, None)
+        self._filling.discard(entry)
         entry.state = SlotState.FAILED
         self.fail(entry)
         self.drop(entry, now)
@@ -249,7 +259,6 @@ class Pool:
 
     def _free(self, entry: Entry) -> None:
         slot = entry.ref.slot
-        self._filling.pop(slot, None)
         try:
             self._arena.set_free(slot)
         except Exception as error:  # harmless: begin_fill works from any state
@@ -275,15 +284,20 @@ class Pool:
 
     # -- what happened in the slot table
 
-    def settle(self, now: float) -> list[Entry]:
-        """Catch up with the slot table; returns entries that became READY and are resident."""
+    def settle(
+        self, now: float, returned: Iterable[Entry] = (), all_reads: bool = True
+    ) -> list[Entry]:
+        """Catch up with the slot table; returns entries that became READY and are resident.
+
+        Of the reads only the first ones and those of ``returned``, the entries of read jobs that
+        have returned, unless ``all_reads``: see core/filling.py.
+        """
         ready: list[Entry] = []
-        entries = list(self._filling.values())
-        for entry, state in zip(entries, self._states(entries), strict=True):
+        for entry, state in self._filling.look(returned, all_reads):
             if state == _FILLING:
                 self._expire(entry, now)
                 continue
-            del self._filling[entry.ref.slot]
+            self._filling.discard(entry)
             if state == _READY:
                 entry.state = _READY
                 self.changes += 1
@@ -296,18 +310,6 @@ class Pool:
             self.reap(entry, now)
         self._held = [e for e in self._held if not self.reap(e, now)]
         return ready
-
-    def _states(self, entries: Sequence[Entry]) -> Iterable[int]:
-        if not entries:
-            return ()
-        slots = np.fromiter((e.ref.slot for e in entries), np.uint32, len(entries))
-        generations = np.fromiter((e.ref.generation for e in entries), np.uint64, len(entries))
-        try:
-            states: list[int] = self._arena.states(slots, generations).tolist()
-        except Exception as error:  # nothing is known: nothing changes, time-outs still run
-            self._guard.failed("arena.states", error)
-            return [int(SlotState.FILLING)] * len(entries)
-        return states
 
     def _expire(self, entry: Entry, now: float) -> None:
         late = now - entry.started > STORE_TIMEOUT_S
@@ -330,7 +332,7 @@ class Pool:
 
         False when the slot is not FILLING with that generation.
         """
-        entry = self._filling.get(slot)
+        entry = self._filling.at(slot)
         if entry is None or entry.ref.generation != generation:
             return False
         if not self._arena.fail(slot, generation):
@@ -341,9 +343,11 @@ class Pool:
         return True
 
     def read_over(self, entry: Entry, ok: bool, now: float) -> None:
-        """The NVMe read into ``entry``'s slot has returned; nothing writes to the slot any more."""
+        """The NVMe read into ``entry``'s slot has returned; nothing writes to the slot any more.
+        After a ``settle`` that was given ``entry``."""
         entry.io -= 1
-        filling = self._filling.pop(entry.ref.slot, None) is not None
+        filling = entry.state is _FILLING
+        self._filling.discard(entry)
         if not ok or filling:  # still FILLING after a read that claims success: do not believe it
             if entry.state is not SlotState.FAILED:
                 self.fail(entry)
@@ -360,12 +364,13 @@ class Pool:
 
     def stores_filling(self) -> int:
         """Stores that workers are still expected to finish."""
-        return sum(e.source is Tier.DRAM and not e.dropped for e in self._filling.values())
+        return sum(not e.dropped for e in self._filling.stores())
 
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant."""
         self.alloc.check()
         self.index.check()
+        self._filling.check()
         used = self.alloc.used()
         resident = {e.ref.slot: e for e in self.index}
         assert not resident.keys() & self.limbo.keys(), "a slot is resident and quarantined"
@@ -380,7 +385,8 @@ class Pool:
             assert entry.ref.offset + entry.nbytes <= self._arena.data_bytes, "capacity exceeded"
             assert self._arena.generation(slot) == entry.ref.generation, f"slot {slot} was reused"
             filling = entry.state is SlotState.FILLING
-            assert filling == (slot in self._filling), f"slot {slot} filling"
+            unwatched = entry.dropped and entry.source is not Tier.DRAM
+            assert (filling and not unwatched) == (slot in self._filling), f"slot {slot} filling"
         for slot, entry in self.limbo.items():
             assert entry.dropped and entry.ref.slot == slot, f"limbo of slot {slot}"
             used_by = entry.pins or entry.io or entry.hold_until or slot in self._filling

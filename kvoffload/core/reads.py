@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +73,24 @@ class FailedReads:
         self._failed.pop(key, None)
 
 
+@dataclass(slots=True, eq=False)
+class ReadJob:
+    """A job in flight: its chunks, when it was submitted (clock), and their slots' bytes."""
+
+    entries: list[Entry]
+    began: float
+    nbytes: int
+    _dropped: int = 0  # so many of the first are known to be
+
+    def wanted(self) -> bool:
+        """Whether anybody still waits for any of it. O(1) amortised: what is dropped stays so."""
+        at, entries = self._dropped, self.entries
+        while at < len(entries) and entries[at].dropped:
+            at += 1
+        self._dropped = at
+        return at < len(entries)
+
+
 class Reads:
     """NVMe -> DRAM jobs. Not thread safe: the Manager's lock guards it."""
 
@@ -92,8 +111,8 @@ class Reads:
         self._guard = guard
         self._breaker = breaker
         self._job_ids = job_ids
-        self.inflight: dict[int, list[Entry]] = {}
-        self._began: dict[int, float] = {}
+        self.inflight: dict[int, ReadJob] = {}
+        self.inflight_bytes = 0  # slot bytes being read
         self.last_failed: ChunkId | None = None  # what the next probe reads
         self.on_unreadable: Callable[[ChunkKey], None] = lambda key: None  # delete it
         self.holds: Callable[[ChunkKey], bool] = lambda key: False  # says the store
@@ -122,18 +141,20 @@ class Reads:
                 continue
             for entry in part:
                 entry.io += 1
-            self.inflight[job] = part
-            self._began[job] = now
+            nbytes = sum([e.nbytes for e in part])
+            self.inflight[job] = ReadJob(part, now, nbytes)
+            self.inflight_bytes += nbytes
         return ok
 
     def began(self, job: int) -> float:
         """When a job in flight was submitted."""
-        return self._began[job]
+        return self.inflight[job].began
 
     def finish(self, job: int, results: bytes, now: float) -> None:
-        """A read job has returned; call after ``Pool.settle`` saw the slot table."""
-        del self._began[job]
-        for entry, result in outcomes(self.inflight.pop(job), results):
+        """A read job has returned; call after ``Pool.settle`` was given its entries."""
+        over = self.inflight.pop(job)
+        self.inflight_bytes -= over.nbytes
+        for entry, result in outcomes(over.entries, results):
             if result == StoreResult.OK:
                 self._counters.nvme_read += 1
                 self._counters.nvme_read_bytes += entry.nbytes
@@ -181,11 +202,20 @@ class Reads:
         if self.last_failed == entry.chunk_id():
             self.last_failed = None
 
-    def wanted(self) -> Iterator[list[Entry]]:
-        """The chunks of each job that anybody still waits for: one that hangs and was given up is
-        no queue for others, even if it never returns."""
-        return (part for part in self.inflight.values() if not all(e.dropped for e in part))
+    def wanted(self) -> Iterator[ReadJob]:
+        """The jobs that anybody still waits for: one that hangs and was given up is no queue for
+        others, even if it never returns. O(jobs)."""
+        return (job for job in self.inflight.values() if job.wanted())
 
-    def inflight_bytes(self) -> int:
-        """Slot bytes being read."""
-        return sum(e.nbytes for part in self.inflight.values() for e in part)
+    def entries(self) -> Iterator[Entry]:
+        """The chunks of all jobs."""
+        return (entry for job in self.inflight.values() for entry in job.entries)
+
+    def check(self) -> None:
+        """Raise AssertionError naming the first broken invariant."""
+        for job in self.inflight.values():
+            assert job.nbytes == sum(e.nbytes for e in job.entries), "bytes of a read"
+            some = any(not e.dropped for e in job.entries)
+            assert job.wanted() == some, "whether a read is waited for"
+        total = sum(job.nbytes for job in self.inflight.values())
+        assert self.inflight_bytes == total, "bytes being read"

@@ -27,6 +27,9 @@ from kvoffload.types import Tier
 STALL_S = 0.5
 """Reads under way of which none makes progress for this long: the tier hangs. A disk that is only
 busy finishes something every few tens of milliseconds."""
+LOOK_S = STALL_S / 4
+"""Of the reads under way mostly the first are looked at (core/filling.py). Where none of them has
+got on for so long, one drive of several may hang, and all are."""
 MAX_STALLS = 8
 """In a row; from then on the pauses are long."""
 LONG_PAUSE_S = 60.0
@@ -45,6 +48,7 @@ class Watch:
         self._counters = counters
         self._progress = 0.0  # when a read last got on, or began with no other under way
         self._looked = 0.0  # when that was last looked at
+        self._looked_at_all = 0.0
         self._hung_at = float("-inf")  # reads begun before say nothing about the tier's rate
         self._stalls = 0  # since a read last got on
 
@@ -82,6 +86,17 @@ class Watch:
         """Whether a job in flight was found to hang."""
         return self._reads.began(job) <= self._hung_at
 
+    def seems_still(self, now: float) -> bool:
+        """Whether all reads under way are to be looked at before anything follows from none having
+        got on. Once in ``LOOK_S``, and always before they are given up."""
+        still = now - self._progress
+        if still <= LOOK_S or not self._waiting():
+            return False
+        if still <= STALL_S and now - self._looked_at_all <= LOOK_S:
+            return False
+        self._looked_at_all = now
+        return True
+
     def look(self, now: float) -> None:
         """Trip the breaker when reads hang; probe a tier that may work again."""
         self._looked = now
@@ -107,7 +122,7 @@ class Watch:
         self._stalls += 1
         self._counters.nvme_stalled += 1
         self._breaker.trip(now, self._pause_s())
-        hung = [e for part in self._reads.inflight.values() for e in part if not e.dropped]
+        hung = [e for e in self._reads.entries() if not e.dropped]
         for entry in sorted(hung, key=lambda e: -e.chunk):
             self._reads.last_failed = entry.chunk_id()
             self._pool.fail(entry)

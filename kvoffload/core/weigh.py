@@ -10,6 +10,7 @@ from kvoffload.core.lease import Prefetches
 from kvoffload.core.loader import Loader
 from kvoffload.core.lookup import Hit
 from kvoffload.core.planner import LoadMode, Plan, Step, explore, plan
+from kvoffload.core.prefetch import Prefetcher
 from kvoffload.core.rates import Rates
 from kvoffload.core.stats import Counters
 from kvoffload.types import Decision, Tier
@@ -30,12 +31,14 @@ class Weigher:
     def __init__(
         self,
         loader: Loader,
+        prefetcher: Prefetcher,
         prefetches: Prefetches,
         rates: Rates,
         counters: Counters,
         mode: LoadMode,
     ) -> None:
         self._loader = loader
+        self._prefetcher = prefetcher
         self._prefetches = prefetches
         self._rates = rates
         self._counters = counters
@@ -48,7 +51,7 @@ class Weigher:
         if near is not None:
             return near
         search, held = self._loader.search(chain, start, limit, now)
-        if held > start and self._loader.probe(chain, start, held, now):
+        if held > start and self._prefetcher.probe(chain, start, held, now):
             search, held = self._loader.search(chain, start, limit, now)
         if held <= start:
             return Plan(start, Decision.MISS), Hit(start, 0, {})
@@ -92,7 +95,8 @@ class Weigher:
         if steps[-1].nbytes.get(Tier.NVME):
             if now - self._explored >= EXPLORE_S:
                 self._explored = now
-                self._loader.prefetch(_EXPLORER, chain, start, steps[-1].end, now, EXPLORE_BYTES)
+                end = steps[-1].end
+                self._prefetcher.prefetch(_EXPLORER, chain, start, end, now, EXPLORE_BYTES)
                 self._prefetches.cancel(_EXPLORER)
         elif self._counters.planner_refused % EXPLORE_EVERY == 0:
             return explore(start, steps, self._rates.tiers(), self._rates.prefill.seconds)

@@ -15,6 +15,7 @@ import numpy as np
 from kvoffload.core.admission import Admission, Fate, TokenBucket
 from kvoffload.core.breaker import Breaker
 from kvoffload.core.index import Entry
+from kvoffload.core.leaving import Fringe, giving_way
 from kvoffload.core.pool import Pool
 from kvoffload.core.reads import outcomes, slot_arrays
 from kvoffload.core.stats import Counters, Guard
@@ -33,6 +34,9 @@ RESERVED_PART = 8
 """This part of the arena may wait to be written before it goes. Where more would, the disk is
 outrun; a chunk lost that way also loses those behind it, so a burst of requests must fit."""
 HORIZON_CHUNKS = 128  # judged in one go, at most: some 0.5 ms
+GIVE_WAY = 16
+"""Chunks given up in one go where nothing else can make room: each was worth its budget, and a
+slot or a few are asked for."""
 
 
 class WriteBehind:
@@ -63,6 +67,7 @@ class WriteBehind:
         self._room = arena.data_bytes // RESERVED_PART
         self._looked = -(1 << 30)  # chunks evicted when the next victims were last looked at
         self.reserved_bytes = 0  # queued and keeping their slots
+        self._fringe = Fringe(pool.index)
         self._queue: dict[ChunkKey, Entry] = {}
         self.inflight: dict[int, list[Entry]] = {}
         self.inflight_bytes = 0
@@ -102,6 +107,7 @@ class WriteBehind:
         entry.reserved = True
         self.reserved_bytes += entry.nbytes
         self._queue[entry.key] = entry
+        self._fringe.add(entry)
         self._pool.index.refresh(entry)
 
     def waiting_bytes(self) -> int:
@@ -127,14 +133,27 @@ class WriteBehind:
             self.reserve(entry)
         return entry.reserved
 
-    def unspare(self) -> bool:
-        """No other victim is left: give up what waits to be written. False when nothing does."""
+    def unspare(self) -> None:
+        """Give up all that waits to be written. O(those)."""
+        if self.reserved_bytes:
+            for entry in [e for e in self._queue.values() if e.reserved]:
+                self._withdraw(entry, Fate.OUTRUN)
+
+    def give_way(self) -> bool:
+        """A class of slots has no other victim left: give up a few of what waits to be written.
+        False when that makes no room."""
         if not self.reserved_bytes:
             return False
-        waiting = [e for e in self._queue.values() if e.reserved]
-        for entry in waiting:
+        index = self._pool.index
+        sizes = range(len(self._pool.alloc.slot_bytes))
+        short = {cls for cls in sizes if index.victim(cls) is None}
+        few = giving_way(self._queue, index, short, GIVE_WAY)
+        if not few and len(sizes) > len(short):
+            # Nor does it keep an extent that another class may give (Pool._reclaim).
+            few = [e for e in self._queue.values() if e.reserved and e.cls not in short]
+        for entry in few:
             self._withdraw(entry, Fate.OUTRUN)
-        return bool(waiting)
+        return bool(few)
 
     def _withdraw(self, entry: Entry, why: Fate | None) -> None:
         del self._queue[entry.key]
@@ -159,11 +178,9 @@ class WriteBehind:
         if not self._nearly_full() or evicted - self._looked <= min(most) // 2:
             return
         self._looked = evicted
-        going = [e for e in self._queue.values() if e.reserved]
-        going += [e for part in self.inflight.values() for e in part if not e.dropped]
+        going = self._fringe.going(e for part in self.inflight.values() for e in part)
         for cls, count in enumerate(most):
-            mine = [e for e in going if e.cls == cls]
-            for entry in self._pool.index.coming(cls, count, mine):
+            for entry in self._pool.index.coming(cls, count, going):
                 self.spare(entry, now)
 
     def _nearly_full(self) -> bool:
@@ -177,6 +194,7 @@ class WriteBehind:
         if entry.reserved:
             entry.reserved = False
             self.reserved_bytes -= entry.nbytes
+            self._fringe.remove(entry)
             if refund:
                 self._bucket.refund(entry.nbytes)
 
@@ -326,6 +344,7 @@ class WriteBehind:
             assert self._pool.index.get(key) is entry, "queued but not resident"
         reserved = sum(e.nbytes for e in self._queue.values() if e.reserved)
         assert self.reserved_bytes == reserved, "bytes reserved"
+        self._fringe.check(e for e in self._queue.values() if e.reserved)
         if self._admission is not None:
             self._admission.check()
         writing = [e for part in self.inflight.values() for e in part]

@@ -307,6 +307,9 @@ def check_tier(source: Source) -> list[str]:
     rpc = source.need(CORE).methods("EngineCore").get("collective_rpc")
     if rpc is None or Parameters.of(rpc).positional[0] != "method":
         problems.append("EngineCore.collective_rpc changed")
+    remove = source.need(CORE).methods("EngineCore").get("remove_lora")
+    if remove is None or Parameters.of(remove).positional != ("lora_id",):
+        problems.append("EngineCore.remove_lora changed")
     return problems
 
 
@@ -484,7 +487,9 @@ def check_wrap_points(source: Source) -> list[str]:
     worker = source.need("vllm.v1.worker.gpu_worker").methods("Worker")
     methods = [*WEIGHT_METHODS, "add_lora"]
     methods += [m for since, m in WEIGHT_METHODS_SINCE if source.minor >= since]
-    problems += [f"Worker.{m} is gone" for m in methods if m not in worker]
+    base = source.need("vllm.v1.worker.worker_base").methods("WorkerBase")
+    inherited = {"apply_model"} & set(base)
+    problems += [f"Worker.{m} is gone" for m in methods if m not in worker and m not in inherited]
     bases = source.need("vllm.v1.worker.gpu_worker").cls("Worker")
     if bases is None or "WorkerBase" not in {getattr(b, "id", "") for b in bases.bases}:
         problems.append("Worker is no WorkerBase")

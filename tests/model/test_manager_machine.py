@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvoffload.core import filling, prefetch
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Kept
 from kvoffload.core.layout import boundary_tokens
@@ -70,9 +71,12 @@ class ManagerMachine(RuleBasedStateMachine):
     SLOTS = 8
     POLICY = "lru"
     ADMISSION = "all"
+    READS_LOOKED = filling.READS_LOOKED
+    STEP_CHUNKS = prefetch.STEP_CHUNKS
 
     def __init__(self) -> None:
         super().__init__()
+        filling.READS_LOOKED, prefetch.STEP_CHUNKS = self.READS_LOOKED, self.STEP_CHUNKS
         self.clock = FakeClock()
         data = self.SLOTS * UNIT
         self.arena = FakeArena(data, slots_needed(self.LAYOUT, data))
@@ -446,6 +450,8 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever happened, once everybody is done every slot comes back."""
+        filling.READS_LOOKED = ManagerMachine.READS_LOOKED
+        prefetch.STEP_CHUNKS = ManagerMachine.STEP_CHUNKS
         self.store.raising.clear()
         self.store.hung = False
         self.store.read_result = self.store.write_result = None
@@ -463,6 +469,13 @@ class ManagerMachine(RuleBasedStateMachine):
         left = self.manager.occupancy()
         assert (left.slots_used, left.prefetch_bytes, left.leases) == (0, 0, 0), "leaked"
         super().teardown()
+
+
+class ManyReadsMachine(ManagerMachine):
+    """More reads are under way than a tick looks at, and prefetches take several."""
+
+    READS_LOOKED = STEP_CHUNKS = 1
+    SLOTS = 24
 
 
 class FifoMachine(ManagerMachine):
@@ -520,6 +533,7 @@ MACHINE = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestLru = ManagerMachine.TestCase
+TestManyReads = ManyReadsMachine.TestCase
 TestFifo = FifoMachine.TestCase
 TestS3Fifo = S3FifoMachine.TestCase
 TestArc = ArcMachine.TestCase
@@ -530,6 +544,7 @@ TestAdmission = AdmissionMachine.TestCase
 TestTwoGroupsAdmission = TwoGroupsAdmissionMachine.TestCase
 for case in (
     TestLru,
+    TestManyReads,
     TestFifo,
     TestS3Fifo,
     TestArc,

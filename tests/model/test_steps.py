@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -400,6 +401,75 @@ def test_one_rank_of_two_fails(groups: Any) -> None:
     engine.finish()
 
 
+def _counts(engine: MiniEngine) -> dict[str, float]:
+    """What was counted since the last call."""
+    counts: dict[str, float] = engine.exported()["c"]
+    return counts
+
+
+def test_a_load_that_fails_is_no_hit_and_costs_its_time() -> None:
+    """What `top` shows while every load fails: no hits, and time lost."""
+    engine = MiniEngine(Options(load_lag=2))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    _counts(engine)
+    engine.engines[0].inject(1)
+    request = engine.ask(tokens(40))
+    assert request.loads == 1 and engine.scheduler.failed_loads == 1
+    failed = _counts(engine)
+    assert failed["kvoffload_failed_loads_total"] == 1
+    assert not any(s.startswith("kvoffload_hit_") for s in failed), failed
+    assert failed["kvoffload_cost_seconds_total"] > 0
+    assert "kvoffload_saved_seconds_total" not in failed
+    engine.engines[0].inject(0)
+    engine.forget_hbm()
+    assert engine.ask(tokens(40)).loads == 1
+    loaded = _counts(engine)
+    assert loaded["kvoffload_hit_tokens_total|dram"] == loaded["kvoffload_loaded_tokens_total"] > 0
+    assert loaded["kvoffload_hit_requests_total|dram"] == 1
+    engine.finish()
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in one step", "in two steps"])
+def test_one_damaged_chunk_that_all_ranks_share_is_counted_once(apart: bool) -> None:
+    engine = MiniEngine(Options(ranks=2, replicated=True, in_flight=2, blocks=128))
+    engine.expect_bad = True
+    first = engine.ask(tokens(40))
+    engine.forget_hbm()
+    _counts(engine)
+    chain = engine.chain_of(engine.known[first.request_id])
+    lease = engine.manager.acquire("test", chain, 0, 40)
+    assert lease is not None
+    engine.manager.release(lease.id)
+    engine.arena.view(lease.items[2].ref.offset, 64)[5] ^= 1
+    if apart:
+        engine.engines[1].lag = lambda kind: 4 if kind == LOAD else 0
+    assert engine.ask(tokens(40)).loads == 1
+    counts = _counts(engine)
+    assert engine.bad_chunks == 2, "both ranks met it"
+    kinds = {s: v for s, v in counts.items() if s.startswith("kvoffload_failures_total")}
+    assert kinds == {"kvoffload_failures_total|corrupt": 1}
+    assert counts["kvoffload_failed_loads_total"] == 1
+    engine.finish()
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+@pytest.mark.parametrize("apart", [False, True], ids=["in one step", "in two steps"])
+def test_a_load_that_all_ranks_fail_is_one_failure(groups: Any, apart: bool) -> None:
+    engine = MiniEngine(Options(groups=groups, ranks=2, in_flight=2, blocks=128))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    _counts(engine)
+    for lazy in engine.engines:
+        lazy.inject(1)
+    if apart:
+        engine.engines[1].lag = lambda kind: 4 if kind == LOAD else 0
+    assert engine.ask(tokens(40)).loads == 1
+    kinds = {s: v for s, v in _counts(engine).items() if s.startswith("kvoffload_failures_total")}
+    assert list(kinds.values()) == [1], kinds
+    engine.finish()
+
+
 def test_valid_prefix_of_a_failed_load_is_kept() -> None:
     """One KV group: only from the first bad block on is recomputed."""
     engine = MiniEngine()
@@ -591,10 +661,11 @@ def test_namespace_not_known_yet() -> None:
 # -- resets
 
 
-def test_reset_hides_what_was_stored() -> None:
-    engine = MiniEngine(Options(in_flight=2))
+def test_reset_hides_what_was_stored(tmp_path: Path) -> None:
+    engine = MiniEngine(Options(in_flight=2, nvme=str(tmp_path)))
     engine.ask(tokens(40))
     assert engine.reset(connector=True)
+    assert engine.manager._nvme is not None and not engine.manager._nvme.idle.enabled
     request = engine.ask(tokens(40))
     assert request.loads == 0 and engine.computed(request) == 40
     engine.forget_hbm()
@@ -602,10 +673,11 @@ def test_reset_hides_what_was_stored() -> None:
     engine.finish()
 
 
-def test_reset_of_hbm_alone_keeps_the_tiers() -> None:
-    engine = MiniEngine()
+def test_reset_of_hbm_alone_keeps_the_tiers(tmp_path: Path) -> None:
+    engine = MiniEngine(Options(nvme=str(tmp_path)))
     engine.ask(tokens(40))
     assert engine.reset(connector=False)
+    assert engine.manager._nvme is not None and engine.manager._nvme.idle.enabled
     assert engine.ask(tokens(40)).loads == 1
     engine.finish()
 
@@ -620,6 +692,29 @@ def test_reset_while_loading_fails_the_load(groups: Any) -> None:
     engine.reset(connector=True)
     engine.run()
     assert request.loads == 1 and engine.scheduler.failed_loads == 1
+    engine.finish()
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+def test_an_adapter_that_is_removed_takes_its_loads_along(groups: Any) -> None:
+    """What loads with it is failed, what runs with it is not stored; nobody else is touched."""
+    engine = MiniEngine(Options(groups=groups, in_flight=2, blocks=128, load_lag=6))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    theirs, other = engine.add(tokens(40), 2), engine.add(tokens(24, 1), 20)
+    theirs.lora_request = SimpleNamespace(lora_int_id=7)
+    engine.until_loading(theirs)
+    engine.scheduler_half.adapter_removed(8)
+    engine.step()
+    assert not engine.scheduler.failed_loads
+    engine.scheduler_half.adapter_removed(7)
+    assert engine.namespaces.forgotten == [8, 7]
+    engine.run()
+    assert theirs.loads == 1 and engine.scheduler.failed_loads == 1
+    state_stored = engine.stores_done()
+    engine.forget_hbm()
+    assert engine.ask(tokens(24, 1)).loads == 1 and other.is_finished()
+    assert state_stored  # the other one's
     engine.finish()
 
 

@@ -80,7 +80,7 @@ def test_kept_over_traffic(engine: MiniEngine, hints: dict[str, Any]) -> None:
 def test_retention_ends(engine: MiniEngine) -> None:
     engine.ask(tokens(40), hints={"retain_s": 60})
     assert engine.manager.keep.nbytes[Kept.RETAINED] > 0
-    engine.clock.now += 61
+    engine.clock.now += 60 * 17 / 16
     engine.settle()
     assert engine.manager.keep.nbytes[Kept.RETAINED] == 0
     traffic(engine, 1)
@@ -345,8 +345,111 @@ def test_a_pin_that_does_not_fit_is_said(caplog: pytest.LogCaptureFixture) -> No
     engine = MiniEngine(SMALL)
     engine.ask(tokens(80), hints={"pin": True})
     engine.ask(tokens(7, 1), hints={"pin": True})
-    assert counted(engine, "kvoffload_hints_refused_total") == {"pin_refused": 2}
+    assert counted(engine, "kvoffload_hints_refused_total") == {
+        "pin_refused": 1,
+        "pin_too_short": 1,
+    }
     assert engine.manager.keep.nbytes[Kept.PINNED] == 0 and "quarter" in caplog.text
+    engine.finish()
+
+
+@pytest.mark.parametrize("when", ["never", "at its end"])
+def test_a_pin_of_what_was_not_stored_is_refused(when: str) -> None:
+    """The weights are being digested while it runs: it has no keys, and nothing of it is stored."""
+    engine = MiniEngine(SMALL)
+    engine.namespaces.known = False
+    request = engine.add(tokens(40), 3, hints={"pin": True})
+    engine.until(lambda: request.num_output_tokens >= 1)
+    if when == "at its end":
+        finished = engine.scheduler_half.request_finished
+
+        def known_by_then(ended: Any) -> Any:
+            engine.namespaces.known = True
+            return finished(ended)
+
+        engine.scheduler_half.request_finished = known_by_then  # type: ignore[method-assign]
+    engine.run()
+    assert counted(engine, "kvoffload_hints_refused_total") == {"pin_refused": 1}
+    assert engine.manager.keep.nbytes[Kept.PINNED] == 0
+    engine.namespaces.known = True
+    engine.ask(tokens(40), hints={"pin": True})
+    assert engine.manager.keep.nbytes[Kept.PINNED] > 0, "sent again it is pinned"
+    assert not counted(engine, "kvoffload_hints_refused_total")
+    engine.finish()
+
+
+def test_a_pin_that_a_reset_ended_meanwhile_is_refused() -> None:
+    engine = MiniEngine(SMALL)
+    request = engine.add(tokens(40), 3, hints={"pin": True})
+    engine.until(lambda: request.num_output_tokens >= 1)
+    assert engine.scheduler_half.reset_cache()
+    engine.run()
+    assert counted(engine, "kvoffload_hints_refused_total") == {"pin_refused": 1}
+    engine.finish()
+
+
+def test_a_pin_is_made_again_where_a_reset_came_before_the_request_ran() -> None:
+    engine = MiniEngine(SMALL)
+    engine.add(tokens(40), 3, hints={"pin": True})
+    assert engine.scheduler_half.reset_cache()  # it is still queued
+    engine.run()
+    assert not counted(engine, "kvoffload_hints_refused_total")
+    assert engine.manager.keep.nbytes[Kept.PINNED] > 0
+    engine.finish()
+
+
+def test_a_pin_that_was_made_is_not_refused_at_the_end(engine: MiniEngine) -> None:
+    for repeat in range(3):
+        engine.ask(tokens(40), hints={"pin": True})
+        engine.ask(tokens(16), 2, hints={"pin": True})
+        if repeat:
+            engine.forget_hbm()
+    aborted = engine.add(tokens(24, 1), 3, hints={"pin": True})
+    engine.abort(aborted)
+    engine.run()
+    assert not counted(engine, "kvoffload_hints_refused_total")
+    engine.finish()
+
+
+def test_a_pin_is_made_as_soon_as_there_are_keys() -> None:
+    engine = MiniEngine(SMALL)
+    engine.namespaces.known = False
+    request = engine.add(tokens(40), 3, hints={"pin": True})
+    engine.until(lambda: request.num_output_tokens >= 1)
+    engine.namespaces.known = True
+    engine.run()
+    assert not counted(engine, "kvoffload_hints_refused_total")
+    assert engine.manager.keep.nbytes[Kept.PINNED] > 0
+    engine.finish()
+
+
+@pytest.mark.parametrize("why", ["not served", "a rank cannot attach"])
+def test_an_engine_that_serves_nothing_refuses_pins(why: str) -> None:
+    engine = MiniEngine(SMALL)
+    if why == "not served":
+        engine.scheduler_half._serve = False
+    else:
+        engine.scheduler_half._attach.done = lambda: False  # type: ignore[method-assign]
+        engine.clock.now += 31  # an idle engine waits for it no longer
+    engine.ask(tokens(40), hints={"pin": True})
+    assert counted(engine, "kvoffload_hints_refused_total") == {"pin_refused": 1}
+    engine.finish()
+
+
+def test_nothing_of_refused_pins_is_kept() -> None:
+    """However late a pin is refused: at arrival, when its keys come, or at its end."""
+    engine = MiniEngine(SMALL)
+    for known in (True, False):
+        engine.namespaces.known = known
+        request = engine.add(tokens(80, known), 3, hints={"pin": True})
+        engine.until(lambda request=request: request.num_output_tokens >= 1)
+        engine.namespaces.known = True
+        engine.run()
+    engine.namespaces.known = False
+    engine.ask(tokens(80, 2), hints={"pin": True})
+    assert counted(engine, "kvoffload_hints_refused_total") == {"pin_refused": 3}
+    assert not engine.scheduler_half._hints._unpinned
+    engine.namespaces.known = True
     engine.finish()
 
 

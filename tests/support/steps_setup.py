@@ -32,6 +32,7 @@ class FakeNamespaces:
         self.known = True
         self.of_weights: dict[bytes, int] = {self._name(): 0}
         self.first_requests = 0
+        self.forgotten: list[int] = []
 
     def _name(self) -> bytes:
         return self.epoch.to_bytes(16, "big")
@@ -44,6 +45,9 @@ class FakeNamespaces:
 
     def adapter(self, request: Any) -> bytes | None:
         return b""
+
+    def forget_adapter(self, lora_int_id: int) -> None:
+        self.forgotten.append(lora_int_id)
 
     def on_first_request(self) -> None:
         self.first_requests += 1

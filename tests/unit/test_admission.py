@@ -439,6 +439,23 @@ def test_drain_writes_hottest_first_within_the_same_bounds(
     assert written == [*rig.chain("xyz").keys(0), *rig.chain("a" * 10).keys(0)[:5]]
 
 
+def test_nothing_is_written_for_a_next_process_that_could_not_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a reset or a change of weights keys end with this process: only what DRAM has no room
+    for goes to NVMe."""
+    rig = Rig(slots=64)
+    rig.put("a" * 60)
+    rig.manager.end_idle_writes()
+    rig.worth_it()
+    rig.idle()
+    assert rig.manager.drain(5.0) and not rig.store.order
+    for n in range(16):  # victims are written as before
+        rig.put(chr(97 + n) * 16)
+        rig.tick()
+    assert rig.store.order and not rig.c.nvme_admitted_idle
+
+
 def test_victims_are_written_before_their_turn_and_then_evicted() -> None:
     rig = Rig(slots=256)
     rig.worth_it()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -135,3 +137,47 @@ def test_check_sees_a_double_use_of_the_only_class() -> None:
     alloc._used.remove(slot)
     with pytest.raises(AssertionError, match="lost"):
         alloc.check()
+
+
+class _Counting(list[int]):
+    """Counts what goes through all of it."""
+
+    walks = 0
+
+    def remove(self, value: int) -> None:
+        self.walks += 1
+        super().remove(value)
+
+    def __iter__(self) -> Iterator[int]:
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_giving_extents_back_does_not_go_through_the_others() -> None:
+    """A tier of two slot sizes that is emptied in any order: each extent used to cost all others."""
+    alloc = SlotAllocator(16384 * 4 * MIB, [MIB, 2 * MIB])
+    slots = [alloc.alloc(n % 2) for n in range(16384) for _ in range(4 if n % 2 == 0 else 2)]
+    live = [got[0] for got in slots if got is not None]
+    assert alloc.n_extents == 16384 and len(live) == len(slots)
+    random.Random(1).shuffle(live)
+    heaps = [_Counting(heap) for heap in alloc._open]
+    alloc._open = list(heaps)
+    for slot in live:
+        alloc.free(slot)
+    assert [heap.walks for heap in heaps] == [0, 0]
+    alloc.check()
+    assert alloc.slots_free(0) == alloc.capacity(0) and alloc.slots_free(1) == alloc.capacity(1)
+    rows = sum(map(len, alloc._open))
+    assert rows <= 2 * alloc.n_extents, "stale rows do not pile up"
+
+
+def test_an_extent_that_comes_back_to_a_class_is_offered_once() -> None:
+    alloc = SlotAllocator(4 * MIB, [MIB, 2 * MIB])
+    for _ in range(3):
+        for cls in (0, 1):
+            got = [alloc.alloc(cls) for _ in range(alloc.per_extent[cls])]
+            assert None not in got and alloc.alloc(1 - cls) is None
+            for slot in got:
+                alloc.free(slot[0])  # type: ignore[index]
+            alloc.check()
+    assert sum(map(len, alloc._open)) <= 2

@@ -337,6 +337,46 @@ for line in open(source):
     life.stop()
 
 
+@pytest.mark.usefixtures("bench_modules")
+@pytest.mark.parametrize("first", ["none", "kvoffload"])
+def test_both_engines_are_timed_after_the_same_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    faults = importlib.import_module("routines.faults")
+    naps: list[float] = []
+    monkeypatch.setattr(faults.time, "sleep", naps.append)
+
+    class Engine:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def resume(self) -> None:
+            naps.clear()
+
+        def pause(self) -> None:
+            pass
+
+        def ask(self, op: dict[str, Any]) -> dict[str, Any]:
+            if op["op"] in ("reset", "load"):
+                self.seen.append((op.get("define", op["op"]), sum(naps)))
+            answer = {"requests": [], "wrote": 0.0, "alive": True}
+            return answer if op["op"] != "metrics" else {}
+
+    run = faults.Run.__new__(faults.Run)
+    run.options = SimpleNamespace(
+        concurrency=2, requests=8, rounds=2, utilization=0.0, output_tokens=1, limit_s=1.0,
+        factor=10.0, seed=0, tail_tokens=2, docs=2, doc_tokens=4,
+    )  # fmt: skip
+    run.prompts, run.disk, run.control = faults.Prompts(run.options, 50), None, tmp_path / "fault"
+    run.place = SimpleNamespace(model=Path("model"))
+    said = {"fault": "slow"} | dict.fromkeys(faults.COUNTS.values(), 0)
+    (tmp_path / "fault.status").write_text(json.dumps(said))
+    monkeypatch.setattr(run, "recover", lambda name, own: 0.0)
+    none, own = Engine(), Engine()
+    run.window("slow", none, own, none if first == "none" else own)
+    assert len(none.seen) == 3 and own.seen[:3] == none.seen
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_faults_of_the_tier_cost_no_output(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -85,7 +86,8 @@ def test_plugin_entry_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     )
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.setattr(doctor, "entry_points", lambda group: ())
-    assert doctor.check_plugin().status is Status.FAIL
+    missing = doctor.check_plugin()
+    assert missing.status is Status.FAIL and "pip install . from the checkout" in missing.fix
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
@@ -179,6 +181,9 @@ def test_bad_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = tmp_path / "link"
     link.symlink_to(shared)
     assert "symbolic link" in nvme(link)["nvme path"].found
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert nvme(loop)["nvme path"].status is Status.FAIL
     (tmp_path / "file").write_text("")
     assert nvme(tmp_path / "file")["nvme path"].status is Status.FAIL
     shared.chmod(0o700)
@@ -193,6 +198,32 @@ def test_a_path_in_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.Monkey
         found["nvme path"].status is Status.FAIL and "install -d -m 700" in found["nvme path"].fix
     )
     assert set(found) == {"nvme path"}
+
+
+def test_a_path_that_cannot_be_looked_at_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o700)
+    long, shut = tmp_path / ("x" * 300), tmp_path / "shut" / "kv"
+    real = Path.stat
+
+    def stat(self: Path, **more: Any) -> os.stat_result:
+        if self == shut:  # the superuser can look anywhere
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return real(self, **more)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    odd = tmp_path / "nope\udcff"
+    checks = doctor.run_checks([str(p) for p in (long, shut, odd, tmp_path)], None)
+    checks = [c for c in checks if c.name.startswith("nvme")]
+    by_name(checks)
+    assert [(c.name, c.status) for c in checks[:4]] == [("nvme path", Status.FAIL)] * 3 + [
+        ("nvme path", Status.OK)
+    ], "the drive after them is checked"
+    assert checks[0].found == f"{long}: File name too long"
+    assert checks[1].found == f"{shut}: Permission denied"
+    assert checks[2].found.endswith("nope\\udcff is not UTF-8 text")
+    assert {c.name for c in checks[4:]} >= {"nvme space", "nvme O_DIRECT", "nvme file system"}
 
 
 def test_space(tmp_path: Path) -> None:
@@ -220,6 +251,16 @@ def test_file_system_takes_the_innermost_mount(tmp_path: Path) -> None:
     assert probes.file_system(tmp_path, str(table)) == "btrfs"
     assert probes.file_system(Path("/"), str(table)) == "ext4"
     assert probes.file_system(tmp_path) not in ("", "unknown")
+
+
+@pytest.mark.parametrize("name", ["K\u00fchl", "\u30ad\u30e3\u30c3\u30b7\u30e5", "a\u2028b", "\udcff", "a\\b"])  # fmt: skip
+def test_mount_points_of_any_name(tmp_path: Path, name: str) -> None:
+    table, disk = tmp_path / "mountinfo", tmp_path / name
+    disk.mkdir()
+    lines = "1 0 8:1 / / rw - ext4 /dev/a rw\n2 1 8:2 / {} rw - xfs /dev/b rw\n"
+    escaped = str(disk).replace("\\", "\\134")
+    table.write_bytes(os.fsencode(lines.format(escaped)))
+    assert probes.file_system(disk / "x", str(table)) == "xfs"
 
 
 def test_direct_io_where_it_is_refused() -> None:

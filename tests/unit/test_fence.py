@@ -92,3 +92,52 @@ def test_nothing_else_is_given_up(rig: tuple[Arena, Fence, int]) -> None:
     assert arena.rank_done(1, generation, 0)
     assert fence.spoil(output(new_block_ids_to_zero=[4]), arena.fail) == 0, "it had ended"
     assert arena.state(1) == READY
+
+
+class Slots:
+    """An arena's slot table that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.ended: set[int] = set()
+
+    def states(self, slots: Any, generations: Any) -> Any:
+        self.asked += 1
+        return np.array([READY if s in self.ended else FILLING for s in slots.tolist()], np.uint8)
+
+
+def store(number: int, slots: int) -> StoreOrder:
+    """One of so many chunks, into slots 10 * number and those after it."""
+    ids = np.arange(slots, dtype=np.uint32) + 10 * number
+    blocks = np.full((slots, 2), number + 1, np.int32)
+    generations, offsets = np.ones(slots, np.uint64), np.zeros(slots, np.uint64)
+    return StoreOrder(number, [ChunkCopies(0, ids, generations, offsets, bytes(16), blocks)])
+
+
+def test_many_stores_of_a_step_are_not_looked_at_again_and_again() -> None:
+    slots = Slots()
+    fence = Fence(slots, LAYOUT)
+    for number in range(256):
+        fence.add(store(number, 1))
+    assert slots.asked <= 12
+    assert fence.all_pending() == list(range(256)), "all are still being copied"
+    slots.ended = set(range(0, 2560, 10))
+    for number in range(256, 600):
+        fence.add(store(number, 1))
+    assert not set(fence.all_pending()) & set(range(256)), "what has ended goes"
+    assert fence.all_pending()[-1] == 599
+
+
+def test_a_store_is_pending_while_one_of_its_slots_is() -> None:
+    slots = Slots()
+    fence = Fence(slots, LAYOUT)
+    sizes = {1: 1, 2: 3, 3: 2, 4: 1, 5: 3}
+    for number, size in sizes.items():
+        fence.add(store(number, size))
+    slots.ended = {10, 20, 21, 30, 31, 51, 52}
+    asked = slots.asked
+    everything = output(new=[(list(range(20)), 0)])
+    assert fence.due(everything, []) == [2, 4, 5]
+    assert fence.all_pending() == [2, 4, 5] and slots.asked == asked + 1
+    slots.ended |= {22, 40, 50}
+    assert fence.due(everything, []) == [] and fence.all_pending() == []

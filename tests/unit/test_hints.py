@@ -19,6 +19,7 @@ from kvoffload.core.hints import (
 )
 from kvoffload.core.holds import Holds
 from kvoffload.core.index import Kept
+from kvoffload.core.keep import _end
 from kvoffload.core.layout import boundary_tokens
 from kvoffload.core.lookup import span
 from kvoffload.core.manager import Manager
@@ -597,7 +598,7 @@ def test_what_was_let_go_of_and_is_retained_again_keeps_what_is_before_it() -> N
     assert rig.hit("pc") == 2 * TOK
 
 
-def test_what_a_request_adds_within_a_second_does_not_renew_what_is_before_it(
+def test_what_a_request_adds_within_a_grain_does_not_renew_what_is_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rig = make(slots=512)
@@ -619,10 +620,37 @@ def test_what_a_request_adds_within_a_second_does_not_renew_what_is_before_it(
     for n in range(100, 200):
         keep.retain(chain, (n + 1) * TOK, 60, start=n * TOK)
         rig.clock.advance(0.01)
-    assert adds <= 200 + 2 * 200, "each once, and all of them at most twice in that second"
+    assert adds <= 200 + 2 * 200, "each once, and all of them at most twice in that time"
     rig.manager.check()
     until = {hold.until for key in keep._holds if (hold := keep._holds.get(key)) is not None}
-    assert until == {1061.0}, "all of the chain as long as its end"
+    assert until == {1062.0}, "all of the chain as long as its end"
+
+
+def test_an_answer_that_grows_for_minutes_renews_its_prompt_now_and_then() -> None:
+    rig = make(slots=1024)
+    text = "x" * 400
+    rig.put(text)
+    keep, chain = rig.manager.keep, rig.chain(text)
+    root = rig.manager._pool.index.get(chain.keys(0)[0])
+    assert root is not None
+    keep.retain(chain, 100 * TOK, 600)
+    renewed, before = 0, root.wish
+    for n in range(100, 400):  # a chunk a second
+        rig.clock.advance(1.0)
+        keep.retain(chain, (n + 1) * TOK, 600, start=n * TOK)
+        renewed, before = renewed + (root.wish is not before), root.wish
+        assert root.wish is not None and root.wish.until >= rig.clock() + 600, "never shorter"
+    assert renewed <= 300 / 32 + 1
+    rig.manager.check()
+
+
+@pytest.mark.parametrize("now", [0.0, 12.25, 1e6 + 1 / 3])
+def test_retention_ends_a_little_late_and_in_the_order_asked_for(now: float) -> None:
+    asked = [0.1, 1, 15, 16, 31, 32, 33, 100, 101, 107, 600, 3600, 3601, 604800]
+    ends = [_end(now, seconds) for seconds in asked]
+    assert ends == sorted(ends)
+    for seconds, end in zip(asked, ends, strict=True):
+        assert 0 <= end - now - seconds <= min(max(1.0, seconds / 16), 256)
 
 
 def test_what_is_being_loaded_is_not_deleted() -> None:

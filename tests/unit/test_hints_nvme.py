@@ -70,7 +70,7 @@ def test_it_outlives_traffic_on_both_tiers() -> None:
     assert kept(rig, "abcd") == "abcd" and rig.hit("abcd") == 4 * TOK
 
 
-def test_a_retained_chain_is_extended_as_a_whole_once_a_second() -> None:
+def test_a_retained_chain_is_extended_as_a_whole_once_a_grain() -> None:
     rig = make(slots=64)
     rig.to_nvme("abcdef")
     rig.put("abcdefgh")  # its beginning is on NVMe alone
@@ -90,7 +90,7 @@ def test_a_retained_chain_is_extended_as_a_whole_once_a_second() -> None:
     rig.clock.advance(10)
     rig.manager.keep.retain(chain, 8 * TOK, 100, start=7 * TOK)
     assert calls[1:] == [2, 6], "all of it lasts as long as its end"
-    assert {until for until, _, _ in rig.store.keeps.values()} == {1110.0}
+    assert {until for until, _, _ in rig.store.keeps.values()} == {1112.0}
     rig.clock.advance(0.2)
     rig.manager.keep.retain(chain, 8 * TOK, 100, start=7 * TOK)
     assert calls[3:] == [2, 6] or calls[3:] == [2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -17,6 +19,10 @@ from kvoffload.types import ChunkKey, SlotRef, SlotState, Tier
 
 def key(n: int) -> ChunkKey:
     return ChunkKey(bytes([n]) * 16)
+
+
+def wide(n: int) -> ChunkKey:
+    return ChunkKey(n.to_bytes(16, "little"))
 
 
 def entry(n: int, parent: int | None = None, chunk: int = 0) -> Entry:
@@ -130,3 +136,38 @@ def test_misuse_and_broken_links_are_seen(index: Index) -> None:
     one.pins = 1  # behind the index's back: the policy still offers it
     with pytest.raises(AssertionError, match="offered"):
         index.check()
+
+
+def test_children_come_and_go_in_any_order(index: Index) -> None:
+    index.add(entry(1))
+    kids = [entry(n, 1, 1) for n in (2, 3, 4)]
+    for kid in kids:
+        index.add(kid)
+        index.check()
+    assert index.children(key(1)) == {key(2), key(3), key(4)}
+    for kid in (kids[0], kids[2]):
+        index.remove(kid)
+        index.check()
+    assert index.children(key(1)) == {key(3)} and index.victim(0) is kids[1]
+    index.add(entry(5, 1, 1))
+    assert index.children(key(1)) == {key(3), key(5)}
+    index.remove(kids[1])
+    index.check()
+    index.remove(index.get(key(5)))
+    assert not index.children(key(1)) and index.victim(0) is index.get(key(1))
+    index.check()
+
+
+def test_the_garbage_collector_has_two_objects_of_a_chunk_to_look_at(index: Index) -> None:
+    """An arena's worth of them is looked at in each full collection, and the engine waits."""
+    entries = [
+        replace(entry(1), key=wide(n), parent=wide(n - 1) if n else None, ref=SlotRef(n, 1, n))
+        for n in range(4096)
+    ]
+    gc.collect()
+    before = len(gc.get_objects())
+    for one in entries:
+        index.add(one)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100, "more than an Entry and its SlotRef"
+    index.check()

@@ -234,6 +234,16 @@ def test_stats_survive_msgpack_and_pickle(stats_module: Any) -> None:
     assert stats_module.KVOffloadStats().is_empty()
 
 
+def test_the_log_lines_hit_share_is_a_share(stats_module: Any) -> None:
+    """The lookup was counted in the window before, or the request was preempted and loads again."""
+    rec = Recorder()
+    rec.lookup(queried=100, hit=64)
+    for _ in range(2):
+        rec.hit({Tier.DRAM: 64})
+    line = stats_module.KVOffloadStats(data=rec.take()).reduce()
+    assert line["hit %"] == 100.0 and line["dram hit tokens"] == 128
+
+
 def test_aggregate_leaves_the_payloads_alone(stats_module: Any) -> None:
     first, second = _sample(), _sample()
     a = stats_module.KVOffloadStats(data=first)

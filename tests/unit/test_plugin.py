@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ pytest.importorskip("vllm")
 
 from kvoffload.config import Config
 from kvoffload.engines.vllm import compat, native_settings, notes, plugin
+from kvoffload.engines.vllm.weight_files import NotLocal, WeightFiles, loaded_after
 from kvoffload.errors import UnsupportedError
 from kvoffload.memory import HostMemory
 from tests.unit.test_namespace import HF
@@ -163,6 +165,7 @@ def test_other_connectors_are_left_alone(config: str | None) -> None:
             "--prefill-context-parallel-size 2",
         ),
         ("parallel_config", "nnodes", 2, "several nodes"),
+        ("parallel_config", "enable_fault_tolerance", True, "--enable-fault-tolerance"),
         ("parallel_config", "nnodes_within_dp", 2, "several nodes"),
         ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
@@ -383,6 +386,32 @@ def test_vllm_can_copy_the_config(tmp_path: Path) -> None:
     assert given == asked.kv_connector_extra_config == {"dram_gib": 0.1}
 
 
+def test_a_checkpoint_written_between_two_engines_of_a_process(tmp_path: Path) -> None:
+    """Train, save, LLM(checkpoint), and again: files younger than the first engine are no younger
+    than the second, but what is written after its own configuration is."""
+    from kvoffload.engines.vllm.weights import DigestCache, digest_all
+
+    cache = DigestCache(tmp_path / "weights.json")
+    plugin.register()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = folder / "a.safetensors"
+    weights.write_bytes(b"1")
+    time.sleep(0.05)
+    config = engine()
+    config.model_config.model = str(folder)
+    plugin.prepare(config)
+    assert plugin.loaded_after_ns() < weights.stat().st_ctime_ns < loaded_after(config)
+    assert loaded_after(config) < time.time_ns()
+    source = WeightFiles("model", folder, (weights,))
+    digest_all([source], cache, loaded_after(config))
+    time.sleep(0.05)
+    weights.write_bytes(b"2")
+    plugin.prepare(config)  # vLLM copies its configuration: still that of the first time
+    with pytest.raises(NotLocal, match="changed after this engine was started"):
+        digest_all([source], cache, loaded_after(config))
+
+
 def test_children_and_the_tier_are_noted_too(tmp_path: Path) -> None:
     """Or a folder that is swapped while vLLM loads it is filed under the new weights' digest."""
     from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
@@ -501,6 +530,12 @@ def workers() -> Iterator[Any]:
         def receive_weights_from_trainer(self) -> str:
             return "received"
 
+        def update_named_param(self, name: str) -> str:  # as TRL's extension
+            return name
+
+        def load_model(self) -> str:  # vLLM has one of that name, and calls it itself
+            return "loaded"
+
         def ping(self) -> str:
             return "pong"
 
@@ -528,11 +563,13 @@ def workers() -> Iterator[Any]:
 def test_real_worker_classes_are_wrapped_once(workers: Any) -> None:
     done = plugin.wrap_weight_methods()
     for method in plugin.WEIGHT_METHODS:
-        assert f"Worker.{method}" in done
+        assert {f"Worker.{method}", f"WorkerBase.{method}"} & set(done)
     assert "GPUModelRunner.reload_weights" in done
     assert "MyWorker.reload_weights" in done
     assert ("Worker.reset_weights" in done) is hasattr(workers.__mro__[1], "reset_weights")
     assert "Extension.receive_weights_from_trainer" in done and "Extension.ping" not in done
+    assert "Extension.update_named_param" in done and "Extension.load_model" not in done
+    assert "WorkerBase.apply_model" in done
     assert plugin.wrap_weight_methods() == []
 
 

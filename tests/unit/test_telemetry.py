@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from kvoffload.core.prefill import PrefillWork
-from kvoffload.engines.vllm.telemetry import MAX_STEPS_OUT, StepClock, report_drives
+from kvoffload.engines.vllm.telemetry import MAX_STEPS_OUT, StepClock, prefill_work, report_drives
 from kvoffload.metrics import Recorder
 from kvoffload.tiers.nvme import StripedStore, open_drives
 
@@ -60,6 +62,39 @@ def test_an_output_too_many_is_not_paired_wrongly() -> None:
     steps.built(WORK, 2.1)
     assert steps.ended_at(3.0) is None
     assert steps.ended_at(4.0) == (WORK, 1.0)
+
+
+class Running(dict[str, Any]):
+    """Requests by id, (computed, prompt) tokens each; counts those that are asked for."""
+
+    def __init__(self, some: dict[str, tuple[int, int]]) -> None:
+        self.asked = 0
+        for name, (done, prompt) in some.items():
+            request = SimpleNamespace(num_computed_tokens=done, num_prompt_tokens=prompt)
+            self[name] = SimpleNamespace(request=request)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked += 1
+        return super().get(name, default)
+
+
+def test_prefill_of_a_step() -> None:
+    running = Running(
+        {"chunk": (1000, 8000), "last": (100, 300), "drafts": (700, 500), "decode": (9, 5)}
+    )
+    scheduled = {"chunk": 500, "last": 203, "drafts": 4, "decode": 1, "unknown": 7}
+    step: Any = SimpleNamespace(num_scheduled_tokens=scheduled)
+    want = PrefillWork.span(1000, 1500) + PrefillWork.span(100, 300)
+    assert prefill_work(step, running) == want
+
+
+def test_decoding_requests_cost_a_steps_prefill_nothing() -> None:
+    names = [f"r{i}" for i in range(1000)]
+    running = Running({**dict.fromkeys(names, (3000, 2000)), "prompt": (0, 9000)})
+    step: Any = SimpleNamespace(num_scheduled_tokens=dict.fromkeys(names, 1))
+    assert prefill_work(step, running) is None and not running.asked
+    step.num_scheduled_tokens["prompt"] = 8192
+    assert prefill_work(step, running) == PrefillWork.span(0, 8192) and running.asked == 1
 
 
 def test_drives_of_a_store_over_several_paths(tmp_path: Path) -> None:

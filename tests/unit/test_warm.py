@@ -25,6 +25,16 @@ Answer = tuple[int, Any]
 MODELS = {"data": [{"id": "tiny"}, {"id": "lora", "parent": "tiny"}]}
 
 
+def counters(refused: float = 0, short: float = 0, bad: float = 0) -> str:
+    """A page of metrics with a server's refused hints."""
+    rows = {"pin_refused": refused, "pin_too_short": short, "bad_value": bad}
+    lines = ["# TYPE kvoffload_hints_refused_total counter"]
+    for reason, value in rows.items():
+        labels = f'engine="0",reason="{reason}"'
+        lines.append(f"kvoffload_hints_refused_total{{{labels}}} {value}")
+    return "\n".join((*lines, ""))
+
+
 def good(body: dict[str, Any]) -> Answer:
     tokens = len(str(body.get("prompt", body.get("messages"))))
     details = {"cached_tokens": 2}
@@ -39,7 +49,7 @@ class Seen:
         self.keys: set[str | None] = set()
         self.models: Answer = (200, MODELS)
         self.complete: Callable[[dict[str, Any]], Answer] = good
-        self.metrics: Callable[[int], str | None] = lambda n: None
+        self.metrics: Callable[[int], str | None] = lambda n: counters()
         self.scrapes = 0
         self.most = 0  # requests at a time
         self.now = 0
@@ -145,7 +155,8 @@ def test_every_line_is_sent_once_with_the_pin(seen: Seen, url: str, file: Path) 
     told = json.loads(done.stdout)
     assert (told["prompts"], told["sent"], told["failed"], told["retried"]) == (4, 4, 0, 0)
     assert told["cached_tokens"] == 8 and told["prompt_tokens"] > 30
-    assert told["pins_refused"] is None and told["errors"] == [] and seen.keys == {None}
+    assert told["pins_refused"] == told["pins_too_short"] == 0
+    assert told["errors"] == [] and seen.keys == {None}
 
 
 @pytest.mark.parametrize(
@@ -216,15 +227,43 @@ def test_many_at_a_time_but_no_more(seen: Seen, url: str, tmp_path: Path) -> Non
 
 
 def test_refused_pins_are_told(seen: Seen, url: str, file: Path) -> None:
-    seen.metrics = lambda n: (
-        "# TYPE kvoffload_hints_refused_total counter\n"
-        f'kvoffload_hints_refused_total{{engine="0",reason="pin_refused"}} {n}.0\n'
-        f'kvoffload_hints_refused_total{{engine="0",reason="bad_value"}} {10 * n}.0\n'
-    )
+    seen.metrics = lambda n: counters(refused=n, bad=10 * n)
     done = run(file, "--url", url)
     assert done.exit_code == 1 and "1 refused" in " ".join(done.stdout.split())
     assert json.loads(run(file, "--url", url, "--json").stdout)["pins_refused"] == 1
     assert run(file, "--url", url, "--no-pin").exit_code == 0
+
+
+def test_a_prompt_that_is_too_short_to_pin_is_said_and_is_no_failure(
+    seen: Seen, url: str, file: Path
+) -> None:
+    seen.metrics = lambda n: counters(short=n)
+    done = run(file, "--url", url)
+    said = " ".join(done.stdout.split())
+    assert done.exit_code == 0 and "1 too short" in said and "refused" not in said
+    told = json.loads(run(file, "--url", url, "--json").stdout)
+    assert (told["pins_refused"], told["pins_too_short"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        lambda n: None,
+        lambda n: "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n",
+        lambda n: counters(refused=9 - n),
+    ],
+    ids=["no metrics", "not ours", "restarted"],
+)
+def test_pins_that_nobody_confirms_are_not_claimed(
+    seen: Seen, url: str, file: Path, metrics: Callable[[int], str | None]
+) -> None:
+    seen.metrics = metrics
+    done = run(file, "--url", url)
+    said = " ".join(done.stdout.split())
+    assert done.exit_code == 1 and "not known" in said and "yes" not in said
+    assert json.loads(run(file, "--url", url, "--json").stdout)["pins_refused"] is None
+    for options in (["--no-pin"], ["--unpin"], ["--retain", "60"]):
+        assert run(file, "--url", url, *options).exit_code == 0
 
 
 @pytest.mark.parametrize(

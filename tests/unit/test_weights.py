@@ -377,21 +377,38 @@ def test_unreadable_or_young_adapters_are_this_process_only(
         d.close()
 
 
-def test_an_adapter_that_changes_gets_a_new_name(
-    tmp_path: Path, digests: AdapterDigests, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("since", [FAR, 0], ids=["older than the engine", "younger"])
+def test_an_adapter_that_changes_has_no_name_any_more(
+    tmp_path: Path, cache: w.DigestCache, monkeypatch: pytest.MonkeyPatch, since: int
 ) -> None:
-    monkeypatch.setattr("kvoffload.engines.vllm.adapters._RECHECK_S", 0.0)
+    """Nobody knows which bytes the workers hold: they may read the folder again at any time."""
+    monkeypatch.setattr("kvoffload.engines.vllm.adapters.RECHECK_S", 0.05)
+    digests = AdapterDigests(cache=cache, unchanged_since_ns=since)
     folder = model(tmp_path / "a", adapter_model_st=b"1")
     before = known(digests, lora(folder))
-    time.sleep(0.05)
+    time.sleep(0.3)
     assert known(digests, lora(folder)) == before
     (folder / "adapter_model.safetensors").write_bytes(b"2")
-    for _ in range(200):
-        if digests.get(lora(folder)) != before:
-            break
+    end = time.monotonic() + 5
+    while digests.get(lora(folder)) is not None and time.monotonic() < end:
         time.sleep(0.01)
-    after = digests.get(lora(folder))
-    assert after is not None and after != before
+    time.sleep(0.2)
+    assert digests.get(lora(folder)) is None  # and for good
+    digests.check()
+    digests.forget(1)  # unloaded: what comes next is another one
+    after = known(digests, lora(folder))
+    assert after != before
+    digests.close()
+
+
+def test_an_adapter_that_comes_back_unchanged_has_its_name_again(
+    tmp_path: Path, digests: AdapterDigests
+) -> None:
+    folder, other = model(tmp_path / "a", adapter_model_st=b"1"), model(tmp_path / "b", x_st=b"2")
+    before, kept = known(digests, lora(folder)), known(digests, lora(other, 2))
+    digests.forget(1)
+    assert digests.get(lora(folder)) is None and digests.get(lora(other, 2)) == kept
+    assert known(digests, lora(folder)) == before
 
 
 def test_in_place_adapters_are_never_known(tmp_path: Path, digests: AdapterDigests) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,101 @@ def test_a_step_without_a_forward_waits_for_a_load(wait_ms: int) -> None:
     worker.start_load_kv()
     worker.transfer_results()
     assert engine.now_ms == wait_ms and not worker.guard.errors
+
+
+# -------------------------------------------------------------------- a forward that raises
+
+
+class Slots(Arena):
+    """Notes the slots that are given up."""
+
+    def __init__(self) -> None:
+        self.failed: list[tuple[int, int]] = []
+
+    def fail(self, slot: int, generation: int) -> None:
+        self.failed.append((slot, generation))
+
+
+class Stores(Engine):
+    """Counts what is to be stored."""
+
+    stored = 0
+
+    def submit_store(self, *args: Any) -> None:
+        self.stored += 1
+
+
+def storing(arena: Any, engine: Engine) -> tuple[WorkerHalf, StepOrders]:
+    """A rank that is attached, and a step that stores one chunk in slot 3."""
+    worker = half(engine, arena)
+    worker.register_group(0, FRAGMENTS, 4)
+    bind(worker)
+    slot, generation = np.array([3], np.uint32), np.array([7], np.uint64)
+    blocks = np.array([[0, 1]], np.int32)
+    copies = ChunkCopies(0, slot, generation, np.array([0], np.uint64), bytes(16), blocks)
+    return worker, StepOrders(stores=[StoreOrder(1, [copies])])
+
+
+def step(worker: WorkerHalf, orders: StepOrders, error: BaseException | None) -> None:
+    """As vLLM's ``_get_kv_connector_output``: its hooks are in a ``finally``."""
+    worker.bind(orders)
+    try:
+        if error is not None:
+            raise error
+    finally:
+        worker.start_load_kv()
+        worker.wait_for_save()
+        worker.clear()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), SystemExit(1)])
+def test_what_a_forward_that_raised_left_is_not_stored(error: BaseException) -> None:
+    """Its layers from there on hold whatever was in the blocks before, and the flush at shutdown
+    would write that down for the next start."""
+    arena, engine = Slots(), Stores()
+    worker, orders = storing(arena, engine)
+    with pytest.raises(type(error)):
+        step(worker, orders, error)
+    assert arena.failed == [(3, 7)] and engine.stored == 0 and not worker.guard.errors
+    later, orders = storing(arena, engine)
+    step(later, orders, None)
+    assert engine.stored == 1
+
+
+def test_an_engine_that_runs_while_an_exception_is_handled_stores() -> None:
+    """An LLM that is used inside somebody's ``except`` block."""
+    arena, engine = Slots(), Stores()
+    worker, orders = storing(arena, engine)
+    try:
+        raise KeyError("of the caller")
+    except KeyError:
+        step(worker, orders, None)
+    assert engine.stored == 1 and not arena.failed
+
+
+def test_vllms_own_order_of_the_hooks_after_a_forward_that_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same through vLLM's context manager and our connector."""
+    mixin = pytest.importorskip("vllm.v1.worker.kv_connector_model_runner_mixin")
+    from kvoffload.engines.vllm import compat
+    from kvoffload.engines.vllm.connector import KVOffloadConnector, StepMetadata
+
+    arena, engine = Slots(), Stores()
+    worker, orders = storing(arena, engine)
+    connector = KVOffloadConnector.__new__(KVOffloadConnector)
+    connector._scheduler = connector._worker = connector._half = None
+    connector._connector_metadata = None
+    connector._rank, connector._idle, connector._bridge = worker, False, compat.Bridge()
+    monkeypatch.setattr(mixin, "get_kv_transfer_group", lambda: connector)
+    monkeypatch.setattr(mixin, "get_forward_context", lambda: None)
+    output = SimpleNamespace(
+        has_sync_kv_loads=False, finished_req_ids=set(), kv_connector_metadata=StepMetadata(orders)
+    )
+    hooks = mixin.KVConnectorModelRunnerMixin._get_kv_connector_output
+    with pytest.raises(MemoryError), hooks(output):
+        raise MemoryError
+    assert arena.failed == [(3, 7)] and engine.stored == 0 and not worker.guard.errors
 
 
 # -------------------------------------------------------------------- the fence

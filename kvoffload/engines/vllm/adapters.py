@@ -17,30 +17,29 @@ from kvoffload.engines.vllm.weights import DigestCache, Identity, digest_all
 
 logger = logging.getLogger("vllm.kvoffload")
 
-_RECHECK_S = 5.0
+RECHECK_S = 5.0
+"""How often the files of known adapters are looked at again."""
 _PROCESS_SECRET = os.urandom(32)
 
 Key = tuple[int, str]
+Identities = tuple[tuple[str, Identity], ...]
 
 
 @dataclass(slots=True)
 class _Adapter:
-    digest: bytes | None = None
-    identities: tuple[tuple[str, Identity], ...] = ()
-    checked: float = 0.0
+    digest: bytes | None = None  # None: not known yet, or never again
+    identities: Identities = ()
     queued: bool = True
-    local: bool = False
-
-    def due(self, now: float) -> bool:
-        return self.local and not self.queued and now - self.checked > _RECHECK_S
+    changed: bool = False  # its files are not what they were: which of them are loaded, who knows
 
 
 class AdapterDigests:
     """sha256 over the files of each adapter's folder, by (id, path), on a background thread.
 
     An adapter whose files cannot be read, or that changed after this engine was started, gets a
-    digest of this process only: its KV is shared in this process and by nobody else. Thread-safe;
-    ``get`` does no I/O.
+    digest of this process only: its KV is shared in this process and by nobody else. One whose
+    files change while it is known has none from then on: the workers may read them again at any
+    time. Thread-safe; ``get`` does no I/O.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class AdapterDigests:
         self._work: queue.SimpleQueue[Key | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._changes = 0
+        self._private = 0
 
     def get(self, lora_request: Any) -> bytes | None:
         """Digest of the request's adapter: b"" without one, None while it is not known.
@@ -74,10 +73,13 @@ class AdapterDigests:
             if adapter is None:
                 adapter = self._known[key] = _Adapter()
                 self._enqueue(key)
-            elif adapter.due(time.monotonic()):
-                adapter.queued = True
-                self._enqueue(key)
             return adapter.digest
+
+    def forget(self, lora_int_id: int) -> None:
+        """The workers let this adapter go: what comes under its id and path next is read anew."""
+        with self._lock:
+            for key in [k for k in self._known if k[0] == lora_int_id]:
+                del self._known[key]
 
     def close(self) -> None:
         """Stop the thread. What is not known stays unknown."""
@@ -92,7 +94,8 @@ class AdapterDigests:
         """Raise AssertionError when an adapter is neither known nor being worked on."""
         with self._lock:
             for key, adapter in self._known.items():
-                assert adapter.digest is not None or adapter.queued or self._closed, key
+                waits = adapter.queued or adapter.changed or self._closed
+                assert adapter.digest is not None or waits, key
                 assert adapter.digest is None or len(adapter.digest) == 32, key
 
     def _enqueue(self, key: Key) -> None:
@@ -104,37 +107,67 @@ class AdapterDigests:
         self._work.put(key)
 
     def _run(self) -> None:
-        while (key := self._work.get()) is not None:
+        due = time.monotonic() + RECHECK_S
+        while True:
             try:
-                identities, digest = self._digest(key)
-            except Exception as exc:
-                if not isinstance(exc, NotLocal | OSError | InterruptedError):
-                    logger.warning("kvoffload: adapter %s cannot be digested", key, exc_info=True)
-                identities, digest = (), None
+                key = self._work.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                self._look_again()
+                due = time.monotonic() + RECHECK_S
+                continue
+            if key is None:
+                return
             with self._lock:
-                self._settle(key, identities, digest)
+                adapter = self._known.get(key)
+            if adapter is not None and adapter.queued:
+                self._find(key, adapter)
 
-    def _digest(self, key: Key) -> tuple[tuple[tuple[str, Identity], ...], bytes | None]:
-        folder = Path(os.path.expanduser(key[1]))
-        if not folder.is_dir():
-            raise NotLocal("not a local folder")
-        files = tuple(sorted(p for p in folder.iterdir() if p.is_file()))
-        identities = tuple((p.name, Identity.of(os.stat(p))) for p in files)
-        if self._known[key].identities == identities:
-            return identities, self._known[key].digest
-        source = WeightFiles("adapter", folder, files)
-        digest = digest_all([source], self._cache, self._since, lambda: self._closed)
-        return identities, digest
+    def _find(self, key: Key, adapter: _Adapter) -> None:
+        identities: Identities = ()
+        digest: bytes | None = None
+        try:
+            files = _files(key)
+            identities = _identities(files)
+            source = WeightFiles("adapter", files[0].parent, files)
+            digest = digest_all([source], self._cache, self._since, lambda: self._closed)
+        except Exception as exc:
+            if not isinstance(exc, NotLocal | OSError | InterruptedError):
+                logger.warning("kvoffload: adapter %s cannot be digested", key, exc_info=True)
+        with self._lock:
+            if digest is None:  # a name that nobody else can have
+                self._private += 1
+                private = repr((key, self._private)).encode()
+                digest = hashlib.sha256(_PROCESS_SECRET + private).digest()
+            adapter.digest, adapter.identities, adapter.queued = digest, identities, False
 
-    def _settle(self, key: Key, identities: Any, digest: bytes | None) -> None:
-        adapter = self._known[key]
-        adapter.queued = False
-        adapter.checked = time.monotonic()
-        if digest is not None and adapter.digest in (None, digest):
-            adapter.digest, adapter.identities, adapter.local = digest, identities, True
-            return
-        # Unreadable, or not what it was: a name that nobody else can have.
-        self._changes += 1
-        adapter.local = False
-        private = repr((key, self._changes)).encode()
-        adapter.digest = hashlib.sha256(_PROCESS_SECRET + private).digest()
+    def _look_again(self) -> None:
+        with self._lock:
+            known = [(k, a) for k, a in self._known.items() if a.identities and not a.changed]
+        for key, adapter in known:
+            try:
+                same = _identities(_files(key)) == adapter.identities
+            except (OSError, NotLocal):
+                same = False
+            if not same:
+                with self._lock:
+                    adapter.changed, adapter.digest = True, None
+                logger.warning(
+                    "kvoffload: the files of the LoRA adapter %s changed while it was served: its "
+                    "requests are neither loaded nor stored until it is unloaded and loaded again.",
+                    key[1],
+                )
+
+
+def _files(key: Key) -> tuple[Path, ...]:
+    """The files of an adapter's folder, at least one. Raises NotLocal, OSError."""
+    folder = Path(os.path.expanduser(key[1]))
+    if not folder.is_dir():
+        raise NotLocal("not a local folder")
+    files = tuple(sorted(p for p in folder.iterdir() if p.is_file()))
+    if not files:
+        raise NotLocal("an empty folder")
+    return files
+
+
+def _identities(files: tuple[Path, ...]) -> Identities:
+    return tuple((p.name, Identity.of(os.stat(p))) for p in files)

@@ -13,7 +13,7 @@ from typing import Any
 from kvoffload.config import GIB, Config
 from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Manager
-from kvoffload.engines.vllm import compat, geometry, notes, plugin
+from kvoffload.engines.vllm import compat, engine_calls, geometry, notes, plugin
 from kvoffload.engines.vllm.background import Background
 from kvoffload.engines.vllm.namespace import NamespaceSource
 from kvoffload.engines.vllm.room import room_for
@@ -64,6 +64,7 @@ class SchedulerSide:
     arena: Any
     store: Any
     namespaces: NamespaceSource
+    unwatch: Callable[[], None]
     closed: bool = field(default=False)
     drives_said: float = field(default=float("-inf"))
 
@@ -85,6 +86,7 @@ class SchedulerSide:
             return
         self.closed = True
         began = time.monotonic()
+        self.unwatch()
         self.background.stop()
         try:
             self.half.shutdown(flush_s)
@@ -139,11 +141,15 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         recorder=_recorder(config, layout) if room.serve else None,
         alone=compat.is_alone(vllm_config),
     )
+    # Methods of the workers are watched where they run; a function sent to them can only be here.
+    calls = engine_calls.Listener(arena.bump_epoch, False, half.adapter_removed)
     half.metrics.failure("drive_open", len(_unopened(store)))
     half.metrics.set("kvoffload_nvme_endurance_bytes", (config.nvme_tbw or 0) * 1e12)
     half.why.write_to(*_for_why(vllm_config, config, arena, store))
     _announce(config, layout, arena, store)
-    return SchedulerSide(half, Background(half), arena, store, namespaces)
+    return SchedulerSide(
+        half, Background(half), arena, store, namespaces, engine_calls.watch(calls)
+    )
 
 
 def _for_why(

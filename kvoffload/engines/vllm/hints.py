@@ -11,19 +11,20 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kvoffload.core.forks import Forks
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.hints import MAX_NAME, NO_HINTS, Hints, Problem, parse_hints
+from kvoffload.core.layout import boundary_tokens
 from kvoffload.core.ledger import tenant_of
 from kvoffload.core.lookup import primary
 from kvoffload.core.manager import Manager
 from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.metrics import Recorder
-from kvoffload.types import CacheLayout, ChunkKey
+from kvoffload.types import CacheLayout, ChunkKey, GroupKind
 
 logger = logging.getLogger("vllm.kvoffload")
 
@@ -41,9 +42,8 @@ class _First(NamedTuple):
     since: float
 
 
-def common_chunks(chain: Chain, other: Chain, group: int) -> int:
-    """The longest prefix, in chunks of ``group``, that both chains have."""
-    mine, theirs = chain.keys(group), other.keys(group)
+def common_chunks(mine: Sequence[ChunkKey], theirs: Sequence[ChunkKey]) -> int:
+    """The longest prefix that two chains have in common, in chunks of the keys' group."""
     low, high = 0, min(len(mine), len(theirs))
     while low < high:  # equal keys mean equal prefixes
         middle = (low + high + 1) // 2
@@ -68,7 +68,10 @@ class RequestHints:
         self._metrics = metrics
         self._clock = clock
         self._main = primary(layout)
+        served = all(g.kind is not GroupKind.NONE for g in layout.groups)
+        self._boundary = boundary_tokens(layout) if served else None  # the shortest that is pinned
         self._said = float("-inf")
+        self._unpinned: set[str] = set()  # live requests whose pin was refused
         self._sessions: OrderedDict[str, _First] = OrderedDict()
         self._forks = Forks()
 
@@ -115,9 +118,29 @@ class RequestHints:
             if not hints.pin:
                 self._manager.keep.unpin(chain, end)
             elif not self._manager.keep.pin(chain, end):
-                why = "its prompt has no whole chunk, or a quarter of DRAM is pinned already"
-                self._refuse(Problem("pin_refused", f"kvoffload.pin=true: {why}"), state.request)
+                self._refuse_pin(state, "a quarter of DRAM is pinned already, or would be")
         self.used(state, chain, chain.tokens)
+
+    def _refuse_pin(self, state: RequestState, why: str) -> None:
+        """A prompt without a whole chunk is counted apart: only its length is in the way."""
+        state.pin_done = True
+        self._unpinned.add(state.request_id)
+        reason = "pin_refused"
+        if self._boundary is not None and state.request.num_prompt_tokens < self._boundary:
+            reason, why = "pin_too_short", f"its prompt has no {self._boundary} tokens"
+        self._refuse(Problem(reason, f"kvoffload.pin=true: {why}"), state.request)
+
+    def _pin_failed(self, state: RequestState) -> bool:
+        """Whether whoever asked for the pin must not take it for granted, at the request's end.
+
+        It had no keys while it ran (the weights are being digested, nothing is served), or it was
+        computed and nothing of it was stored (a rank cannot attach; a reset, which ends pins too).
+        """
+        if not state.pin_done:
+            return state.chain is None or state.hints.end_session
+        computed = int(state.request.num_computed_tokens) > 0
+        said = state.request_id in self._unpinned
+        return not said and computed and state.stored == 0 and state.hints.store
 
     def used(self, state: RequestState, chain: Chain, end: int, start: int = 0) -> None:
         """[0, end) of the request is in DRAM as far as it will be, [0, start) was before: retain
@@ -138,6 +161,9 @@ class RequestHints:
         """The request ended, in whatever way. ``live``: the others."""
         hints = state.hints
         session = _session(state)
+        if hints.pin and self._pin_failed(state):
+            self._refuse_pin(state, "nothing of it was stored")
+        self._unpinned.discard(state.request_id)
         chain = chain_of(state) if hints != NO_HINTS or session is not None else state.chain
         if chain is None:
             return
@@ -148,11 +174,16 @@ class RequestHints:
             self._forks.used(keys, own // main.chunk_tokens, user, self._clock())
         if not hints.end_session:
             self.arrived(state, chain)
+            self._unpinned.discard(state.request_id)  # its keys may have come with its last step
             return
         shared = self._forks.by_others(keys, own // main.chunk_tokens, user, since)
         for other in live:
-            if other.chain is not None:
-                shared = max(shared, common_chunks(chain, other.chain, main.group))
+            if other.chain is None:
+                continue
+            theirs = other.chain.keys(main.group)
+            # Nearly always they have parted by here, and all live requests are looked at at once.
+            if shared < min(len(keys), len(theirs)) and keys[shared] == theirs[shared]:
+                shared = common_chunks(keys, theirs)
         own = max(own, shared * main.chunk_tokens)
         if own < chain.tokens:
             self._manager.keep.release(chain, own, chain.tokens, owner=user)

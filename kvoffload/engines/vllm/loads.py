@@ -7,7 +7,8 @@ means for tiers, requests and metrics is decided here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from kvoffload.core.manager import Lease, Manager
 from kvoffload.core.planner import deadline_s
 from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.guard import HookGuard
-from kvoffload.engines.vllm.meta import I32, FailOrder, LoadOrder, WorkerReport
+from kvoffload.engines.vllm.meta import I32, BadChunk, FailOrder, LoadOrder, WorkerReport
 from kvoffload.engines.vllm.orders import BlockTables, load_copies
 from kvoffload.engines.vllm.requests import ProvisionalLease, RequestState
 from kvoffload.engines.vllm.stores import AGAIN
@@ -31,6 +32,13 @@ logger = logging.getLogger("vllm.kvoffload")
 LONGEST_S = 5.0
 """A load's deadline while the rates are not known, and the longest there is."""
 _BAD_BYTES = (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST)
+
+
+def _sources(attempt: Attempt) -> dict[Tier, int]:
+    """Its tokens by the tier that they come from."""
+    total = attempt.end - attempt.start
+    nvme = min(total, attempt.lease.tokens_by_tier.get(Tier.NVME, 0))
+    return {Tier.DRAM: total - nvme, Tier.NVME: nvme}
 
 
 class Loads:
@@ -67,6 +75,7 @@ class Loads:
         self._table = LoadTable()
         self._fills: dict[int, list[I32]] = {}  # by attempt: the blocks it is to fill; -1: none
         self._unsent: list[LoadOrder] = []
+        self._blamed: dict[int, set[tuple[int, int]]] = {}  # by attempt: bad (slot, generation)
 
     def is_banned(self, request_id: str) -> bool:
         """A load of this request failed before: it is never offered one again."""
@@ -110,10 +119,7 @@ class Loads:
         copies = load_copies(self._layout, held.lease, tables, held.start, end)
         self._fills[attempt.attempt] = [c.block_ids for c in copies]
         self._unsent.append(LoadOrder(attempt.attempt, state.request_id, within, copies))
-        total = end - held.start
-        nvme = min(total, held.lease.tokens_by_tier.get(Tier.NVME, 0))
-        state.hit_sources = {Tier.DRAM: total - nvme, Tier.NVME: nvme}
-        self._metrics.hit({t: n for t, n in state.hit_sources.items() if n})
+        state.hit_sources = _sources(attempt)
 
     def commit_failed(self, request: Any, blocks: Any, num_external: int) -> None:
         """vLLM will park the request: make sure that an attempt exists and is failed at once."""
@@ -210,6 +216,7 @@ class Loads:
 
     def _finish(self, attempt: Attempt) -> None:
         self._fills.pop(attempt.attempt, None)
+        self._blamed.pop(attempt.attempt, None)
         self._leaders.remove(attempt)
         if attempt.request_id not in self._states:
             self._table.forget(attempt.request_id)  # aborted while loading: no ban to keep
@@ -225,6 +232,7 @@ class Loads:
             if state is not None:
                 state.again = AGAIN
                 self._why.failed(state, attempt.start, attempt.reason, seconds)
+                self._metrics.saved(-seconds)  # it waited for nothing; of an aborted one nobody did
             self._metrics.load_failed_request()
         else:
             if state is not None:
@@ -232,6 +240,7 @@ class Loads:
                 if attempt.start <= state.stored and not state.hints.keeps_s:
                     # A tier has it: no step need look it up again (retention would want to).
                     state.stored = max(state.stored, attempt.end)
+            self._metrics.hit(_sources(attempt))  # not before: a load that fails is no hit
             self._metrics.load_done(seconds, attempt.end - attempt.start)
             self._learn(attempt, seconds, recompute)
 
@@ -249,23 +258,38 @@ class Loads:
 
     def take_report(self, report: WorkerReport) -> None:
         """The ranks' account of a step: rates, failures by kind, chunks whose bytes are bad."""
-        self._metrics.worker(report)
+        news = self._first_told(report.bad)
+        self._metrics.worker(replace(report, bad=news) if report.bad else report)
         if report.rate_s:
             # One rank's rate times the shards that move side by side.
             shards = max(g.shards for g in self._layout.groups)
             self._manager.observe_load(Tier.DRAM, report.rate_bytes * shards, report.rate_s)
-        blamed = {bad.attempt for bad in report.bad}  # counted by chunk
+        blamed = self._blamed.keys() | {bad.attempt for bad in report.bad}  # counted by chunk
         for attempt_id, reason in report.failed_attempts.items():
             attempt = self._table.find(attempt_id)
+            told = attempt is not None and attempt.reason is not None  # by a rank in another step
             if attempt is not None:
                 attempt.failed = True
                 attempt.reason = attempt.reason or reason
-            if reason not in _BAD_BYTES and attempt_id not in blamed:
+            if reason not in _BAD_BYTES and attempt_id not in blamed and not told:
                 self._metrics.failure(reason.value)
         for bad in report.bad:
             if bad.reason in (*_BAD_BYTES, LoadFailure.DEADLINE):
                 ref = SlotRef(bad.slot, bad.generation, bad.offset)
                 self._manager.slot_failed(ref, bad.reason)
+
+    def _first_told(self, bad: Sequence[BadChunk]) -> list[BadChunk]:
+        """Those that no rank has reported before: what ranks share is bad for each of them, in this
+        step or another."""
+        news: list[BadChunk] = []
+        late: dict[int, set[tuple[int, int]]] = {}  # of attempts that are over
+        for one in bad:
+            known = late if self._table.find(one.attempt) is None else self._blamed
+            seen = known.setdefault(one.attempt, set())
+            if (one.slot, one.generation) not in seen:
+                seen.add((one.slot, one.generation))
+                news.append(one)
+        return news
 
     def is_empty(self) -> bool:
         """Nothing outstanding, nothing waiting to be sent."""
@@ -276,3 +300,4 @@ class Loads:
         self._table.check()
         for attempt in self._table:
             assert attempt.attempt in self._fills, "attempt without its blocks"
+        assert self._blamed.keys() <= self._fills.keys(), "bad chunks of attempts that are over"

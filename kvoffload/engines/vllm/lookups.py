@@ -70,22 +70,28 @@ class Lookups:
             held.expires = now + LEASE_S
             return held.end - held.start
         self.drop(state)
+        if self._still_waits(state, chain, start, now):
+            return None
         if state.refusal is not None and state.refusal.holds(start, self._manager.changes(), now):
             return 0
         state.refusal = None
         planned = self._plan(state, chain, start)
-        followed = self._wait(state, chain, start, planned, now)
-        if followed:
+        if self._begins_to_wait(state, chain, start, planned, now):
             return None
         if planned.end <= start:
-            state.refusal = Refusal(start, self._manager.changes(), now + REFUSAL_S)
+            # What does not pay is not made to pay by the chunks that a busy engine stores.
+            refused = planned.decision is Decision.REFUSED
+            changes = None if refused else self._manager.changes()
+            state.refusal = Refusal(start, changes, now + REFUSAL_S)
             return 0
         if self._shadow is not None and self._shadow.picks(state, chain, start, planned.end):
             self._why.sampled(state, start)
             return 0
         lease, end = lease_what_fits(self._manager, state.request_id, chain, start, planned.end)
         if lease is None:
-            self._metrics.miss("lease_refused")
+            state.refusal = Refusal(start, None, now + REFUSAL_S)
+            if state.misses("lease_refused"):
+                self._metrics.miss("lease_refused")
             self._why.no_room(state, start)
             return 0
         if end < planned.end:
@@ -124,21 +130,13 @@ class Lookups:
             self._metrics.plan(planned.decision.value)
         return planned
 
-    def _wait(
-        self, state: RequestState, chain: Chain, start: int, planned: Plan, now: float
-    ) -> bool:
-        """Whether the request waits for another's load of what it would load itself."""
+    def _still_waits(self, state: RequestState, chain: Chain, start: int, now: float) -> bool:
+        """Whether the request goes on waiting for another's load. Asked each step, before any
+        plan; the wait ends here, when HBM has what was waited for, the other load ended or failed,
+        or it took too long."""
         waiting = state.waiting
         if waiting is None:
-            if not self._follow or planned.end <= start:
-                return False
-            leader = self._leader(state, chain, planned.end)
-            waiting = leader and wait_for(leader, planned.end, planned, now)
-            if waiting is None:
-                return False
-            state.waiting = waiting
-            state.decision = Decision.FOLLOW
-            self._metrics.plan(Decision.FOLLOW.value)
+            return False
         if start >= waiting.end:
             self._metrics.follower("hit_hbm", waiting.end // self._primary.block_tokens)
             if self._accounts is not None:
@@ -150,6 +148,21 @@ class Lookups:
         state.waiting = None
         state.follows = False  # once is enough: the next answer is final
         return False
+
+    def _begins_to_wait(
+        self, state: RequestState, chain: Chain, start: int, planned: Plan, now: float
+    ) -> bool:
+        """Whether the request waits, from now on, for another's load of what it would load."""
+        if not self._follow or planned.end <= start:
+            return False
+        leader = self._leader(state, chain, planned.end)
+        waiting = leader and wait_for(leader, planned.end, planned, now)
+        if waiting is None:
+            return False
+        state.waiting = waiting
+        state.decision = Decision.FOLLOW
+        self._metrics.plan(Decision.FOLLOW.value)
+        return True
 
     def _leader(self, state: RequestState, chain: Chain, end: int) -> Any:
         """Another live request's load that brings what ends at ``end``."""

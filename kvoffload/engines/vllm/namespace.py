@@ -20,7 +20,7 @@ from typing import Any
 
 from kvoffload.engines.vllm import compat
 from kvoffload.engines.vllm.adapters import AdapterDigests
-from kvoffload.engines.vllm.weight_files import NotLocal, local_folder
+from kvoffload.engines.vllm.weight_files import NotLocal, loaded_after, local_folder
 from kvoffload.engines.vllm.weights import WeightsDigest
 
 logger = logging.getLogger("vllm.kvoffload")
@@ -340,7 +340,7 @@ class NamespaceSource:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._weights = weights or WeightsDigest.of(vllm_config)
-        self._adapters = adapters or AdapterDigests()
+        self._adapters = adapters or AdapterDigests(unchanged_since_ns=loaded_after(vllm_config))
         self._lora = hashlib.sha256(lora_facts(vllm_config).encode()).digest()
         self._facts: dict[str, Any] | None = None
         self._tried = False
@@ -382,6 +382,10 @@ class NamespaceSource:
         if not digest:
             return digest
         return hashlib.sha256(self._lora + digest).digest()
+
+    def forget_adapter(self, lora_int_id: int) -> None:
+        """The workers let this adapter go: its files are looked at again at its next request."""
+        self._adapters.forget(lora_int_id)
 
     def new_epoch(self) -> None:
         """Hide everything stored so far, here and on NVMe, behind a random epoch."""

@@ -2,14 +2,13 @@
 
 vLLM hands a tier a part of the engine's configuration, and no part of it says which weights or
 which model settings made the bytes. ``wrap_factory`` notes the whole configuration while vLLM
-builds a connector, so that the tier, built inside that call, can name its chunks by content;
-``watch_weights`` tells the tier when they change in place.
+builds a connector, so that the tier, built inside that call, can name its chunks by content.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +27,6 @@ LOCALITIES = ("LOCAL", "REMOTE")
 
 _WRAPPED = "_kvoffload_wrapped"
 _building: list[tuple[Any, Any]] = []
-_weight_listeners: list[Callable[[], None]] = []
 
 
 # -- settings ------------------------------------------------------------------------------------
@@ -114,42 +112,6 @@ def check_engine(vllm_config: Any) -> None:
             f"kvoffload: --enable-lora is not supported by {TIER}: vLLM's keys name an adapter, "
             "not its bytes; use KVOffloadConnector or leave LoRA off"
         )
-
-
-# -- weights that change in place ----------------------------------------------------------------
-
-
-def watch_weights(fn: Callable[[], None]) -> Callable[[], None]:
-    """Call ``fn`` before and after whatever may change this engine's weights; returns how to stop.
-
-    Every such call to the workers goes through ``EngineCore.collective_rpc``, on the scheduler
-    thread. A method that only sounds like it costs a cold cache.
-    """
-    from vllm.v1.engine.core import EngineCore
-
-    original = EngineCore.collective_rpc
-    if not getattr(original, _WRAPPED, False):
-
-        @functools.wraps(original)
-        def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-            tell = list(_weight_listeners) if _may_change_weights(method) else []
-            for listener in tell:
-                listener()
-            try:
-                return original(self, method, *args, **kwargs)
-            finally:
-                for listener in tell:
-                    listener()
-
-        setattr(collective_rpc, _WRAPPED, True)
-        EngineCore.collective_rpc = collective_rpc
-    _weight_listeners.append(fn)
-    return lambda: _weight_listeners.remove(fn)
-
-
-def _may_change_weights(method: Any) -> bool:
-    # A function that is sent to the workers can do anything.
-    return not isinstance(method, str) or ("weight" in method and "checksum" not in method)
 
 
 # -- the engine that is being built --------------------------------------------------------------

@@ -27,13 +27,13 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from kvoffload.config import GIB
 from kvoffload.core.stats import Counters
+from kvoffload.engines.vllm import engine_calls
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.namespace import NamespaceSource, canonical_json
 from kvoffload.engines.vllm.native_settings import (
     check_engine,
     engine_being_built,
     tier_config,
-    watch_weights,
 )
 from kvoffload.errors import StoreError
 from kvoffload.tiers.nvme import QUEUE_BYTES, StripedStore, open_watched
@@ -109,7 +109,7 @@ class KVOffloadTier(SecondaryTierManager):
         self._live: set[str] = set()
         self._unreadable: dict[str, set[OffloadKey]] = {}
         self._store = _open(config, primary_kv_view.nbytes // QUEUE_SHARE)
-        self._unwatch = watch_weights(names.new_epoch)
+        self._unwatch = engine_calls.watch(engine_calls.Listener(names.new_epoch))
 
     # -- requests
 

@@ -14,6 +14,9 @@ from kvoffload.types import CacheLayout, GroupLayout, SlotState
 
 BlockTables = Sequence[Sequence[int]]
 
+PRUNE_ABOVE = 64
+"""The fence remembers so many stores before it looks which of them have ended."""
+
 
 def _copies(
     group: GroupLayout, items: Sequence[LeaseItem] | Sequence[StoreItem], ids: I32
@@ -95,8 +98,11 @@ def store_copies(
     for group in layout.groups:
         mine = [i for i in items if i.group == group.group]
         if mine:
-            table = np.asarray(tables[group.group], np.int32)
-            out.append(_copies(group, mine, table[_block_index(group, mine)]))
+            # Of a long prompt's table only the stretch that is stored becomes an array.
+            index = _block_index(group, mine)
+            low, high = int(index.min()), int(index.max()) + 1
+            stretch = np.asarray(tables[group.group][low:high], np.int32)
+            out.append(_copies(group, mine, stretch[index - low]))
     return out
 
 
@@ -114,6 +120,7 @@ class Fence:
         self._block_tokens = {g.group: g.block_tokens for g in layout.groups}
         self._noted: set[int] = set()
         self._pending: dict[int, tuple[frozenset[int], Any, Any]] = {}
+        self._left = 0  # stores that the last look at their states left
 
     def add(self, order: StoreOrder) -> None:
         """Enter a store that the workers will run in this step."""
@@ -121,7 +128,9 @@ class Fence:
         slots = np.concatenate([c.slots for c in order.copies])
         generations = np.concatenate([c.generations for c in order.copies])
         self._pending[order.store] = (blocks, slots, generations)
-        if len(self._pending) > 64:
+        # Those of this step and of the steps in flight cannot have ended: looking again before
+        # their number has doubled would make a step of many stores quadratic.
+        if len(self._pending) > max(PRUNE_ABOVE, 2 * self._left):
             self._prune()
 
     def note(self, blocks: Any) -> None:
@@ -188,10 +197,16 @@ class Fence:
         return list(self._pending)
 
     def _prune(self) -> None:
-        for number, (_, slots, generations) in list(self._pending.items()):
-            states = self._arena.states(slots, generations)
-            if not (states == int(SlotState.FILLING)).any():
-                del self._pending[number]
+        """Forget the stores that have ended. One call into the arena."""
+        if self._pending:
+            _, slots, generations = zip(*self._pending.values(), strict=True)
+            states = self._arena.states(np.concatenate(slots), np.concatenate(generations))
+            first = np.cumsum([0, *map(len, slots[:-1])])  # of each store; none is without a slot
+            filling = np.logical_or.reduceat(states == int(SlotState.FILLING), first)
+            for number, copying in zip(list(self._pending), filling.tolist(), strict=True):
+                if not copying:
+                    del self._pending[number]
+        self._left = len(self._pending)
 
 
 def new_blocks(output: Any, block_tokens: dict[int, int]) -> set[int]:

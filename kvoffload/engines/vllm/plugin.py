@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kvoffload.config import Config
-from kvoffload.engines.vllm import compat, consumer, native_settings, notes
+from kvoffload.engines.vllm import compat, consumer, engine_calls, native_settings, notes
 from kvoffload.engines.vllm.weight_files import machine, model_folders
 from kvoffload.errors import ConfigError, OffloadError, UnsupportedError
 
@@ -35,6 +35,7 @@ WEIGHT_METHODS = (
     "start_draft_weight_update",
     "update_weights",
     "finish_weight_update",
+    "apply_model",
 )
 #: The same, in some versions only: (since, name).
 WEIGHT_METHODS_SINCE = (((0, 33), "reset_weights"),)
@@ -47,6 +48,9 @@ _MODEL_RUNNERS = (
 # A child of vllm's logger: vLLM configures only its own tree, so a line under "kvoffload" at INFO
 # would not be seen by anyone.
 logger = logging.getLogger("vllm.kvoffload")
+
+_CLOCK_NS = 20_000_000
+"""File systems stamp a change with a clock that is up to a tick (10 ms at 100 Hz) behind."""
 
 _lock = threading.Lock()
 _listeners: list[Callable[[], None]] = []
@@ -188,6 +192,7 @@ def prepare(vllm_config: Any) -> None:
             "alone": getattr(transfer, "kv_connector", None) == CONNECTOR,
             "folders": model_folders(vllm_config),
             "where": machine(),
+            "since": time.time_ns() - _CLOCK_NS,
             "engines": compat.local_engines(vllm_config),
         }
         notes.leave(vllm_config, CONNECTOR, **left)
@@ -255,6 +260,12 @@ def _check_parallel(parallel: Any) -> None:
             "kvoffload: --distributed-executor-backend external_launcher is not supported with "
             f"--tensor-parallel-size {ranks}: every rank has a scheduler, and so a cache, of its "
             f"own; use mp, or start vLLM without {CONNECTOR}"
+        )
+    if getattr(parallel, "enable_fault_tolerance", False) is True:
+        raise UnsupportedError(
+            "kvoffload: --enable-fault-tolerance is not supported: vLLM drops the outputs of a "
+            "faulted step, and with them what its ranks said of their loads; leave it off or "
+            f"start vLLM without {CONNECTOR}"
         )
     if _nodes_of_one_engine(parallel) > 1:
         raise UnsupportedError(
@@ -370,10 +381,18 @@ def wrap_weight_methods() -> list[str]:
 def _changes_weights(cls: type, name: str) -> bool:
     if name in _ALL_WEIGHT_METHODS or name == "add_lora":
         return True
-    # A worker extension (--worker-extension-cls) names its own methods; a false alarm only costs
-    # a cold cache.
-    foreign = not cls.__module__.startswith("vllm.")
-    return foreign and not name.startswith("_") and re.search("weight", name) is not None
+    # A worker extension (--worker-extension-cls) names its own methods, a platform's own worker
+    # has vLLM's, which vLLM calls as well (load_model, update_config).
+    if cls.__module__.startswith("vllm.") or name.startswith("_"):
+        return False
+    words = re.compile("weight") if _is_vllms(cls, name) else engine_calls.SOUNDS_LIKE_WEIGHTS
+    return words.search(name) is not None
+
+
+def _is_vllms(cls: type, name: str) -> bool:
+    workers = ("vllm.v1.worker.worker_base", "WorkerBase"), ("vllm.v1.worker.gpu_worker", "Worker")
+    known = (getattr(sys.modules.get(module), worker, None) for module, worker in workers)
+    return any(hasattr(vllms, name) for vllms in known)
 
 
 def _weight_classes() -> list[type]:

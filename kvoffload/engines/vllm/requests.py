@@ -31,15 +31,18 @@ class ProvisionalLease:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Nothing was offered; holds while HBM and what is held below are the same, for a while."""
+    """Nothing was offered; holds for a while, as long as HBM holds the same of the request, and,
+    where more could be held below by now, as long as nothing came or went there (``changes``: of
+    the Manager; None: whatever comes, what was refused is refused)."""
 
     start: int
-    changes: int
+    changes: int | None
     until: float
 
     def holds(self, start: int, changes: int, now: float) -> bool:
-        """Whether asking again would give the same answer."""
-        return (self.start, self.changes) == (start, changes) and now < self.until
+        """Whether asking again would give the same answer, or is not worth it yet."""
+        same = self.start == start and self.changes in (None, changes)
+        return same and now < self.until
 
 
 @dataclass(slots=True)
@@ -59,6 +62,7 @@ class RequestState:
     hit_sources: dict[Tier, int] | None = None
     looked_up: bool = False
     decision: Decision | None = None  # as last counted
+    missed: str | None = None  # the reason of a miss, as last counted
     refusal: Refusal | None = None
     waiting: Waiting | None = None  # for another request's load
     sampled: bool | None = None  # computed to be compared with what is held; None: not drawn yet
@@ -66,6 +70,11 @@ class RequestState:
     why: Asked | None = None  # what `kvoffload why` will say of it
     tainted: bool = False  # its KV was (partly) computed before the last reset: never store it
     unsupported: bool = False  # resumable sessions rewrite their tokens: no load, no store
+
+    def misses(self, reason: str) -> bool:
+        """Note why it misses; whether that is to be counted: not each time that vLLM asks again."""
+        new, self.missed = reason != self.missed, reason
+        return new
 
     @property
     def request_id(self) -> str:

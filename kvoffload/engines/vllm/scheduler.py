@@ -55,6 +55,9 @@ class Namespaces(Protocol):
     def adapter(self, request: Any) -> bytes | None:
         """Digest of the request's LoRA adapter, b"" without one, None while not known."""
 
+    def forget_adapter(self, lora_int_id: int) -> None:
+        """Another adapter may come under this id and path."""
+
     def on_first_request(self) -> None:
         """Compute the hash canary (vLLM's hash seed is initialised by now)."""
 
@@ -195,14 +198,22 @@ class SchedulerHalf:
             self.manager.prefetch(state.request_id, chain, start, request.num_tokens, wished)
 
     def _hbm_tokens(self, request: Any) -> int:
-        """Leading tokens that HBM holds now: not worth moving up from NVMe."""
-        blocks = 0
-        if self._hbm_holds is not None:
-            for block_hash in request.block_hashes:
-                if not self._hbm_holds(block_hash):
-                    break
-                blocks += 1
-        return blocks * self.layout.hash_tokens
+        """Leading tokens that HBM holds now: not worth moving up from NVMe.
+
+        A hint, O(log blocks): a block that is held and whose next one is not. HBM gives a prompt's
+        last blocks away first, so that this is nearly always the first such block.
+        """
+        holds, hashes = self._hbm_holds, request.block_hashes
+        if holds is None or not hashes or not holds(hashes[0]):
+            return 0
+        held, gone = 0, len(hashes)
+        while gone - held > 1:
+            middle = (held + gone) // 2
+            if holds(hashes[middle]):
+                held = middle
+            else:
+                gone = middle
+        return gone * self.layout.hash_tokens
 
     @guarded(lambda self, request, num_computed: (0, False))
     def get_num_new_matched_tokens(
@@ -222,11 +233,12 @@ class SchedulerHalf:
         if self._skips_cache(request) or state.tainted:
             cause = MissCause.RESET if state.tainted else MissCause.NOT_ASKED
             return self.why.skipped(state, num_computed, cause, "")
+        if state.unsupported:
+            return self.why.skipped(state, num_computed, MissCause.NOT_ASKED, "streaming input")
         chain = self._chain(state)
         if chain is None:
-            self.metrics.miss("namespace_unknown")
-            if state.unsupported:
-                return self.why.skipped(state, num_computed, MissCause.NOT_ASKED, "streaming input")
+            if state.misses("namespace_unknown"):
+                self.metrics.miss("namespace_unknown")
             return self.why.skipped(state, num_computed, MissCause.NOT_READY, "being digested")
         began = time.perf_counter()
         offered = self._lookups.offer(state, chain, num_computed)
@@ -437,6 +449,19 @@ class SchedulerHalf:
         self._reset("the cache was reset")
         return True
 
+    @guarded(lambda self, lora_int_id: self._reset("a LoRA adapter was removed"))
+    def adapter_removed(self, lora_int_id: int) -> None:
+        """The workers let an adapter go. What still runs with it is left alone: the next adapter of
+        this id and path may be another one."""
+        self.namespaces.forget_adapter(lora_int_id)
+        theirs = [s for s in self._states.values() if _adapter_id(s.request) == lora_int_id]
+        for state in theirs:
+            self._lookups.drop(state)
+            self.manager.cancel_prefetch(state.request_id)
+            state.chain, state.tainted = None, True
+        if theirs:
+            self._loads.fail_all()
+
     def _check_epoch(self) -> None:
         epoch = self.arena.epoch()
         if epoch != self._weights_epoch:
@@ -454,9 +479,12 @@ class SchedulerHalf:
             state.stored = 0
             if int(state.request.num_computed_tokens) > 0:
                 state.tainted = True
+            else:
+                state.pin_done = False  # the reset ended its pin: again when it is stored
         self._stores.look_at_all()
         self._loads.fail_all()
         self.manager.reset()
+        self.manager.end_idle_writes()
         self.metrics.reset_epoch()
 
     def has_stats(self) -> bool:
@@ -541,3 +569,8 @@ class SchedulerHalf:
     def _ready(self) -> bool:
         self._check_epoch()
         return self._serve and self._attach.done()
+
+
+def _adapter_id(request: Any) -> int | None:
+    lora = getattr(request, "lora_request", None)
+    return None if lora is None else int(lora.lora_int_id)

@@ -62,7 +62,9 @@ class KVOffloadStats(KVConnectorStats):
         hit = _sum(counters, "kvoffload_hit_tokens_total")
         if queried:
             out["lookup tokens"] = int(queried)
-            out["hit %"] = round(100 * hit / queried, 1)
+            # Of this line's window: a load may be answered in a later one than its lookup, and a
+            # request that was preempted loads again but is looked up once.
+            out["hit %"] = round(100 * min(1.0, hit / queried), 1)
         for tier in ("dram", "nvme", "remote"):
             tokens = counters.get(f"kvoffload_hit_tokens_total|{tier}", 0)
             if tokens:

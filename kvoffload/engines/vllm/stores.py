@@ -18,6 +18,8 @@ from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.types import CacheLayout
 
 NEVER = 1 << 62  # tokens
+FEW = 16
+"""More tokens of one request in one step than decoding takes, drafts included."""
 AGAIN = 3
 """After a failed load, chunks whose bad copies are still being taken out of the tiers cannot be
 stored yet: that many steps look again from the root."""
@@ -28,7 +30,9 @@ class StorePlanner:
 
     A request completes a chunk every few dozen steps, so each is looked at when it may have done
     so, not in every step: a step costs O(requests that are due). Time is counted in tokens, as if
-    every request had been given as many as the step's greediest, so that it is never late.
+    every request had been given as many as the step's greediest of those that get at most FEW, so
+    that it is never late. Who gets more is looked at in that step: the step's budget of tokens
+    bounds how many these are, and a chunk of a prompt does not make every decoding request due.
     """
 
     def __init__(
@@ -98,14 +102,21 @@ class StorePlanner:
     def has_work(self, output: Any, most: int) -> bool:
         """Take in a step, in which no request gets more than ``most`` tokens: whether any request
         is new here or due."""
+        scheduled = output.num_scheduled_tokens
+        if most > FEW:
+            # One at least: what is no longer true leaves the queue as the time passes.
+            self._tokens += max((n for n in scheduled.values() if n <= FEW), default=1)
+            return True
         self._tokens += most
         if self._queue and self._queue[0][0] <= self._tokens:
             return True
-        return not output.num_scheduled_tokens.keys() <= self._due.keys()
+        return not scheduled.keys() <= self._due.keys()
 
     def _to_look_at(self, scheduled: Mapping[str, int]) -> list[str]:
-        """Requests of the step that are new here or due; never again unless they are put off."""
-        some = [r for r in scheduled if r not in self._due]
+        """Requests of the step that get many tokens, are new here or due; never again unless they
+        are put off."""
+        some = [r for r, n in scheduled.items() if n > FEW or r not in self._due]
+        self._due.update(dict.fromkeys(some, NEVER))
         while self._queue and self._queue[0][0] <= self._tokens:
             due, request_id = heapq.heappop(self._queue)
             if self._due.get(request_id) != due:
@@ -115,7 +126,6 @@ class StorePlanner:
                 self._due[request_id] = NEVER
             else:
                 del self._due[request_id]  # not in this step: new when it comes back
-        self._due.update(dict.fromkeys(some, NEVER))
         return some
 
     def _put_off(self, request_id: str, tokens: int) -> None:

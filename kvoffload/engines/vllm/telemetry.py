@@ -70,11 +70,13 @@ def prefill_work(output: Any, states: Mapping[str, RequestState]) -> PrefillWork
         return None  # most steps only decode
     prompt = PrefillWork(0, 0.0)
     for request_id, scheduled in output.num_scheduled_tokens.items():
+        if scheduled == 1:
+            continue  # it decodes: a thousand others may, and one token says nothing
         state = states.get(request_id)
         if state is not None:
-            done = int(state.request.num_computed_tokens)
-            end = min(done + scheduled, int(state.request.num_prompt_tokens))
-            prompt += PrefillWork.span(done, end)
+            done, end = int(state.request.num_computed_tokens), int(state.request.num_prompt_tokens)
+            if done < end:
+                prompt += PrefillWork.span(done, min(done + scheduled, end))
     mostly = prompt.tokens >= PREFILL_TOKENS and 2 * prompt.tokens >= total
     return prompt if mostly else None
 

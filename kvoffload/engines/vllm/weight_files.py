@@ -78,6 +78,16 @@ def machine() -> str:
         return ""
 
 
+def loaded_after(vllm_config: Any) -> int:
+    """Wall clock in ns before which this engine cannot have opened a weight file: when its
+    configuration was checked, where that was on this machine, else when the plugin came."""
+    from kvoffload.engines.vllm.plugin import loaded_after_ns
+
+    left = notes.read(vllm_config)
+    since = left.get("since") if left.get("where") == machine() != "" else None
+    return max(loaded_after_ns(), since) if isinstance(since, int) else loaded_after_ns()
+
+
 def model_folders(vllm_config: Any) -> dict[str, str]:
     """Which local folders the models of ``vllm_config`` are read from, by path. Never raises."""
     seen: dict[str, str] = {}

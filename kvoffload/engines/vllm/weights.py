@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvoffload.engines.vllm.weight_files import NotLocal, WeightFiles, weight_files
+from kvoffload.engines.vllm.weight_files import NotLocal, WeightFiles, loaded_after, weight_files
 from kvoffload.files import replace_json, user_cache_file
 
 logger = logging.getLogger("vllm.kvoffload")
@@ -195,10 +195,8 @@ class WeightsDigest:
 
     @classmethod
     def of(cls, vllm_config: Any) -> WeightsDigest:
-        """For a VllmConfig; files changed after this process registered the plugin are refused."""
-        from kvoffload.engines.vllm.plugin import loaded_after_ns
-
-        return cls(lambda: weight_files(vllm_config), unchanged_since_ns=loaded_after_ns())
+        """For a VllmConfig; files changed after it was made are refused."""
+        return cls(lambda: weight_files(vllm_config), unchanged_since_ns=loaded_after(vllm_config))
 
     def start(self) -> None:
         """Begin; calling it again does nothing."""

@@ -7,6 +7,7 @@ answered exactly once, whatever breaks (docs/request-lifecycle.md, "exactly once
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,6 +71,7 @@ class WorkerHalf:
         self._attach_failed = ""
         self._engine_group: dict[int, int] = {}
         self._orders: StepOrders | None = None
+        self._raised_before: BaseException | None = None
         self._running: dict[int, RunningLoad] = {}
         self._answered: set[int] = set()
         self._store_jobs: dict[int, list[int]] = {}
@@ -174,6 +176,7 @@ class WorkerHalf:
         self._orders = orders
         if orders is CALM and self._is_idle():
             return True
+        self._raised_before = sys.exc_info()[1]
         if self._answered:
             self._answered = {a for a in self._answered if a >= orders.low_water}
         for order in orders.loads:
@@ -281,7 +284,15 @@ class WorkerHalf:
 
     @guarded(lambda self: self._fail_stores())
     def wait_for_save(self) -> None:
-        """After the forward: submit this step's stores. They never wait here."""
+        """After the forward: submit this step's stores. They never wait here.
+
+        vLLM calls this also when the forward raised (in a ``finally``): the blocks then hold
+        whatever was in them before, and whoever comes after the crash would find it on NVMe under
+        a right name. An exception that was being handled before the step began is not its own.
+        """
+        if sys.exc_info()[1] is not self._raised_before:
+            self._fail_stores()
+            return
         orders = self._orders
         while orders is not None and orders.stores:
             self._submit_store(orders.stores[-1])
@@ -431,7 +442,7 @@ class WorkerHalf:
 
     def clear(self) -> None:
         """End of step."""
-        self._orders = None
+        self._orders = self._raised_before = None
 
     def shutdown(self) -> None:
         """Stop copying; slots half filled stay FILLING and are never served."""

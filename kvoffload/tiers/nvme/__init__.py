@@ -53,13 +53,26 @@ def open_segment_store(
     ``endurance_bytes``: what the drive endures; None: as a writer last said (``lifetime`` file).
     Raises StoreError (one line naming the path) and ValueError for numbers out of range.
     """
+    where = _utf8(path)
     sizes = max_bytes or 0, segment_bytes or 0, threads, queue_bytes
     try:
         if read_only:
-            return SegmentStore(os.fspath(path), *sizes, direct, True, io_engine)
-        return CountedStore(os.fspath(path), *sizes, direct, io_engine, endurance_bytes)
+            return SegmentStore(where, *sizes, direct, True, io_engine)
+        return CountedStore(where, *sizes, direct, io_engine, endurance_bytes)
     except OSError as error:
         raise StoreError(error.errno, error.strerror) from error
+
+
+def _utf8(path: str | os.PathLike[str]) -> str:
+    """What the native store takes, and files with a path in them. Raises StoreError."""
+    text = os.fspath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text.encode("utf-8", "backslashreplace").decode()
+        line = f"chunk store {shown}: cannot be opened: the path is not UTF-8 text"
+        raise StoreError(errno.EILSEQ, line) from error
+    return text
 
 
 def open_drives(
