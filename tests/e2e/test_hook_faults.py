@@ -83,7 +83,8 @@ def test_every_guarded_hook_is_in_these_lists() -> None:
                     by_hand.add(name)
         return by_hand
 
-    assert hooks(SchedulerHalf) == set(SCHEDULER)
+    of_adapters = {"adapter_removed"}  # planted by tests/fault; this engine has none to remove
+    assert hooks(SchedulerHalf) == set(SCHEDULER) | of_adapters
     assert hooks(WorkerHalf) == set(WORKER)
 
 
@@ -133,7 +134,7 @@ def test_the_worker_always_fails() -> None:
     with _engine(**plan) as life:
         outputs = _work(life)
         assert [o.num_cached_tokens for o in outputs] == [0] * 8
-        assert total(life.metrics(), "kvoffload_hit_requests_total") > 0
+        assert total(life.metrics(), "kvoffload_hit_requests_total") == 0  # none succeeded
         assert total(life.metrics(), "kvoffload_failed_loads_total") > 0
         assert total(life.metrics(), "kvoffload_loaded_tokens_total") == 0
         assert total(life.metrics(), "kvoffload_failures_total", kind="exception") > 0

@@ -29,6 +29,7 @@ SCHEDULER_HOOKS = (
     "request_finished",
     "has_pending_push_work",
     "reset_cache",
+    "adapter_removed",
 )
 WORKER_HOOKS = (
     "handle_preemptions",
@@ -70,6 +71,7 @@ def life(engine: MiniEngine) -> int:
     engine.reset(connector=True)
     for _ in range(2):
         engine.ask(tokens(40), 4)
+        engine.scheduler_half.adapter_removed(7)
         engine.forget_hbm()
     return engine.scheduler.parked
 
