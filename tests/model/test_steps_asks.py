@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,7 +196,7 @@ def hbm_tokens(engine: MiniEngine, blocks: int, held: set[int]) -> tuple[int, in
 
     half = engine.scheduler_half
     half.watch_hbm(lambda: False, holds)
-    found = half._hbm_tokens(SimpleNamespace(block_hashes=list(range(blocks))))
+    found = half._hbm.leading_tokens(list(range(blocks)))
     return found, len(asked)
 
 

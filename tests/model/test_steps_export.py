@@ -58,7 +58,7 @@ def test_the_last_token_goes_first_and_everything_is_exported(engine: MiniEngine
     engine.add(tokens(40), 3)
     payloads = []
     while engine.step() or engine.scheduler.has_requests():
-        live, ended = bool(half._states), half._export_pace.ended
+        live, ended = bool(half._states), half._stats.pace.ended
         payload = half.take_stats()
         if payload is not None:
             assert ended or not (live or engine.manager.store_inflight())

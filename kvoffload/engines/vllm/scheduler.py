@@ -18,13 +18,15 @@ from kvoffload.core.manager import Manager
 from kvoffload.core.pages import PageFormat
 from kvoffload.engines.vllm.account import Accounts
 from kvoffload.engines.vllm.attach import AttachWatch
+from kvoffload.engines.vllm.exports import StatsExport
 from kvoffload.engines.vllm.guard import HookGuard, guarded
+from kvoffload.engines.vllm.hbm import HbmCache
 from kvoffload.engines.vllm.hints import RequestHints
 from kvoffload.engines.vllm.loads import Loads
 from kvoffload.engines.vllm.lookups import Lookups
 from kvoffload.engines.vllm.meta import CALM, ArenaAddress, StepOrders, WorkerReport
 from kvoffload.engines.vllm.orders import Fence
-from kvoffload.engines.vllm.pace import Export, ExportPace, TickPace
+from kvoffload.engines.vllm.pace import TickPace
 from kvoffload.engines.vllm.requests import RequestState
 from kvoffload.engines.vllm.shadow import ShadowCheck
 from kvoffload.engines.vllm.stores import StorePlanner
@@ -33,10 +35,9 @@ from kvoffload.engines.vllm.telemetry import (
     StepClock,
     prefill_work,
     record,
-    report_levels,
 )
 from kvoffload.engines.vllm.why import WhyMiss
-from kvoffload.metrics import Payload, Recorder, is_empty
+from kvoffload.metrics import Payload, Recorder
 from kvoffload.replay.record import StreamRecorder
 from kvoffload.types import CacheLayout, MissCause, Tier
 
@@ -157,25 +158,20 @@ class SchedulerHalf:
         self._attach = AttachWatch(arena, layout.world_size, clock)
         self._said_unsupported = False
         self._dram_only = False
-        self._stale = False
-        self._hbm_empty: Callable[[], bool] = lambda: False
-        self._hbm_holds: Callable[[Any], bool] | None = None
+        self._hbm = HbmCache(layout)
         self._weights_epoch = arena.epoch()
         self._steps = StepClock(clock)
-        self._step_seconds: list[float] = []
         self._tick_pace = TickPace()
-        self._export_pace = ExportPace()
+        self._stats = StatsExport(
+            self.metrics, manager, self._accounts, self.guard, self._states, clock
+        )
         self._last_step = float("-inf")
 
     def watch_hbm(
         self, is_empty: Callable[[], bool], holds: Callable[[Any], bool] | None = None
     ) -> None:
-        """How to see into HBM's prefix cache: whether it is empty (asked only after a weight
-        change), and whether it holds the block with a vLLM block hash (asked at arrival)."""
-        self._hbm_empty = is_empty
-        one = len(self.layout.groups) == 1
-        if one and self.layout.groups[0].block_tokens == self.layout.hash_tokens:
-            self._hbm_holds = holds
+        """How to see into HBM's prefix cache; see HbmCache.watch."""
+        self._hbm.watch(is_empty, holds)
 
     # ---------------------------------------------------------------- arrival and lookup
 
@@ -194,26 +190,9 @@ class SchedulerHalf:
         wished = pin or state.hints.prefetch
         # Alone it is looked up in the next step, which starts the same reads.
         if self._ready() and (wished or len(self._states) > 1):
-            start = 0 if pin else self._hbm_tokens(request)  # what is pinned is pinned in DRAM
+            # What is pinned is pinned in DRAM, whatever HBM holds.
+            start = 0 if pin else self._hbm.leading_tokens(request.block_hashes)
             self.manager.prefetch(state.request_id, chain, start, request.num_tokens, wished)
-
-    def _hbm_tokens(self, request: Any) -> int:
-        """Leading tokens that HBM holds now: not worth moving up from NVMe.
-
-        A hint, O(log blocks): a block that is held and whose next one is not. HBM gives a prompt's
-        last blocks away first, so that this is nearly always the first such block.
-        """
-        holds, hashes = self._hbm_holds, request.block_hashes
-        if holds is None or not hashes or not holds(hashes[0]):
-            return 0
-        held, gone = 0, len(hashes)
-        while gone - held > 1:
-            middle = (held + gone) // 2
-            if holds(hashes[middle]):
-                held = middle
-            else:
-                gone = middle
-        return gone * self.layout.hash_tokens
 
     @guarded(lambda self, request, num_computed: (0, False))
     def get_num_new_matched_tokens(
@@ -225,7 +204,7 @@ class SchedulerHalf:
         """
         state = self._state(request)
         ready = self._ready()
-        if self._hbm_stale() and num_computed > 0:
+        if self._hbm.is_stale(self._states.values()) and num_computed > 0:
             state.tainted = True  # its HBM hit may hold KV of the old weights
         if not ready or self._loads.is_banned(state.request_id):
             why = "workers are attaching" if self._serve else "nothing is served: see the log"
@@ -244,18 +223,6 @@ class SchedulerHalf:
         offered = self._lookups.offer(state, chain, num_computed)
         self._accounts.ledger.lookup(state.request_id, time.perf_counter() - began)
         return (None, False) if offered is None else (offered, offered > 0)
-
-    def _hbm_stale(self) -> bool:
-        """Whether HBM may still hold blocks of weights that were replaced in place.
-
-        To be asked at every lookup: one with an HBM hit finds HBM not empty.
-        """
-        if self._stale and self._hbm_empty():
-            for state in self._states.values():
-                if int(state.request.num_computed_tokens) == 0:
-                    state.tainted = False  # what it had is gone
-            self._stale = any(state.tainted for state in self._states.values())
-        return self._stale
 
     # ---------------------------------------------------------------- allocation -> load order
 
@@ -330,7 +297,7 @@ class SchedulerHalf:
             self._finish_orders(orders, now)
         prefills = looks or most >= PREFILL_TOKENS
         self._steps.built(prefill_work(output, self._states) if prefills else None, now)
-        self._step_seconds.append(time.perf_counter() - began)
+        self._stats.step_took(time.perf_counter() - began)
         return orders
 
     def _is_calm(self, output: Any, now: float) -> bool:
@@ -415,7 +382,7 @@ class SchedulerHalf:
 
     def _forget(self, request: Any) -> None:
         state = self._states.pop(str(request.request_id), None)
-        self._export_pace.request_ended(self._clock())
+        self._stats.request_ended()
         if state is not None:
             self._lookups.drop(state)
             if self._recorder is not None and state.chain is not None:
@@ -440,8 +407,7 @@ class SchedulerHalf:
         if not self._attach.done():
             return self._attach.worth_waiting()
         storing = self.manager.store_inflight() > 0
-        wanted = self._export_pace.wants_step(self._clock(), storing)
-        return storing or (wanted and not self._states)
+        return self._stats.wants_step(storing) or storing
 
     @guarded(lambda self: False)
     def reset_cache(self) -> bool:
@@ -466,7 +432,7 @@ class SchedulerHalf:
         epoch = self.arena.epoch()
         if epoch != self._weights_epoch:
             self._weights_epoch = epoch
-            self._stale = True
+            self._hbm.weights_changed()
             self._reset("the model's weights changed in place")
 
     def _reset(self, why: str) -> None:
@@ -489,28 +455,12 @@ class SchedulerHalf:
 
     def has_stats(self) -> bool:
         """Whether ``take_stats`` would find anything. Asked every step."""
-        return not (self._states and self._export_pace.rests(self._clock()))
+        return self._stats.has_any()
 
     @guarded(lambda self: None)
     def take_stats(self) -> Payload | None:
         """What changed since the last call, None when nothing did or it can wait (ExportPace)."""
-        now = self._clock()
-        running = bool(self._states)
-        storing = not running and self.manager.store_inflight() > 0  # O(slots being filled)
-        export = self._export_pace.next(now, running=running, storing=storing)
-        if export is Export.NOTHING:
-            return None
-        times, self._step_seconds = self._step_seconds, []
-        for seconds in times:
-            self.metrics.scheduler_step(seconds)
-        for hook, count in self.guard.take_errors().items():
-            self.metrics.failure(f"hook_{hook}", count)
-        if export is Export.ALL:
-            report_levels(self.manager, self.metrics)
-            self._accounts.report(now)
-            self.metrics.ship_again(now)
-        payload = self.metrics.take()
-        return None if is_empty(payload) else payload
+        return self._stats.take()
 
     def shutdown(self, flush_s: float) -> None:
         """Bounded flush of what was not yet written, then close the Manager."""
