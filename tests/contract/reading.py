@@ -6,6 +6,7 @@ import ast
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvoffload.engines.vllm import compat
 from tests.contract.vllm_source import Function, Module, Parameters, Source, calls_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -533,6 +534,12 @@ def check_hashing(source: Source) -> list[str]:
                 )
     if "NONE_HASH" not in module.names:
         problems.append("NONE_HASH is gone")
+    maker = module.function("_gen_lora_extra_hash_keys")
+    by_path = maker is not None and any(
+        isinstance(n, ast.Attribute) and n.attr == "lora_path" for n in ast.walk(maker)
+    )
+    if maker is None or by_path != compat.hashes_adapter_paths(source.minor):
+        problems.append("block hashes name LoRA adapters otherwise than compat says")
     return problems
 
 

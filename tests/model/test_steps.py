@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from kvoffload import _core
+from kvoffload.core.hashchain import Chain
+from kvoffload.engines.vllm.meta import BadChunk, WorkerReport
+from kvoffload.types import LoadFailure
 from tests.support.steps import LOAD, MiniEngine, Options, tokens
-from tests.support.steps_blocks import GroupSpec, Status
+from tests.support.steps_blocks import GroupSpec, MiniRequest, Status
 from tests.support.steps_rank import Geometry, KVMemory, Rank
 
 FULL = (GroupSpec(),)  # chunks of 8 tokens, blocks of 4
@@ -695,6 +698,85 @@ def test_reset_while_loading_fails_the_load(groups: Any) -> None:
     engine.finish()
 
 
+def adapted(engine: MiniEngine, path: str = "/a", name: str = "a") -> MiniRequest:
+    """A request of 40 tokens with an adapter, answered."""
+    lora = SimpleNamespace(lora_int_id=7, lora_name=name, lora_path=path)
+    request = engine.add(tokens(40), 1, lora=lora)
+    engine.run()
+    engine.settle()
+    return request
+
+
+def test_hbm_blocks_of_an_adapter_are_not_stored_under_the_next_one_of_its_name() -> None:
+    """VLLM finds a prompt's blocks by the adapter's name and path, whatever bytes it has now."""
+    engine = MiniEngine(Options(blocks=128))
+    bytes_of = {"/a": b"old", "/b": b"b"}
+
+    def adapter(request: Any) -> bytes:
+        return bytes_of[request.lora_request.lora_path]
+
+    def held(request: MiniRequest, name: bytes) -> int:
+        chain = Chain(engine.namespaces.namespace(), name, engine.layout)
+        chain.extend(request.block_hashes)
+        return engine.manager.lookup(chain, 0, 40).end
+
+    engine.namespaces.adapter = adapter  # type: ignore[method-assign]
+    one, other = adapted(engine), adapted(engine, "/b")  # two of a name: nothing is stale
+    assert held(one, b"old") == 40 and held(other, b"b") == 40
+    bytes_of["/a"] = b"new"
+    request = adapted(engine)
+    assert engine.computed(request) < 40 and held(request, b"new") == 0, "old blocks, new name"
+    engine.forget_hbm()
+    request = adapted(engine)
+    assert request.loads == 0 and held(request, b"new") == 40
+    engine.forget_hbm()
+    assert adapted(engine).loads == 1 and adapted(engine, "/b").loads == 1
+    engine.finish()
+
+
+def test_a_request_of_a_removed_adapter_does_not_ask_for_its_name_again() -> None:
+    """It would be that of the files of this moment, and the next adapter's until they are looked at
+    again."""
+    engine = MiniEngine(Options(in_flight=2, blocks=128))
+    asked: list[Any] = []
+    lora = SimpleNamespace(lora_int_id=7, lora_name="a", lora_path="/a")
+
+    def adapter(request: Any) -> bytes:
+        asked.append(request)
+        return b"a"
+
+    engine.namespaces.adapter = adapter  # type: ignore[method-assign]
+    engine.add(tokens(40), 20, hints={"retain_s": 60}, lora=lora)
+    for _ in range(6):
+        engine.step()
+    assert asked
+    asked.clear()
+    engine.scheduler_half.adapter_removed(7)
+    engine.run()
+    assert not asked
+    engine.finish()
+
+
+def test_a_damaged_chunk_is_counted_though_a_rank_waited_too_long_for_it() -> None:
+    engine = MiniEngine(Options(ranks=2, load_lag=6, blocks=128))
+    engine.ask(tokens(40))
+    engine.forget_hbm()
+    _counts(engine)
+    request = engine.add(tokens(40))
+    engine.until_loading(request)
+    engine.expect_bad = True
+    loads = engine.scheduler_half._loads
+    attempt = next(iter(loads._table))
+    ref = attempt.lease.items[0].ref
+    for reason in (LoadFailure.DEADLINE, LoadFailure.CORRUPT, LoadFailure.CORRUPT):
+        bad = BadChunk(attempt.attempt, ref.slot, ref.generation, ref.offset, reason)
+        loads.take_report(WorkerReport(bad=[bad], failed_attempts={attempt.attempt: reason}))
+    engine.run()
+    counts = _counts(engine)
+    kinds = {s: v for s, v in counts.items() if s.startswith("kvoffload_failures_total")}
+    assert kinds == {"kvoffload_failures_total|deadline": 1, "kvoffload_failures_total|corrupt": 1}
+
+
 @pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
 def test_an_adapter_that_is_removed_takes_its_loads_along(groups: Any) -> None:
     """What loads with it is failed, what runs with it is not stored; nobody else is touched."""
@@ -702,7 +784,7 @@ def test_an_adapter_that_is_removed_takes_its_loads_along(groups: Any) -> None:
     engine.ask(tokens(40))
     engine.forget_hbm()
     theirs, other = engine.add(tokens(40), 2), engine.add(tokens(24, 1), 20)
-    theirs.lora_request = SimpleNamespace(lora_int_id=7)
+    theirs.lora_request = SimpleNamespace(lora_int_id=7, lora_name="a", lora_path="/a")
     engine.until_loading(theirs)
     engine.scheduler_half.adapter_removed(8)
     engine.step()

@@ -206,6 +206,7 @@ class MiniEngine:
         params: dict[str, Any] | None = None,
         hints: Any = None,
         session: str | None = None,
+        lora: Any = None,
     ) -> MiniRequest:
         """A new request; ids are never used twice, as in vLLM. ``hints``: as a client gives them."""
         self._number += 1
@@ -213,6 +214,7 @@ class MiniEngine:
         chain = TokenChain(prompt, salt, self.layout.hash_tokens)
         request = MiniRequest(rid, chain, len(prompt), max_tokens, skip, session_id=session)
         request.cache_salt = salt.decode() or None
+        request.lora_request = lora
         request.kv_transfer_params = params
         if hints is not None:
             request.kv_transfer_params = {"kvoffload": hints}

@@ -90,6 +90,7 @@ class MiniRequest:
     kv_transfer_params: dict[str, Any] | None = None
     kv_hints: Any = None
     session_id: str | None = None
+    lora_request: Any = None
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0

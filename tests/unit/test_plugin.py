@@ -536,6 +536,16 @@ def workers() -> Iterator[Any]:
         def load_model(self) -> str:  # vLLM has one of that name, and calls it itself
             return "loaded"
 
+        @staticmethod
+        def load_params_from(path: str) -> str:
+            return f"read {path}"
+
+        @classmethod
+        def merged_by(cls) -> str:
+            return cls.__name__
+
+        sync_type = dict
+
         def ping(self) -> str:
             return "pong"
 
@@ -601,6 +611,17 @@ def test_listeners_hear_success_and_failure(workers: Any) -> None:
     worker.fails = False
     worker.reload_weights()
     assert len(heard) == 8
+
+
+def test_what_an_extension_keeps_under_such_names_stays_what_it_is(workers: Any) -> None:
+    heard: list[int] = []
+    plugin.add_weights_listener(lambda: heard.append(1))
+    plugin.wrap_weight_methods()
+    worker = workers()
+    assert worker.load_params_from("x") == workers.load_params_from("x") == "read x"
+    assert len(heard) == 4
+    assert worker.merged_by() == "MyWorker" and len(heard) == 6
+    assert worker.sync_type is dict and isinstance({}, worker.sync_type) and len(heard) == 6
 
 
 def test_the_real_update_methods_notify_even_when_they_refuse(workers: Any) -> None:

@@ -411,6 +411,38 @@ def test_an_adapter_that_comes_back_unchanged_has_its_name_again(
     assert known(digests, lora(folder)) == before
 
 
+@pytest.mark.parametrize("change", ["same", "other bytes", "deleted"])
+def test_an_adapter_nobody_asked_for_is_looked_at_when_it_is_asked_for_again(
+    tmp_path: Path,
+    cache: w.DigestCache,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    change: str,
+) -> None:
+    """vllm serve tells nobody that an adapter was unloaded; the folder of a training step goes."""
+    monkeypatch.setattr("kvoffload.engines.vllm.adapters.RECHECK_S", 0.05)
+    now = [0.0]
+    digests = AdapterDigests(cache=cache, unchanged_since_ns=FAR, clock=lambda: now[0])
+    folder = model(tmp_path / "a", adapter_model_st=b"1")
+    before = known(digests, lora(folder))
+    now[0] += 601
+    if change == "other bytes":
+        (folder / "adapter_model.safetensors").write_bytes(b"2")
+    elif change == "deleted":
+        shutil.rmtree(folder)
+    time.sleep(0.2)
+    assert not caplog.messages
+    assert digests.get(lora(folder)) is None  # not before it was looked at
+    if change == "same":
+        assert known(digests, lora(folder)) == before
+    else:
+        time.sleep(0.2)
+        assert digests.get(lora(folder)) is None
+        assert [m for m in caplog.messages if "changed while it was served" in m]
+    digests.check()
+    digests.close()
+
+
 def test_in_place_adapters_are_never_known(tmp_path: Path, digests: AdapterDigests) -> None:
     folder = model(tmp_path / "a", adapter_model_st=b"1")
     known(digests, lora(folder))

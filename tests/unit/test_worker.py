@@ -11,6 +11,7 @@ import pytest
 from kvoffload.copy.base import Fragment
 from kvoffload.engines.vllm import worker as worker_module
 from kvoffload.engines.vllm.meta import (
+    CALM,
     ArenaAddress,
     ChunkCopies,
     LoadOrder,
@@ -185,6 +186,32 @@ def test_what_a_forward_that_raised_left_is_not_stored(error: BaseException) -> 
     later, orders = storing(arena, engine)
     step(later, orders, None)
     assert engine.stored == 1
+
+
+@pytest.mark.parametrize("calm", [False, True])
+def test_what_comes_after_a_forward_that_raised_is_not_stored_either(calm: bool) -> None:
+    """vLLM's worker answers FAILURE and takes the next step, which was sent before that: it computes
+    over the garbage. A step without orders that raises counts, too."""
+    arena, engine = Slots(), Stores()
+    worker, orders = storing(arena, engine)
+    with pytest.raises(MemoryError):
+        step(worker, CALM if calm else StepOrders(), MemoryError())
+    step(worker, orders, None)
+    assert arena.failed == [(3, 7)] and engine.stored == 0
+
+
+def test_a_step_that_raised_where_vllm_has_no_finally() -> None:
+    """Its runner V2, and what it defers to after the drafter: no hook comes after ``bind``."""
+    arena, engine = Slots(), Stores()
+    worker, orders = storing(arena, engine)
+    worker.bind(orders)
+    worker.bind(StepOrders())
+    assert arena.failed == [(3, 7)]  # nobody waits for it
+    worker.wait_for_save()
+    worker.clear()
+    again = storing(arena, engine)[1]
+    step(worker, again, None)
+    assert arena.failed == [(3, 7)] * 2 and engine.stored == 0
 
 
 def test_an_engine_that_runs_while_an_exception_is_handled_stores() -> None:

@@ -136,6 +136,7 @@ def scheduler_side(vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
         eagle=compat.drops_last_block(vllm_config),
         follow=bool(vllm_config.cache_config.enable_prefix_caching),
         fail_by_blocks=compat.is_reduced(compat.vllm_version()),
+        adapter_paths=compat.hashes_adapter_paths(compat.vllm_version()),
         formats=_comparable(config, kv_cache_config, layout) if room.serve else {},
         model=_model_name(vllm_config),
         recorder=_recorder(config, layout) if room.serve else None,

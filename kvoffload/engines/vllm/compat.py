@@ -59,6 +59,11 @@ def is_reduced(version: tuple[int, ...]) -> bool:
     return bool(version) and version[:2] < OLDEST
 
 
+def hashes_adapter_paths(version: tuple[int, ...]) -> bool:
+    """Whether block hashes tell LoRA adapters of one name apart by their paths."""
+    return not version or version[:2] >= (0, 31)
+
+
 def why_refused(version: tuple[int, ...]) -> str | None:
     """Why an engine of this version is refused at start. Newer and unknown ones are not."""
     if not is_reduced(version) or version[:2] in REDUCED:

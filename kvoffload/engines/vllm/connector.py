@@ -232,8 +232,7 @@ class KVOffloadConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """Submit stores."""
-        if not self._idle:
-            self._rank.wait_for_save()
+        self._rank.wait_for_save()  # without any, too: it notes a forward that raised
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Requests whose loads ended, failed ones included."""

@@ -17,9 +17,12 @@ from typing import Any
 _WRAPPED = "_kvoffload_wrapped"
 logger = logging.getLogger("vllm.kvoffload")
 
-SOUNDS_LIKE_WEIGHTS = re.compile(r"weight|param|state_dict|load|sync|update|merge|apply_model")
+SOUNDS_LIKE_WEIGHTS = re.compile(
+    r"weight|param|state_dict|(?:^|_)(?:re)?load|(?<!a)sync|update|merge|apply_model"
+)
 """Names of methods, not vLLM's own, that may change weights in place. A false alarm costs a cold
-cache, a method that is missed wrong tokens: trainers' worker extensions have update_named_param,
+cache, and what hits HBM is neither loaded nor stored until HBM's prefix cache has been empty; a
+method that is missed costs wrong tokens: trainers' worker extensions have update_named_param,
 load_state_dict, sync_from_trainer and the like."""
 
 

@@ -32,6 +32,7 @@ logger = logging.getLogger("vllm.kvoffload")
 LONGEST_S = 5.0
 """A load's deadline while the rates are not known, and the longest there is."""
 _BAD_BYTES = (LoadFailure.CORRUPT, LoadFailure.SLOT_LOST)
+_Bad = tuple[int, int, bool]  # slot, generation, bad bytes (or not: they came too late)
 
 
 def _sources(attempt: Attempt) -> dict[Tier, int]:
@@ -75,7 +76,7 @@ class Loads:
         self._table = LoadTable()
         self._fills: dict[int, list[I32]] = {}  # by attempt: the blocks it is to fill; -1: none
         self._unsent: list[LoadOrder] = []
-        self._blamed: dict[int, set[tuple[int, int]]] = {}  # by attempt: bad (slot, generation)
+        self._blamed: dict[int, set[_Bad]] = {}  # by attempt
 
     def is_banned(self, request_id: str) -> bool:
         """A load of this request failed before: it is never offered one again."""
@@ -282,12 +283,13 @@ class Loads:
         """Those that no rank has reported before: what ranks share is bad for each of them, in this
         step or another."""
         news: list[BadChunk] = []
-        late: dict[int, set[tuple[int, int]]] = {}  # of attempts that are over
+        late: dict[int, set[_Bad]] = {}  # of attempts that are over
         for one in bad:
             known = late if self._table.find(one.attempt) is None else self._blamed
             seen = known.setdefault(one.attempt, set())
-            if (one.slot, one.generation) not in seen:
-                seen.add((one.slot, one.generation))
+            bad = (one.slot, one.generation, one.reason in _BAD_BYTES)
+            if bad not in seen:
+                seen.add(bad)
                 news.append(one)
         return news
 

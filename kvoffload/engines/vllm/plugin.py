@@ -9,6 +9,7 @@ is named.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import re
@@ -366,12 +367,14 @@ def wrap_weight_methods() -> list[str]:
         for name in sorted(vars(cls)):
             if not _changes_weights(cls, name):
                 continue
-            original = vars(cls)[name]
-            if not callable(original) or getattr(original, _WRAPPED, False):
-                continue
-            only_in_place = name == "add_lora"
+            member = vars(cls)[name]
+            kind = type(member) if isinstance(member, staticmethod | classmethod) else None
+            original = member.__func__ if kind else member
+            if not inspect.isfunction(original) or getattr(original, _WRAPPED, False):
+                continue  # a class or another value that an extension keeps under such a name
+            wrapped = _notifying(original, name == "add_lora")
             try:
-                setattr(cls, name, _notifying(original, only_in_place))
+                setattr(cls, name, kind(wrapped) if kind else wrapped)
                 done.append(f"{cls.__name__}.{name}")
             except (AttributeError, TypeError):
                 logger.warning("kvoffload: cannot watch %s.%s", cls.__name__, name)

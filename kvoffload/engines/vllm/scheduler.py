@@ -75,8 +75,8 @@ class SchedulerHalf:
 
     ``follow``: HBM's prefix cache is on, so that a request may wait for another one's load.
     ``formats``: pages that the shadow check can compare, by KV group; without any it is off.
-    ``recorder``: is told of every request that has ended. ``alone``: no other connector of the
-    engine loads anything.
+    ``adapter_paths``: see HbmCache. ``recorder``: is told of every request that has ended.
+    ``alone``: no other connector of the engine loads anything.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class SchedulerHalf:
         serve: bool = True,
         eagle: bool = False,
         fail_by_blocks: bool = False,
+        adapter_paths: bool = True,
         follow: bool = False,
         formats: Mapping[int, PageFormat] | None = None,
         model: str = "",
@@ -158,7 +159,7 @@ class SchedulerHalf:
         self._attach = AttachWatch(arena, layout.world_size, clock)
         self._said_unsupported = False
         self._dram_only = False
-        self._hbm = HbmCache(layout)
+        self._hbm = HbmCache(layout, by_path=adapter_paths)
         self._weights_epoch = arena.epoch()
         self._steps = StepClock(clock)
         self._tick_pace = TickPace()
@@ -204,8 +205,9 @@ class SchedulerHalf:
         """
         state = self._state(request)
         ready = self._ready()
-        if self._hbm.is_stale(self._states.values()) and num_computed > 0:
+        if self._hbm.is_stale(request, self._states.values()) and num_computed > 0:
             state.tainted = True  # its HBM hit may hold KV of the old weights
+        chain = self._chain(state, num_computed)
         if not ready or self._loads.is_banned(state.request_id):
             why = "workers are attaching" if self._serve else "nothing is served: see the log"
             return self.why.skipped(state, num_computed, MissCause.NOT_READY, why)
@@ -214,7 +216,6 @@ class SchedulerHalf:
             return self.why.skipped(state, num_computed, cause, "")
         if state.unsupported:
             return self.why.skipped(state, num_computed, MissCause.NOT_ASKED, "streaming input")
-        chain = self._chain(state)
         if chain is None:
             if state.misses("namespace_unknown"):
                 self.metrics.miss("namespace_unknown")
@@ -432,8 +433,12 @@ class SchedulerHalf:
         epoch = self.arena.epoch()
         if epoch != self._weights_epoch:
             self._weights_epoch = epoch
-            self._hbm.weights_changed()
             self._reset("the model's weights changed in place")
+            if self._hbm.weights_changed():
+                logger.warning(
+                    "kvoffload: requests that hit HBM's prefix cache are neither loaded nor stored "
+                    "until it has been empty once: reset it (/reset_prefix_cache)."
+                )
 
     def _reset(self, why: str) -> None:
         logger.info("kvoffload: %s; everything stored so far is now a miss.", why)
@@ -498,10 +503,14 @@ class SchedulerHalf:
             self._accounts.arrived(request, state.hints.tenant)
         return state
 
-    def _chain(self, state: RequestState) -> Chain | None:
+    def _chain(self, state: RequestState, num_computed: int = 0) -> Chain | None:
+        """None without a name for its KV. ``num_computed``: tokens that it has been found to hit in
+        HBM, beyond those that it has computed."""
         if state.unsupported or not self._serve:
             return None
         if state.chain is None:
+            if state.tainted:
+                return None  # no name for what it holds; an adapter's is not to be asked for again
             namespace = self.namespaces.namespace()
             adapter = self.namespaces.adapter(state.request)
             if namespace is None or adapter is None:
@@ -509,6 +518,12 @@ class SchedulerHalf:
             if self.namespaces.persistent is False and not self._dram_only:
                 self._dram_only = True
                 self.manager.drop_nvme()
+            if adapter:
+                self._hbm.names(state.request, adapter)
+                has_any = num_computed > 0 or int(state.request.num_computed_tokens) > 0
+                if has_any and self._hbm.is_stale(state.request, self._states.values()):
+                    state.tainted = True  # of an adapter that had this name before, perhaps
+                    return None
             state.chain = Chain(namespace, adapter, self.layout)
         state.chain.extend(state.request.block_hashes)
         return state.chain

@@ -7,12 +7,12 @@ answered exactly once, whatever breaks (docs/request-lifecycle.md, "exactly once
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvoffload.copy.base import DEADLINE, LOAD, OK, CopyEngine, Fragment
+from kvoffload.engines.vllm.forward import ForwardWatch
 from kvoffload.engines.vllm.guard import HookGuard, guarded
 from kvoffload.engines.vllm.meta import (
     CALM,
@@ -71,7 +71,7 @@ class WorkerHalf:
         self._attach_failed = ""
         self._engine_group: dict[int, int] = {}
         self._orders: StepOrders | None = None
-        self._raised_before: BaseException | None = None
+        self._forward = ForwardWatch()
         self._running: dict[int, RunningLoad] = {}
         self._answered: set[int] = set()
         self._store_jobs: dict[int, list[int]] = {}
@@ -171,12 +171,14 @@ class WorkerHalf:
     def bind(self, orders: StepOrders) -> bool:
         """Take this step's orders. Entering the loads cannot fail; attaching is guarded.
 
-        Whether there is nothing to do in this step: then only ``clear`` need be called.
+        Whether there is nothing to do in this step: then only ``wait_for_save`` and ``clear`` need
+        be called.
         """
+        self._fail_stores()  # of a step that raised before they were submitted
         self._orders = orders
+        self._forward.begins()
         if orders is CALM and self._is_idle():
             return True
-        self._raised_before = sys.exc_info()[1]
         if self._answered:
             self._answered = {a for a in self._answered if a >= orders.low_water}
         for order in orders.loads:
@@ -286,11 +288,10 @@ class WorkerHalf:
     def wait_for_save(self) -> None:
         """After the forward: submit this step's stores. They never wait here.
 
-        vLLM calls this also when the forward raised (in a ``finally``): the blocks then hold
-        whatever was in them before, and whoever comes after the crash would find it on NVMe under
-        a right name. An exception that was being handled before the step began is not its own.
+        Never of blocks that hold what was in them before: whoever comes after the crash would find
+        it on NVMe under a right name.
         """
-        if sys.exc_info()[1] is not self._raised_before:
+        if self._forward.look():
             self._fail_stores()
             return
         orders = self._orders
@@ -442,7 +443,8 @@ class WorkerHalf:
 
     def clear(self) -> None:
         """End of step."""
-        self._orders = self._raised_before = None
+        self._orders = None
+        self._forward.ended()
 
     def shutdown(self) -> None:
         """Stop copying; slots half filled stay FILLING and are never served."""
