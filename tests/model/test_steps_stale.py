@@ -75,6 +75,19 @@ def test_loads_come_back_after_a_full_reset(changed: bool) -> None:
     engine.finish()
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_old_blocks_in_hbm_are_warned_of(empty: bool, caplog: pytest.LogCaptureFixture) -> None:
+    engine = MiniEngine(Options(blocks=64))
+    engine.ask(tokens(24))
+    engine.change_weights()
+    if empty:
+        engine.forget_hbm()
+    engine.ask(tokens(24, 1))
+    warned = [m for m in caplog.messages if "/reset_prefix_cache" in m]
+    assert len(warned) == (not empty)
+    engine.finish()
+
+
 def test_stores_come_back_after_a_full_reset() -> None:
     """A round of training: requests run, weights change, all is preempted and reset."""
     engine = MiniEngine(Options(in_flight=2, blocks=128))
