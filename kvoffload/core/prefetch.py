@@ -73,7 +73,7 @@ class Prefetcher:
         """
         self._rests.pop(owner, None)
         wanted = self._loader.wanted(chain, start, end)
-        got = self._loader.gather(chain, wanted) if wanted is not None else None
+        got = self._loader.gather(chain, wanted, now) if wanted is not None else None
         if got is None or self._nvme is None:
             self._loader.unpin(got[0] if got is not None else [], now)
             return 0
