@@ -225,7 +225,14 @@ class Loader:
                 return None
             self._pool.index.pin(entry)
             fresh.append(entry)
-        if not self._nvme.read_up(fresh, now):
+        try:
+            ok = self._nvme.read_up(fresh, now)
+        except Exception:  # nobody would ever fill them
+            self.unpin(fresh, now)
+            for taken in reversed(fresh):
+                self._pool.undo(taken, now)
+            raise
+        if not ok:
             self.unpin(fresh, now)  # what was refused is dropped; the rest is read for the next
             c.lease_lost += 1
             return None

@@ -398,6 +398,8 @@ class Pool:
             filling = entry.state is SlotState.FILLING
             unwatched = entry.dropped and entry.source is not Tier.DRAM
             assert (filling and not unwatched) == (slot in self.filling), f"slot {slot} filling"
+            read = filling and not unwatched and entry.source is not Tier.DRAM
+            assert entry.io or not read, f"slot {slot} would be FILLING for ever"
         for slot, entry in self.limbo.items():
             assert entry.dropped and entry.ref.slot == slot, f"limbo of slot {slot}"
             used_by = entry.pins or entry.io or entry.hold_until or slot in self.filling

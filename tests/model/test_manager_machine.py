@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvoffload.core import filling, prefetch
+from kvoffload.core.breaker import BreakerState
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Kept
 from kvoffload.core.layout import boundary_tokens
@@ -247,10 +248,10 @@ class ManagerMachine(RuleBasedStateMachine):
             self.failed.add(item.key)
             assert self.arena.state(item.ref.slot) == SlotState.FAILED
 
-    @rule(text=prompts, start=st.integers(0, 60), owner=st.sampled_from("xy"))
-    def prefetch(self, text: str, start: int, owner: str) -> None:
+    @rule(text=prompts, start=st.integers(0, 60), owner=st.sampled_from("xy"), wished=st.booleans())
+    def prefetch(self, text: str, start: int, owner: str, wished: bool) -> None:
         chain = self.chain(text)
-        moved = self.manager.prefetch(owner, chain, start, chain.tokens)
+        moved = self.manager.prefetch(owner, chain, start, chain.tokens, wished)
         assert moved >= 0
         assert self.manager.occupancy().prefetch_bytes <= self.arena.data_bytes // 4
 
@@ -320,6 +321,19 @@ class ManagerMachine(RuleBasedStateMachine):
     def disk_hangs(self, hung: bool) -> None:
         self.store.hung = hung
 
+    @rule(texts=st.lists(prompts, min_size=2, max_size=4), pause=st.sampled_from([0.7, 3.0]))
+    def prefetches_meet_a_stall(self, texts: list[str], pause: float) -> None:
+        """Several prompts are on their way when the disk hangs, some of them for nobody."""
+        for n, text in enumerate(texts):
+            chain = self.chain(text)
+            self.manager.prefetch("xy"[n % 2], chain, 0, chain.tokens, bool(n & 2))
+            if n & 1:
+                self.manager.cancel_prefetch("y")
+        self.store.hung = True
+        for seconds in (0.6, pause):
+            self.clock.advance(seconds)
+            self.tick(True)
+
     @rule(result=st.sampled_from([None, None, StoreResult.IO_ERROR]))
     def disk_reads_fail(self, result: StoreResult | None) -> None:
         self.store.read_result = result
@@ -337,7 +351,13 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(busy=st.booleans())
     def tick(self, busy: bool) -> None:
+        nvme = self.manager._nvme
+        assert nvme is not None
+        before = {id(e) for e in nvme.reads.entries()}
         self.manager.tick(busy)
+        if nvme.breaker.state(self.clock()) is not BreakerState.CLOSED:
+            new = [e for e in nvme.reads.entries() if id(e) not in before]
+            assert len(new) <= 1, "more than a probe is read from a tier that may hang"
 
     @rule()
     def poll(self) -> None:
@@ -479,7 +499,7 @@ class ManagerMachine(RuleBasedStateMachine):
 class ManyReadsMachine(ManagerMachine):
     """More reads are under way than a tick looks at, and prefetches take several."""
 
-    READS_LOOKED, STEP_CHUNKS = 2, 1
+    READS_LOOKED = STEP_CHUNKS = 2
     SLOTS = 24
 
 

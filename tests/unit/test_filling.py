@@ -194,7 +194,7 @@ def test_what_is_only_found_late_does_not_hide_that_the_tier_hangs() -> None:
 
 
 def test_a_standstill_is_told_once_all_were_looked_at() -> None:
-    rig, chain = reading()
+    rig, _ = reading()
     told = []
     for _ in range(9):
         rig.clock.advance(0.05)
