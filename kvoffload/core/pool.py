@@ -73,7 +73,7 @@ class Pool:
         self.make_room: Callable[[], bool] = lambda: False  # from what hints keep: the last resort
         self.on_evict: Callable[[Entry], None] = lambda entry: None
         self.spare: Callable[[Entry, float], bool] = lambda entry, now: False
-        self.unspare: Callable[[], bool] = lambda: False
+        self.unspare: Callable[[bool], bool] = lambda kept: False  # also what hints retain
         self.held_bytes = 0  # of resident and quarantined slots
         self.held_slots = 0
         self.changes = 0  # chunks that came or went
@@ -180,7 +180,12 @@ class Pool:
             if victim is not None:
                 if not self.spare(victim, now):  # else it is written first: the next one goes
                     self._evict(victim)
-            elif not self.unspare() and not self._reclaim(cls) and not self.make_room():
+            elif not (
+                self.unspare(False)
+                or self._reclaim(cls)
+                or self.make_room()
+                or self.unspare(True)  # so that ``make_room`` finds it
+            ):
                 return None
         return got
 
