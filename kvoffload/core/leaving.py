@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
-from kvoffload.core.index import Entry, Index
+from kvoffload.core.index import Entry, Index, Kept
 from kvoffload.types import ChunkKey
 
 LOOKED_YOUNG, LOOKED_OLD = 256, 1024
@@ -56,26 +56,39 @@ class Fringe:
 
 
 def giving_way(
-    queue: dict[ChunkKey, Entry], index: Index, classes: set[int], most: int
+    queue: dict[ChunkKey, Entry],
+    index: Index,
+    classes: set[int],
+    level: Kept,
+    most: int,
+    near: bool = True,
 ) -> list[Entry]:
-    """Up to ``most`` reserved chunks of ``classes`` that can be evicted one after the other once
-    they are not reserved: the youngest that have no resident child, with the reserved ones before
-    them. Empty where none is near either end of the queue."""
+    """Up to ``most`` reserved chunks of ``classes``, kept by hints no more than by ``level``, that
+    can be evicted one after the other once they are neither reserved nor kept: the youngest that
+    have no resident child, with the reserved ones before them. Empty where there is none, or none
+    ``near`` either end of the queue."""
     taken: dict[ChunkKey, Entry] = {}
-    near = chain(islice(reversed(queue.values()), LOOKED_YOUNG), islice(queue.values(), LOOKED_OLD))
-    for entry in near:
-        fits = entry.reserved and entry.cls in classes and entry.key not in taken
+    young: Iterable[Entry] = reversed(queue.values())
+    if near:
+        young = chain(islice(young, LOOKED_YOUNG), islice(queue.values(), LOOKED_OLD))
+    for entry in young:
+        fits = _may_go(entry, level) and entry.cls in classes and entry.key not in taken
         if fits and not index.below(entry.key):
-            for one in islice(_line(entry, index), most - len(taken)):
+            for one in islice(_line(entry, index, level), most - len(taken)):
                 taken[one.key] = one
         if len(taken) >= most:
             break
     return list(taken.values())
 
 
-def _line(leaf: Entry, index: Index) -> Iterator[Entry]:
-    """``leaf`` and the reserved chunks before it that have no other child, leaf first."""
+def _may_go(entry: Entry, level: Kept) -> bool:
+    """Whether nothing keeps its slot but that it waits to be written, and hints up to ``level``."""
+    return entry.reserved and not entry.pins and not entry.io and entry.kept <= level
+
+
+def _line(leaf: Entry, index: Index, level: Kept) -> Iterator[Entry]:
+    """``leaf`` and the chunks before it that may go and have no other child, leaf first."""
     at: Entry | None = leaf
-    while at is not None and at.reserved and len(index.below(at.key)) <= 1:
+    while at is not None and _may_go(at, level) and len(index.below(at.key)) <= 1:
         yield at
         at = index.get(at.parent) if at.parent is not None else None

@@ -131,24 +131,32 @@ class Loader:
         return [(group, i) for group, chunks in spans for i in chunks] or None
 
     def gather(
-        self, chain: Chain, wanted: Sequence[Place]
+        self, chain: Chain, wanted: Sequence[Place], now: float
     ) -> tuple[list[Entry], list[Place]] | None:
-        """Pin what is resident; also returns what has to come from NVMe. None: a store fills it."""
-        get, pin = self._pool.index.get, self._pool.index.pin_all
+        """Pin what is resident; also returns what has to come from NVMe. None: a store fills it.
+
+        What is being read is asked about first: a tick may not have seen yet that it failed, and
+        whoever were given it would wait, and fail, in vain.
+        """
+        get = self._pool.index.get
         ready, nvme = SlotState.READY, Tier.NVME
         keys = [chain.keys(g.group) for g in self._layout.groups]
-        pinned: list[Entry] = []
+        here: list[Entry] = []
         missing: list[Place] = []
         for group, chunk in wanted:
             entry = get(keys[group][chunk])
             if entry is None:
                 missing.append((group, chunk))
             elif entry.state is ready or entry.source is nvme:
-                pinned.append(entry)
+                here.append(entry)
             else:
                 return None
-        pin(pinned)
-        return pinned, missing
+        if self._pool.settle_failed([e for e in here if e.state is not ready], now):
+            missing += [PLACE(e) for e in here if e.dropped]
+            missing.sort()
+            here = [e for e in here if not e.dropped]
+        self._pool.index.pin_all(here)
+        return here, missing
 
     def unpin(self, entries: Sequence[Entry], now: float) -> None:
         """Undo one pin of each."""
@@ -186,7 +194,7 @@ class Loader:
     def hold(self, chain: Chain, wanted: Sequence[Place], now: float) -> list[Entry] | None:
         """Pin all of these chunks, reading up what is on NVMe; None, and nothing pinned, when one
         has gone or there is no room. In the order of their places."""
-        got = self.gather(chain, wanted)
+        got = self.gather(chain, wanted, now)
         if got is None:
             self._counters.lease_lost += 1
             return None
@@ -217,7 +225,14 @@ class Loader:
                 return None
             self._pool.index.pin(entry)
             fresh.append(entry)
-        if not self._nvme.read_up(fresh, now):
+        try:
+            ok = self._nvme.read_up(fresh, now)
+        except Exception:  # nobody would ever fill them
+            self.unpin(fresh, now)
+            for taken in reversed(fresh):
+                self._pool.undo(taken, now)
+            raise
+        if not ok:
             self.unpin(fresh, now)  # what was refused is dropped; the rest is read for the next
             c.lease_lost += 1
             return None

@@ -232,8 +232,8 @@ class Manager:
         pays, or all of it when ``wished`` for by a hint.
 
         The first 512 chunks move at once, from the root on, the others in later ticks, 512 in each,
-        in the order of the calls. That ends when ``owner`` acquires what it needs (unless
-        ``wished``), with ``cancel_prefetch``, and where a chunk has gone or there is no room.
+        in the order of the calls. That ends when ``owner`` acquires what it needs or with
+        ``cancel_prefetch`` (unless ``wished``), and where a chunk has gone or there is no room.
         ``chain`` is not used after the call. Returns the chunks that this call set moving for
         ``owner``. At most a quarter of the arena holds prefetched chunks that nobody has acquired.
         Not pinned: see ``cancel_prefetch``.
@@ -248,8 +248,9 @@ class Manager:
             return self._prefetcher.prefetch(owner, chain, start, end, now, wished=wished)
 
     def cancel_prefetch(self, owner: str) -> int:
-        """``owner`` will not come: what is not moving yet stays on NVMe, its unused chunks free its
-        budget and age like any other. Returns the latter."""
+        """``owner`` will not come: what is not moving yet stays on NVMe, or is moved for nobody
+        where it was ``wished`` for; its unused chunks free its budget and age like any other.
+        Returns the latter."""
         with self._lock:
             self._prefetcher.give_up(owner)
             gone = self._prefetches.cancel(owner)

@@ -73,7 +73,7 @@ class Pool:
         self.make_room: Callable[[], bool] = lambda: False  # from what hints keep: the last resort
         self.on_evict: Callable[[Entry], None] = lambda entry: None
         self.spare: Callable[[Entry, float], bool] = lambda entry, now: False
-        self.unspare: Callable[[], bool] = lambda: False
+        self.unspare: Callable[[bool], bool] = lambda kept: False  # also what hints retain
         self.held_bytes = 0  # of resident and quarantined slots
         self.held_slots = 0
         self.changes = 0  # chunks that came or went
@@ -90,7 +90,7 @@ class Pool:
         self._masks = tuple(
             writer_masks or (writer_mask(g, layout.world_size) for g in layout.groups)
         )
-        self._filling = Filling(arena, guard)
+        self.filling = Filling(arena, guard)
         self._held: list[Entry] = []  # dropped entries that wait for their hold_until
 
     def class_of(self, group: int) -> int:
@@ -166,7 +166,7 @@ class Pool:
         self.changes += 1
         self.held_bytes += entry.nbytes
         self.held_slots += 1
-        self._filling.add(entry)
+        self.filling.add(entry)
         try:
             self.on_add(entry)
         except Exception:  # nobody learns of the slot: without this nobody would ever give it back
@@ -180,7 +180,12 @@ class Pool:
             if victim is not None:
                 if not self.spare(victim, now):  # else it is written first: the next one goes
                     self._evict(victim)
-            elif not self.unspare() and not self._reclaim(cls) and not self.make_room():
+            elif not (
+                self.unspare(False)
+                or self._reclaim(cls)
+                or self.make_room()
+                or self.unspare(True)  # so that ``make_room`` finds it
+            ):
                 return None
         return got
 
@@ -223,7 +228,7 @@ class Pool:
         entry.dirty = False
         self.index.remove(entry)
         if entry.source is not Tier.DRAM:
-            self._filling.discard(entry)  # nobody waits for it: its job's return is soon enough
+            self.filling.discard(entry)  # nobody waits for it: its job's return is soon enough
         if entry.busy(now):
             self.limbo[entry.ref.slot] = entry
             self._counters.quarantined += 1
@@ -241,7 +246,7 @@ class Pool:
 
     def undo(self, entry: Entry, now: float) -> None:
         """Drop a FILLING entry that was never handed to anyone who could write to its slot."""
-        self._filling.discard(entry)
+        self.filling.discard(entry)
         entry.state = SlotState.FAILED
         self.fail(entry)
         self.drop(entry, now)
@@ -289,15 +294,15 @@ class Pool:
     ) -> list[Entry]:
         """Catch up with the slot table; returns entries that became READY and are resident.
 
-        Of the reads only the first ones and those of ``returned``, the entries of read jobs that
-        have returned, unless ``all_reads``: see core/filling.py.
+        Of the reads only some and those of ``returned``, the entries of read jobs that have
+        returned, unless ``all_reads``: see core/filling.py.
         """
         ready: list[Entry] = []
-        for entry, state in self._filling.look(returned, all_reads):
+        for entry, state in self.filling.look(returned, all_reads):
             if state == _FILLING:
                 self._expire(entry, now)
                 continue
-            self._filling.discard(entry)
+            self.filling.discard(entry)
             if state == _READY:
                 entry.state = _READY
                 self.changes += 1
@@ -310,6 +315,17 @@ class Pool:
             self.reap(entry, now)
         self._held = [e for e in self._held if not self.reap(e, now)]
         return ready
+
+    def settle_failed(self, reads: Sequence[Entry], now: float) -> int:
+        """Drop those of ``reads``, entries that are being read, that have failed; their number."""
+        failed = 0
+        states = self.filling.states(reads)
+        for entry, state in zip(reads, states, strict=True):
+            if state not in (_FILLING, _READY):
+                self.filling.discard(entry)
+                self._failed(entry, state, now)
+                failed += 1
+        return failed
 
     def _expire(self, entry: Entry, now: float) -> None:
         late = now - entry.started > STORE_TIMEOUT_S
@@ -332,7 +348,7 @@ class Pool:
 
         False when the slot is not FILLING with that generation.
         """
-        entry = self._filling.at(slot)
+        entry = self.filling.at(slot)
         if entry is None or entry.ref.generation != generation:
             return False
         if not self._arena.fail(slot, generation):
@@ -347,7 +363,7 @@ class Pool:
         After a ``settle`` that was given ``entry``."""
         entry.io -= 1
         filling = entry.state is _FILLING
-        self._filling.discard(entry)
+        self.filling.discard(entry)
         if not ok or filling:  # still FILLING after a read that claims success: do not believe it
             if entry.state is not SlotState.FAILED:
                 self.fail(entry)
@@ -364,13 +380,13 @@ class Pool:
 
     def stores_filling(self) -> int:
         """Stores that workers are still expected to finish."""
-        return sum(not e.dropped for e in self._filling.stores())
+        return sum(not e.dropped for e in self.filling.stores())
 
     def check(self) -> None:
         """Raise AssertionError naming the first broken invariant."""
         self.alloc.check()
         self.index.check()
-        self._filling.check()
+        self.filling.check()
         used = self.alloc.used()
         resident = {e.ref.slot: e for e in self.index}
         assert not resident.keys() & self.limbo.keys(), "a slot is resident and quarantined"
@@ -386,8 +402,10 @@ class Pool:
             assert self._arena.generation(slot) == entry.ref.generation, f"slot {slot} was reused"
             filling = entry.state is SlotState.FILLING
             unwatched = entry.dropped and entry.source is not Tier.DRAM
-            assert (filling and not unwatched) == (slot in self._filling), f"slot {slot} filling"
+            assert (filling and not unwatched) == (slot in self.filling), f"slot {slot} filling"
+            read = filling and not unwatched and entry.source is not Tier.DRAM
+            assert entry.io or not read, f"slot {slot} would be FILLING for ever"
         for slot, entry in self.limbo.items():
             assert entry.dropped and entry.ref.slot == slot, f"limbo of slot {slot}"
-            used_by = entry.pins or entry.io or entry.hold_until or slot in self._filling
+            used_by = entry.pins or entry.io or entry.hold_until or slot in self.filling
             assert used_by, f"slot {slot} is leaked"

@@ -28,8 +28,11 @@ STALL_S = 0.5
 """Reads under way of which none makes progress for this long: the tier hangs. A disk that is only
 busy finishes something every few tens of milliseconds."""
 LOOK_S = STALL_S / 4
-"""Of the reads under way mostly the first are looked at (core/filling.py). Where none of them has
-got on for so long, one drive of several may hang, and all are."""
+"""Of many reads under way some are looked at (core/filling.py). Where none of them has got on for
+so long, others may have, and all are."""
+SURE_S = 2 * STALL_S
+"""Of a read that is found to be up when its turn to be looked at came nobody knows how long it was.
+Where for so long there was nothing but that, all are looked at."""
 MAX_STALLS = 8
 """In a row; from then on the pauses are long."""
 LONG_PAUSE_S = 60.0
@@ -47,7 +50,7 @@ class Watch:
         self._breaker = breaker
         self._counters = counters
         self._progress = 0.0  # when a read last got on, or began with no other under way
-        self._looked = 0.0  # when that was last looked at
+        self._surely = 0.0  # the same, seen at once
         self._looked_at_all = 0.0
         self._hung_at = float("-inf")  # reads begun before say nothing about the tier's rate
         self._stalls = 0  # since a read last got on
@@ -55,7 +58,7 @@ class Watch:
     def read(self, entries: Sequence[Entry], now: float) -> bool:
         """``Reads.submit``. On a tier that may work again this is the probe."""
         if not self._waiting():
-            self._progress = now
+            self._progress = self._surely = now
         ok = self._reads.submit(entries, now)
         if self._breaker.probe_due(now) and self._waiting():
             self._breaker.probing()
@@ -69,6 +72,7 @@ class Watch:
         """A read job has returned; see ``Reads.finish``."""
         given_up = self.given_up(job)
         self.progressed(now)
+        self._surely = now
         self._reads.finish(job, results, now)
         if given_up:
             self._breaker.retry(now)  # it answers again; how well, a probe tells
@@ -87,19 +91,26 @@ class Watch:
         return self._reads.began(job) <= self._hung_at
 
     def seems_still(self, now: float) -> bool:
-        """Whether all reads under way are to be looked at before anything follows from none having
-        got on. Once in ``LOOK_S``, and always before they are given up."""
-        still = now - self._progress
-        if still <= LOOK_S or not self._waiting():
+        """Whether all reads under way are to be looked at before anything follows from what was
+        seen of some.
+
+        Where none has got on: once in ``LOOK_S``, and always before they are given up. Where some
+        were found to be up, but maybe were long ago, which would hide that the tier hangs: once in
+        ``SURE_S``.
+        """
+        if not self._waiting():
             return False
-        if still <= STALL_S and now - self._looked_at_all <= LOOK_S:
-            return False
-        self._looked_at_all = now
-        return True
+        still, unseen = now - self._progress, now - self._looked_at_all
+        if still <= LOOK_S:
+            return min(unseen, now - self._surely) > SURE_S
+        return still > STALL_S or unseen > LOOK_S
 
     def look(self, now: float) -> None:
         """Trip the breaker when reads hang; probe a tier that may work again."""
-        self._looked = now
+        if self._pool.filling.looked_at_all:
+            self._looked_at_all = now
+        if self._pool.filling.first_came:
+            self._surely = now
         # Also while the breaker is open: who began to wait before must be told.
         if self._waiting() and now - self._progress > STALL_S:
             self._give_up(now)
@@ -107,9 +118,10 @@ class Watch:
             self._probe(now)
 
     def standstill_s(self) -> float:
-        """For how long no read under way had got on when that was last looked at. Who asks for
-        more now waits at least as long again, as far as anyone can tell."""
-        return max(0.0, self._looked - self._progress) if self._waiting() else 0.0
+        """For how long no read under way had got on when all were last looked at: of what some
+        show, nothing follows for the others. Who asks for more now waits at least as long again,
+        as far as anyone can tell."""
+        return max(0.0, self._looked_at_all - self._progress) if self._waiting() else 0.0
 
     def _waiting(self) -> bool:
         """Whether reads are under way that nobody has given up yet: one that hangs for good must

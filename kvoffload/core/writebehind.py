@@ -14,7 +14,7 @@ import numpy as np
 
 from kvoffload.core.admission import Admission, Fate, TokenBucket
 from kvoffload.core.breaker import Breaker
-from kvoffload.core.index import Entry
+from kvoffload.core.index import Entry, Kept
 from kvoffload.core.leaving import Fringe, giving_way
 from kvoffload.core.pool import Pool
 from kvoffload.core.reads import outcomes, slot_arrays
@@ -37,6 +37,9 @@ HORIZON_CHUNKS = 128  # judged in one go, at most: some 0.5 ms
 GIVE_WAY = 16
 """Chunks given up in one go where nothing else can make room: each was worth its budget, and a
 slot or a few are asked for."""
+LOOKED_EACH = 64
+"""Where none is near either end of the queue all of it is looked at. So many chunks give way then,
+or so many calls pass before the next time, that each is worth no more looks than this."""
 
 
 class WriteBehind:
@@ -66,6 +69,8 @@ class WriteBehind:
         self._horizon = arena.data_bytes // HORIZON_PART
         self._room = arena.data_bytes // RESERVED_PART
         self._looked = -(1 << 30)  # chunks evicted when the next victims were last looked at
+        # Calls of ``give_way`` before all of the queue is looked at again.
+        self._near_only = {Kept.NO: 0, Kept.RETAINED: 0}
         self.reserved_bytes = 0  # queued and keeping their slots
         self._fringe = Fringe(pool.index)
         self._queue: dict[ChunkKey, Entry] = {}
@@ -139,21 +144,35 @@ class WriteBehind:
             for entry in [e for e in self._queue.values() if e.reserved]:
                 self._withdraw(entry, Fate.OUTRUN)
 
-    def give_way(self) -> bool:
+    def give_way(self, kept: bool = False) -> bool:
         """A class of slots has no other victim left: give up a few of what waits to be written.
-        False when that makes no room."""
+        False when that makes no room. ``kept``: also of what hints retain, which may be cut short
+        then."""
         if not self.reserved_bytes:
             return False
         index = self._pool.index
         sizes = range(len(self._pool.alloc.slot_bytes))
         short = {cls for cls in sizes if index.victim(cls) is None}
-        few = giving_way(self._queue, index, short, GIVE_WAY)
+        level = Kept.RETAINED if kept else Kept.NO
+        few = giving_way(self._queue, index, short, level, GIVE_WAY)
+        few = few or self._give_way_anywhere(short, level)
         if not few and len(sizes) > len(short):
             # Nor does it keep an extent that another class may give (Pool._reclaim).
             few = [e for e in self._queue.values() if e.reserved and e.cls not in short]
         for entry in few:
             self._withdraw(entry, Fate.OUTRUN)
         return bool(few)
+
+    def _give_way_anywhere(self, classes: set[int], level: Kept) -> list[Entry]:
+        """From all of the queue, at a bounded pace."""
+        if self._near_only[level] > 0:
+            self._near_only[level] -= 1
+            return []
+        pace = len(self._queue) // LOOKED_EACH
+        most = max(GIVE_WAY, pace)
+        few = giving_way(self._queue, self._pool.index, classes, level, most, near=False)
+        self._near_only[level] = 0 if few else pace
+        return few
 
     def _withdraw(self, entry: Entry, why: Fate | None) -> None:
         del self._queue[entry.key]

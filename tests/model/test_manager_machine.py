@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvoffload.core import filling, prefetch
+from kvoffload.core.breaker import BreakerState
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Kept
 from kvoffload.core.layout import boundary_tokens
@@ -211,16 +212,21 @@ class ManagerMachine(RuleBasedStateMachine):
         chain = self.chain(text)
         hit = self.manager.lookup(chain, start, chain.tokens)
         before = self.manager.counters.copy()
+        reads = [e for e in self.manager._pool.index if e.source is Tier.NVME]
+        failed = any(self.arena.state(e.ref.slot) == SlotState.FAILED for e in reads)
         lease = self.manager.acquire("r", chain, start, hit.end)
         if lease is None:
             c = self.manager.counters
             no_room = c.lease_no_room > before.lease_no_room
             faulty = c.tier_errors > before.tier_errors
-            assert hit.end == start or no_room or faulty, "a hit without a lease"
+            late = failed and c.lease_lost > before.lease_lost
+            assert hit.end == start or no_room or faulty or late, "a hit without a lease"
             return
         assert hit.end > start and len(lease.items) == hit.chunks
         assert sum(lease.tokens_by_tier.values()) == hit.end - start
         assert all(i.key == chain.key(i.group, i.chunk) for i in lease.items)
+        states = [self.arena.state(i.ref.slot) for i in lease.items]
+        assert SlotState.FAILED not in states, "leased though it failed"
         self.leases[lease.id] = lease
         self.no_slot_twice()
 
@@ -242,10 +248,10 @@ class ManagerMachine(RuleBasedStateMachine):
             self.failed.add(item.key)
             assert self.arena.state(item.ref.slot) == SlotState.FAILED
 
-    @rule(text=prompts, start=st.integers(0, 60), owner=st.sampled_from("xy"))
-    def prefetch(self, text: str, start: int, owner: str) -> None:
+    @rule(text=prompts, start=st.integers(0, 60), owner=st.sampled_from("xy"), wished=st.booleans())
+    def prefetch(self, text: str, start: int, owner: str, wished: bool) -> None:
         chain = self.chain(text)
-        moved = self.manager.prefetch(owner, chain, start, chain.tokens)
+        moved = self.manager.prefetch(owner, chain, start, chain.tokens, wished)
         assert moved >= 0
         assert self.manager.occupancy().prefetch_bytes <= self.arena.data_bytes // 4
 
@@ -315,6 +321,19 @@ class ManagerMachine(RuleBasedStateMachine):
     def disk_hangs(self, hung: bool) -> None:
         self.store.hung = hung
 
+    @rule(texts=st.lists(prompts, min_size=2, max_size=4), pause=st.sampled_from([0.7, 3.0]))
+    def prefetches_meet_a_stall(self, texts: list[str], pause: float) -> None:
+        """Several prompts are on their way when the disk hangs, some of them for nobody."""
+        for n, text in enumerate(texts):
+            chain = self.chain(text)
+            self.manager.prefetch("xy"[n % 2], chain, 0, chain.tokens, bool(n & 2))
+            if n & 1:
+                self.manager.cancel_prefetch("y")
+        self.store.hung = True
+        for seconds in (0.6, pause):
+            self.clock.advance(seconds)
+            self.tick(True)
+
     @rule(result=st.sampled_from([None, None, StoreResult.IO_ERROR]))
     def disk_reads_fail(self, result: StoreResult | None) -> None:
         self.store.read_result = result
@@ -332,7 +351,13 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(busy=st.booleans())
     def tick(self, busy: bool) -> None:
+        nvme = self.manager._nvme
+        assert nvme is not None
+        before = {id(e) for e in nvme.reads.entries()}
         self.manager.tick(busy)
+        if nvme.breaker.state(self.clock()) is not BreakerState.CLOSED:
+            new = [e for e in nvme.reads.entries() if id(e) not in before]
+            assert len(new) <= 1, "more than a probe is read from a tier that may hang"
 
     @rule()
     def poll(self) -> None:
@@ -474,7 +499,7 @@ class ManagerMachine(RuleBasedStateMachine):
 class ManyReadsMachine(ManagerMachine):
     """More reads are under way than a tick looks at, and prefetches take several."""
 
-    READS_LOOKED = STEP_CHUNKS = 1
+    READS_LOOKED = STEP_CHUNKS = 2
     SLOTS = 24
 
 

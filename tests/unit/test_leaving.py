@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from kvoffload.core import leaving
+from kvoffload.core import leaving, writebehind
 from kvoffload.core.hashchain import Chain
 from kvoffload.core.index import Entry, Index
 from kvoffload.core.leaving import Fringe
@@ -257,3 +257,93 @@ def test_the_fringe_follows_what_is_written_and_dropped() -> None:
     rig.manager.reset()
     rig.manager.check()
     assert not rig.writes._fringe.going(())
+
+
+def waiting(rig: Rig, text: str, leaf: bool = True) -> list[Entry]:
+    """A chain that waits to be written, leaf first; without its leaf that is leased."""
+    rig.put(text)
+    chain = rig.chain(text)
+    entries = [e for e in rig.manager._pool.index.find(chain.keys(0)) if e is not None]
+    for entry in reversed(entries if leaf else entries[:-1]):
+        rig.writes.reserve(entry)
+    if not leaf:
+        end = len(entries) * 16
+        assert rig.manager.acquire("r", chain, end - 16, end) is not None
+    return entries
+
+
+def test_what_a_lease_uses_keeps_its_place_in_the_queue() -> None:
+    """No room would come of it: its write would be lost for nothing."""
+    rig = Rig([full_group()], 64)
+    for n in range(8):
+        text = chr(200 + n) * 8
+        waiting(rig, text)
+        assert rig.manager.acquire(f"r{n}", rig.chain(text), 0, 8 * 16) is not None
+    assert rig.put("z") == 0
+    assert rig.c.nvme_outrun == 0 and len(rig.reserved()) == 64
+    rig.manager.check()
+
+
+def test_what_hints_keep_gives_way_last() -> None:
+    rig = Rig([full_group()], 64)
+    kept: list[Entry] = []
+    for n in range(8):
+        entries = waiting(rig, chr(200 + n) * 8)
+        if n >= 4:  # the youngest
+            chain = rig.chain(chr(200 + n) * 8)
+            rig.manager.keep.retain(chain, chain.tokens, 1000.0, 1)
+            kept += entries
+    for n in range(32):
+        assert rig.put(chr(400 + n)) == 1
+        if n < 31:
+            assert all(e.reserved for e in kept), "while others can go"
+    assert rig.c.hint_retain_cut == 0
+    rig.manager.check()
+
+
+def test_what_hints_retain_goes_where_nothing_else_can() -> None:
+    """All that DRAM holds waits to be written and is retained: a hint is no claim to all of it."""
+    rig = Rig([full_group()], 64)
+    for n in range(4):
+        text = chr(200 + n) * 8
+        waiting(rig, text)
+        rig.manager.keep.retain(rig.chain(text), 8 * 16, 1000.0, 1)
+    for n in range(4):
+        text = chr(300 + n) * 8
+        waiting(rig, text)
+        assert rig.manager.acquire(f"r{n}", rig.chain(text), 0, 8 * 16) is not None
+    assert rig.put("z") == 1
+    assert rig.c.hint_retain_cut == 1 and 0 < rig.c.nvme_outrun <= GIVE_WAY
+    rig.manager.check()
+
+
+def test_what_can_go_is_found_in_the_middle_of_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaving, "LOOKED_YOUNG", 4)
+    monkeypatch.setattr(leaving, "LOOKED_OLD", 4)
+    rig = Rig([full_group()], 64)
+    waiting(rig, "a" * 24, leaf=False)
+    middle = waiting(rig, "b" * 16)
+    waiting(rig, "c" * 24, leaf=False)
+    assert rig.put("z") == 1 and rig.c.store_skipped_full == 0
+    assert rig.c.nvme_outrun == GIVE_WAY == sum(not e.reserved for e in middle)
+    rig.manager.check()
+
+
+def test_all_of_the_queue_is_looked_at_at_a_bounded_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaving, "LOOKED_YOUNG", 4)
+    monkeypatch.setattr(leaving, "LOOKED_OLD", 4)
+    rig = Rig([full_group()], 1024)
+    for n in range(4):
+        waiting(rig, chr(200 + n) * 256, leaf=False)
+    looked: list[int] = []
+
+    def count(queue: object, index: object, *more: object, near: bool = True) -> list[Entry]:
+        looked.append(not near)
+        return []
+
+    monkeypatch.setattr(writebehind, "giving_way", count)
+    for n in range(64):
+        assert rig.put(chr(300 + n)) == 0
+    whole = sum(looked)
+    assert 0 < whole <= 2 * (64 * 64 / 1000 + 2), "for each of them was it looked at 64"
+    rig.manager.check()
