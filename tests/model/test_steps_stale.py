@@ -85,7 +85,6 @@ def test_old_blocks_in_hbm_are_warned_of(empty: bool, caplog: pytest.LogCaptureF
     engine.ask(tokens(24, 1))
     warned = [m for m in caplog.messages if "/reset_prefix_cache" in m]
     assert len(warned) == (not empty)
-    engine.finish()
 
 
 def test_stores_come_back_after_a_full_reset() -> None:
