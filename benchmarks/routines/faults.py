@@ -308,12 +308,14 @@ class Run:
         self.floor = max([self.floor, *(delta(a, b) for a, b in same)])
         own.resume()
         ((name, tokens),) = self.prompts.take(1).items()
+        written = 0
         for _ in range(10):  # nothing is stored before the weights are digested
             self.load(own, prompts | {name: tokens})
             own.ask({"op": "settle", "prompt": name, "disk": True})
-            if self.status()["ok_puts"] >= self.options.docs:
-                break
-        else:
+            before, written = written, self.status()["ok_puts"]
+            if written == before >= self.options.docs:
+                break  # the tier holds all: what a small DRAM had no room for came with this pass
+        if written < self.options.docs:
             raise LifeFailed("no document was written to the tier")
         own.pause()
 
